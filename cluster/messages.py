@@ -1,0 +1,19 @@
+"""What a text generator streams: pieces of text, then what they cost."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """The next piece of a text that is being generated."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a generated text, with what it cost."""
+
+    prompt_tokens: int  # memory slots included
+    completion_tokens: int
+    reason: str  # vLLM's finish reason: stop, length, …

@@ -1,0 +1,1 @@
+"""Generation: questions and numbered passages into answers with citations, by vLLM or a remote endpoint."""

@@ -1,0 +1,1 @@
+"""The memory model: texts into compressed KV memories, memories kept and served, clues recalled from them."""

@@ -1,0 +1,79 @@
+"""What goes in and out of the retrieval pool's deployments."""
+
+from dataclasses import dataclass
+
+from cluster.storage import StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrieval chunk: `text` is exactly the source's characters `start` to `end`."""
+
+    id: int  # its row in the index, from 0
+    document: str
+    start: int  # characters (Unicode code points)
+    end: int
+    text: str
+    tokens: int  # by the embedder's tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage found, with its score: similarity in one ranking, or the fused score of several."""
+
+    passage: Passage
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentText:
+    """A document whose text is already durable."""
+
+    id: str
+    path: str  # UTF-8 text file, relative to the storage root
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRequest:
+    """To `Retriever.index`: cut, embed and index these documents into `<folder>/passages.parquet` and `<folder>/index/`."""
+
+    folder: str  # of the memory version, relative to the storage root
+    documents: tuple[DocumentText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexProgress:
+    """From `Retriever.index`, after each batch."""
+
+    done_passages: int
+    total_passages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A finished index: the last item from `Retriever.index`, and the handle that searches name it by."""
+
+    passages: StoredFile
+    files: tuple[StoredFile, ...]
+    passage_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceRequest:
+    """To `Retriever.evidence`: the sentences of these passages that best support question and answer."""
+
+    index: Index
+    passages: tuple[int, ...]  # ids
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A sentence of a passage: `text` is exactly the source's characters `start` to `end`."""
+
+    document: str
+    start: int
+    end: int
+    text: str
+    score: float  # cosine similarity
