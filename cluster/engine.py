@@ -4,10 +4,16 @@
 would parse tens of thousands of placeholder ids as JSON and render every token as an event of its own.
 """
 
+import math
+import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
@@ -16,13 +22,44 @@ from cluster.config import EngineConfig
 from cluster.messages import Finished, TextDelta
 from cluster.pools import PoolConfig
 
+_QUIET = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 class EngineFailed(Exception):
     """The engine ended a request with an error; the request may be tried again."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What one engine is doing."""
+
+    requests: int  # being generated or waiting for it, as the replica counts
+    working: bool  # whether the engine itself has anything to do
+    alive: bool
+
+
 class EngineServer(LLMServer):
-    """An `LLMServer` whose engine is asked with token ids."""
+    """An `LLMServer` whose engine is asked with token ids.
+
+    A dead engine fails the health check, and Serve replaces the replica.
+    """
+
+    async def __init__(self, llm_config: LLMConfig, *, cores: str | None = None) -> None:  # type: ignore[misc]
+        """`cores`: CPU cores the engine's process is kept on, such as `0` or `0-3`; none leaves it free."""
+
+        class Engine(_Engine):
+            pinned_to = cores
+
+        await super().__init__(llm_config, engine_cls=Engine)
+
+    async def _start_engine(self) -> None:
+        await self.engine.start()  # Ray's own would also start a telemetry actor, 400 MB
 
     async def stream(
         self,
@@ -33,39 +70,70 @@ class EngineServer(LLMServer):
         kv_transfer_params: dict[str, Any] | None = None,
         stop: list[str] | None = None,
         temperature: float = 0.0,
-    ) -> AsyncIterator[TextDelta | Finished]:
+        ignore_eos: bool = False,
+        stream_interval: int = 1,
+    ) -> AsyncGenerator[TextDelta | Finished, None]:
         """Generates after `token_ids`; ends with `Finished`. Closing the iterator aborts the request.
 
-        Raises `EngineFailed` if the engine gives the request up.
+        Text comes every `stream_interval` tokens: fewer pieces cost less.
+
+        Raises `ValueError` if the request cannot be served as it is (too long, say), `EngineFailed` if the
+        engine gives it up.
         """
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         params = SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,
             stop=stop,
+            ignore_eos=ignore_eos,
             output_kind=RequestOutputKind.DELTA,
+            stream_interval=stream_interval,
             extra_args={"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None,
         )
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
-        produced, reason = 0, None
-        async for output in self.engine._engine_client.generate(prompt, params, request_id=uuid.uuid4().hex):
-            completion = output.outputs[0]
-            produced += len(completion.token_ids)
-            reason = completion.finish_reason
-            if completion.text:
-                yield TextDelta(completion.text)
-        if reason not in ("stop", "length"):
-            raise EngineFailed(f"the engine ended a request with {reason!r}")
+        produced, reported, reason = 0, 0, None
+        try:
+            # Closed here and now, not when garbage is collected: closing is what aborts the request.
+            async with aclosing(self._client.generate(prompt, params, uuid.uuid4().hex)) as outputs:
+                async for output in outputs:
+                    completion = output.outputs[0]
+                    produced += len(completion.token_ids)
+                    reason = completion.finish_reason
+                    if completion.text:
+                        yield TextDelta(completion.text, produced - reported)
+                        reported = produced
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from None
+        except EngineDeadError as error:
+            raise EngineFailed("the engine died; its replica is being replaced, try again") from error
+        except EngineGenerateError as error:
+            raise EngineFailed(f"the engine failed: {error.__cause__!r}") from error
+        if reason is None or reason in ("abort", "error"):
+            raise EngineFailed(f"the engine ended a request with {reason!r}; try again")
         yield Finished(len(token_ids), produced, reason)
+
+    async def stats(self) -> EngineStats:
+        """What the engine is doing now."""
+        client = self._client
+        if client.errored:
+            return EngineStats(requests=0, working=False, alive=False)
+        working = await client.engine_core.call_utility_async("has_work")
+        return EngineStats(client.get_num_unfinished_requests(), working, alive=True)
 
     @property
     def tokenizer(self) -> Any:
-        """The engine's own Hugging Face tokenizer."""
-        return self.engine._engine_client.get_tokenizer()
+        """The engine's own Hugging Face tokenizer; calls are synchronous."""
+        return self._client.get_tokenizer()
+
+    @property
+    def _client(self) -> Any:  # vLLM's AsyncLLM
+        return self.engine._engine_client
 
 
 def engine_application(
@@ -80,11 +148,10 @@ def engine_application(
 ) -> Application:
     """A Serve application of one `EngineServer` subclass, named `name`, on `pool`.
 
-    `arguments` go to the subclass's constructor, `engine_kwargs` to vLLM beside those of `engine`.
+    `arguments` go to the subclass's constructor, `engine_kwargs` to vLLM beside those of `engine`. A replica
+    reserves exactly the pool's CPUs and GPUs of one replica, whatever number of processes vLLM starts.
     """
     on_gpu = pool.gpus_per_replica > 0
-    ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    bundle = {"GPU": pool.gpus_per_replica} if on_gpu else {"CPU": 1.0}
     kwargs: dict[str, Any] = {
         "dtype": engine.dtype,
         "max_model_len": engine.max_model_len,
@@ -99,25 +166,97 @@ def engine_application(
         kwargs["block_size"] = engine.block_size
     if on_gpu:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
-    environment = dict(env_vars or {})
-    if not on_gpu:
-        environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(engine.cpu_kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": engine.cpu_cores,
-        }
+    pinned = not on_gpu and engine.cpu_cores != "auto"
+    options = pool.deployment_options()
+    options["ray_actor_options"] = {"num_cpus": pool.cpus_per_replica}
     config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": engine.model},
         accelerator_type=pool.accelerator_type,
         accelerator_config=None if on_gpu else {"kind": "cpu"},
-        placement_group_config={"bundles": [{**bundle, **pool.resources} for _ in range(ranks)]},
-        runtime_env={"env_vars": environment},
-        deployment_config={
-            **{k: v for k, v in pool.deployment_options().items() if k != "ray_actor_options"},
-            "ray_actor_options": {"num_cpus": pool.cpus_per_replica},
-        },
+        placement_group_config={"bundles": _bundles(engine, pool)},
+        runtime_env={"env_vars": {**_QUIET, **_cpu_environment(engine, pool), **(env_vars or {})}},
+        deployment_config={**options, "health_check_period_s": 5, "health_check_timeout_s": 30},
         log_engine_metrics=False,
         engine_kwargs=kwargs,
     )
     return build_llm_deployment(
-        config, name_prefix="", bind_kwargs=arguments, deployment_cls=server, override_serve_options={"name": name}
+        config,
+        bind_kwargs={**arguments, **({"cores": engine.cpu_cores} if pinned else {})},
+        deployment_cls=server,
+        override_serve_options={"name": name},
     )
+
+
+class _Engine(VLLMEngine):
+    """Ray's vLLM engine without the processes that a small one does not need; each would import vllm (10 s)."""
+
+    pinned_to: str | None = None
+
+    async def start(self) -> None:
+        # Ray looks for the model's files in a task of its own; for a folder there is nothing to look for.
+        if Path(self.llm_config.get_engine_config().actual_hf_model_id).is_dir():  # noqa: ASYNC240 (once, at start)
+            self.llm_config.get_or_create_callback().ctx.run_init_node = False
+        await super().start()
+
+    async def shutdown(self) -> None:
+        await super().shutdown()
+        if self._engine_client is not None:
+            self._engine_client.shutdown()
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        parallel = vllm_engine_config.parallel_config
+        if self.llm_config.accelerator_config is not None and parallel.world_size == 1:  # on the CPU
+            # The scheduler's process runs the model too. Its OpenMP threads are already set by the environment.
+            parallel.distributed_executor_backend = "uni"
+        with _on_cores(self.pinned_to if parallel.world_size == 1 else None):
+            return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+@contextmanager
+def _on_cores(cores: str | None) -> Iterator[None]:
+    """Processes started inside stay on `cores`; this thread comes back to where it was."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _core_ids(cores))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _core_ids(cores: str) -> set[int]:
+    """`0-2,5` → {0, 1, 2, 5}."""
+    found: set[int] = set()
+    for part in cores.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _cpu_environment(engine: EngineConfig, pool: PoolConfig) -> dict[str, str]:
+    if pool.gpus_per_replica > 0:
+        return {}
+    pinned = engine.cpu_cores != "auto"
+    ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    threads = len(_core_ids(engine.cpu_cores)) if pinned and ranks == 1 else math.ceil(pool.cpus_per_replica / ranks)
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(engine.cpu_kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": engine.cpu_cores if pinned else "nobind",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def _bundles(engine: EngineConfig, pool: PoolConfig) -> list[dict[str, float]]:
+    """What each rank of a replica reserves beside the replica's own CPUs, which Ray adds to the first."""
+    if pool.gpus_per_replica == 0:
+        return [{"CPU": 0.0, **pool.resources}]
+    ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    if pool.gpus_per_replica != ranks and (ranks > 1 or pool.gpus_per_replica > 1):
+        raise ValueError(
+            f"tensor_parallel_size × pipeline_parallel_size is {ranks}, but the pool gives a replica "
+            f"{pool.gpus_per_replica:g} GPUs: set gpus_per_replica to {ranks}"
+        )
+    shared = {name: amount / ranks for name, amount in pool.resources.items()}
+    return [{"GPU": pool.gpus_per_replica / ranks, **shared} for _ in range(ranks)]

@@ -8,6 +8,7 @@ class TextDelta:
     """The next piece of a text that is being generated."""
 
     text: str
+    tokens: int = 0  # generated since the piece before
 
 
 @dataclass(frozen=True, slots=True)

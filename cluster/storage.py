@@ -7,6 +7,7 @@ SHA-256 are those recorded when it was written. All rooms keep their durable fil
 import hashlib
 import io
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 _DIGEST_CHUNK_BYTES = 1 << 24
+_TORN = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # left by a writer that died
 
 
 class DamagedFile(Exception):
@@ -72,14 +74,13 @@ class Storage:
         try:
             yield writer
         except BaseException:
-            if self.is_local:
-                stream.close()
-                self._fs.delete_file(temporary)
+            stream.close()  # an unclosed stream of an object store would be closed, and published, by its destructor
+            self._fs.delete_file(temporary)
             raise
         stream.close()
         if self.is_local:
             _sync(temporary)
-            os.replace(temporary, target)
+            Path(temporary).replace(target)
             _sync(target.rpartition("/")[0])
 
     def read(self, file: StoredFile) -> pa.Buffer:
@@ -116,10 +117,10 @@ class Storage:
         return sorted(i.base_name for i in self._fs.get_file_info(selector) if i.type == fs.FileType.Directory)
 
     def files(self, path: str) -> list[str]:
-        """Paths of all files anywhere under `path`, relative to the root, sorted."""
+        """Paths of all whole files anywhere under `path`, relative to the root, sorted."""
         selector = fs.FileSelector(self._full(path), allow_not_found=True, recursive=True)
         found = (i.path for i in self._fs.get_file_info(selector) if i.type == fs.FileType.File)
-        return sorted(name[len(self._base) :].lstrip("/") for name in found)
+        return sorted(name[len(self._base) :].lstrip("/") for name in found if not _TORN.search(name))
 
     def delete_folder(self, path: str) -> None:
         """Deletes the folder and all under it, if it is there."""

@@ -6,12 +6,13 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A passage given to the generator; its place in the request, from 1, is the `n` that answers cite."""
+    """A passage given to the generator; its place among those used, from 1, is the `n` that answers cite."""
 
     document: str
     start: int  # characters
     end: int
     text: str
+    score: float = 0.0  # the lowest are dropped first where not all fit the context window
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class GenerateRequest:
     sources: tuple[Source, ...]
     language: Literal["en", "zh"]
     max_tokens: int | None  # None takes the configured default
+    stream: bool = True  # False sends no TextDeltas, only the Generation: fewer messages where nobody watches
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,21 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The end of a generated answer."""
+    """The end of a generated answer. `text` is what the deltas add up to, and may be empty."""
 
     text: str
     citations: tuple[Citation, ...]
-    sources_used: int  # how many of the request's sources fitted the context window, from the first
+    sources: tuple[Source, ...]  # those that fitted the context window; citation n is the n-th of them
     prompt_tokens: int
     completion_tokens: int
-    finish_reason: str
+    finish_reason: str  # stop, or length where max_tokens or the context window ended it
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorDescription:
+    """What answers are generated with."""
+
+    model: str
+    remote: bool
+    max_model_len: int  # tokens
+    max_answer_tokens: int

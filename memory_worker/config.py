@@ -26,6 +26,7 @@ class RecallConfig(Settings):
 
     max_clue_tokens: int = Field(192, gt=0, description="tokens generated for one kind of clue")
     max_clues: int = Field(8, gt=0, description="clues kept of one kind")
+    max_answer_tokens: int = Field(256, gt=0, description="tokens of an answer from memory where none is named")
     deadline_s: float = Field(30.0, gt=0, description="seconds after which a question goes on without its clues")
 
 

@@ -1,8 +1,21 @@
 """The manifest: what one immutable version of a memory is made of. It is published last, and names the rest."""
 
+import uuid
+from datetime import UTC, datetime
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.storage import StoredFile
+
 FORMAT = 1
+
+SlotDtype = Literal["bfloat16", "float16", "float32"]
+
+
+def now() -> str:
+    """The time as manifests and jobs record it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class _Part(BaseModel):
@@ -15,6 +28,34 @@ class FileEntry(_Part):
     path: str  # relative to the storage root
     size: int  # bytes
     digest: str  # SHA-256, hexadecimal
+
+    @classmethod
+    def of(cls, file: StoredFile) -> "FileEntry":
+        """The entry of a file that storage has just written."""
+        return cls(path=file.path, size=file.size, digest=file.digest)
+
+    @property
+    def stored(self) -> StoredFile:
+        """The record that storage verifies it by."""
+        return StoredFile(self.path, self.size, self.digest)
+
+
+class JobDocument(_Part):
+    """One document to memorize; its text is the version's `source/<id>.txt`."""
+
+    id: str
+    characters: int
+
+
+class JobRecord(_Part):
+    """What a version is being made from: written as `job.json` when the work begins, so that it can be resumed."""
+
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex, description="tells a repeated call from a second job")
+    documents: tuple[JobDocument, ...]
+    ratio: int
+    language: str
+    title: str | None = None
+    created: str = Field(default_factory=now)
 
 
 class DocumentEntry(_Part):
@@ -34,7 +75,7 @@ class MemoryShape(_Part):
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: str  # bfloat16, float16 or float32
+    dtype: SlotDtype
 
     @property
     def slot_bytes(self) -> int:

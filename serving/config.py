@@ -1,0 +1,130 @@
+"""One YAML file, one frozen `Profile`: every value that a user may set, composed from the rooms' settings."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from cluster.config import Settings
+from cluster.pools import PoolConfig
+from generator_worker.config import GeneratorConfig
+from memory_worker.config import MemoryConfig
+from retrieval_worker.config import RetrievalConfig
+
+_SHIPPED = Path(__file__).parent / "profiles"
+EMBEDDED = "embedded"  # the model name that stands for the language model made on first use
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message says which key, why, and what would be valid."""
+
+
+class PoolsConfig(Settings):
+    """The pools, by name: what one replica of the deployments on each takes."""
+
+    memory: PoolConfig = Field(PoolConfig(), description="Memorizer and Recaller")
+    retrieval: PoolConfig = Field(PoolConfig(), description="Embedder and Retriever")
+    generator: PoolConfig = Field(PoolConfig(), description="Generator")
+    cpu: PoolConfig = Field(PoolConfig(), description="Ingress and Router")
+
+
+class RayConfig(Settings):
+    """The Ray cluster."""
+
+    address: str = Field("local", description="local starts one on this machine; auto joins the one that runs here")
+    namespace: str = Field("memorag", description="Ray namespace of the keepers and the catalog")
+    logical_cpus: int | None = Field(None, ge=1, description="CPUs a local cluster counts; none takes the machine's")
+    object_store_bytes: int | None = Field(
+        None, ge=80 * 2**20, description="object store of a local cluster; none takes Ray's default"
+    )
+
+
+class LimitsConfig(Settings):
+    """What a request may ask for; beyond it, it is refused with 413 or 422."""
+
+    body_bytes: int = Field(64 * 2**20, gt=0, description="bytes of one HTTP request body")
+    documents: int = Field(256, gt=0, description="documents in one memory")
+    question_characters: int = Field(100_000, gt=0, description="characters of one question")
+    answer_tokens: int = Field(4096, gt=0, description="max_tokens that one answer may ask for")
+
+
+class Profile(Settings):
+    """A whole deployment."""
+
+    ray: RayConfig = RayConfig()
+    pools: PoolsConfig = PoolsConfig()
+    memory: MemoryConfig
+    retrieval: RetrievalConfig = RetrievalConfig()
+    generator: GeneratorConfig
+    limits: LimitsConfig = LimitsConfig()
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the project."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """The profile of that name, or from that YAML file.
+
+    Raises `ProfileError`, naming the nearest valid key or name for a misspelt one.
+    """
+    if name_or_path in profile_names():
+        text = (_SHIPPED / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise ProfileError(
+            f"no profile {name_or_path!r}{_nearest(name_or_path, profile_names())}: "
+            f"give one of {', '.join(profile_names())}, or the path of a YAML file"
+        )
+    return parse_profile(text, name_or_path)
+
+
+def parse_profile(text: str, source: str) -> Profile:
+    """The profile in the YAML `text`; `source` names it in errors."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{source} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(f"{source} is not a mapping of settings")
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        raise ProfileError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        valid = _fields_at(Profile, location[:-1])
+        return f"unknown key {key!r}{_nearest(str(location[-1]), valid)} (valid: {', '.join(valid)})"
+    return f"{key}: {message}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        found = _model_in(model.model_fields[str(part)].annotation)
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
+    for option in options or (annotation,):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,102 @@
+"""Every failure as an RFC 9457 problem: which status, which title, and a detail that says what to do."""
+
+import asyncio
+import http
+import json
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cluster.engine import EngineFailed
+from cluster.storage import DamagedFile
+from generator_worker import errors as generator_errors
+from memory_worker import errors as memory_errors
+from retrieval_worker import errors as retrieval_errors
+from serving.convert import UnsupportedDocument
+
+RETRY_AFTER_S = 5
+_UNAVAILABLE = (
+    RayActorError,
+    DeploymentUnavailableError,
+    BackPressureError,
+    asyncio.TimeoutError,
+    TimeoutError,
+)
+
+# The first class that matches gives the status. 422: the request is understood and cannot be done as it is.
+_STATUS: tuple[tuple[type[BaseException], int], ...] = (
+    (memory_errors.InvalidId, 422),
+    (memory_errors.MemoryNotFound, 404),
+    (memory_errors.MemoryExists, 409),
+    (memory_errors.MemoryNotReady, 409),
+    (memory_errors.WrongModel, 409),
+    (memory_errors.QuestionTooLong, 422),
+    (memory_errors.MemoryTooLarge, 422),
+    (memory_errors.EmptyDocument, 422),
+    (generator_errors.QuestionTooLong, 422),
+    (UnsupportedDocument, 422),
+    (generator_errors.GenerationFailed, 503),
+    (EngineFailed, 503),
+    (retrieval_errors.DamagedIndex, 500),
+    (DamagedFile, 500),
+)
+
+
+class ProblemError(Exception):
+    """A failure on its way to the client; crosses processes."""
+
+    def __init__(self, status: int, detail: str, members: dict[str, Any] | None = None) -> None:
+        super().__init__(status, detail, members)
+        self.status = status
+        self.detail = detail
+        self.members = members or {}
+
+    def __str__(self) -> str:
+        return self.detail
+
+    def with_members(self, **members: Any) -> "ProblemError":
+        """The same problem with extension members, such as the passages that were found."""
+        return ProblemError(self.status, self.detail, {**self.members, **members})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+
+    def body(self) -> dict[str, Any]:
+        """The `application/problem+json` document."""
+        return {
+            "type": "about:blank",
+            "title": http.HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            **self.members,
+        }
+
+    def json_bytes(self) -> bytes:
+        """`body` as it is sent."""
+        return json.dumps(self.body(), ensure_ascii=False).encode()
+
+
+def problem_for(error: BaseException) -> ProblemError:
+    """The problem that `error`, perhaps wrapped by Ray, is to a client."""
+    cause = _cause(error)
+    if isinstance(cause, ProblemError):
+        return cause
+    for kind, status in _STATUS:
+        if isinstance(cause, kind):
+            return ProblemError(status, str(cause))
+    if isinstance(cause, _UNAVAILABLE):
+        return ProblemError(503, f"a part of the server is not available just now ({type(cause).__name__}); try again")
+    return ProblemError(500, f"the server failed at this request ({type(cause).__name__}); its log says more")
+
+
+def is_callers_fault(error: BaseException) -> bool:
+    """Whether the request itself is what is wrong."""
+    return problem_for(error).status < 500
+
+
+def _cause(error: BaseException) -> BaseException:
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error

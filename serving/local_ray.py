@@ -1,0 +1,54 @@
+"""A Ray cluster of this machine's own, on loopback, with its own folder and token: for laptops and tests."""
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from serving.config import RayConfig
+
+
+def new_ray_folder() -> Path:
+    """A fresh temporary folder, its path short enough for the Unix sockets that Ray puts below it."""
+    return Path(tempfile.mkdtemp(prefix="memorag-", dir="/tmp"))
+
+
+def start_ray(config: RayConfig, folder: Path) -> None:
+    """Starts Ray and connects this process to it; it ends with this process, however that ends.
+
+    Nothing may have imported Ray yet: it reads how to authenticate when it is imported.
+    """
+    if "ray" in sys.modules:
+        raise RuntimeError("Ray is imported already, and would not see its token: start the server in a fresh process")
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+    }
+    import ray
+
+    ray.init(
+        address="local",
+        namespace=config.namespace,
+        num_cpus=config.logical_cpus,
+        object_store_memory=config.object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder),
+    )
+
+
+def stop_ray(folder: Path) -> None:
+    """Ends the Ray that `start_ray` started and deletes its folder."""
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,263 @@
+"""The pipeline of one question over the worker pools (MemoRAG, arXiv 2409.05591, §2): called by the Router.
+
+Clues are recalled while the question is already being searched; each clue is searched the moment its line is
+complete; the rankings are fused; the generator answers from the passages; the sentences that support question
+and answer are picked as evidence. If recall fails, the question goes on as plain RAG and says so.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from cluster.messages import Finished, TextDelta
+from generator_worker.messages import GenerateRequest, Generation, Source
+from memory_worker.manifest import Manifest
+from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, MemoryKey, RecallRequest, RecallUsage
+from retrieval_worker.config import SearchConfig
+from retrieval_worker.fusion import fit, fuse
+from retrieval_worker.messages import EvidenceRequest, Hit, Index
+from serving import api
+from serving.errors import is_callers_fault, problem_for
+from serving.manifests import index_of
+
+logger = logging.getLogger(__name__)
+
+CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
+    "memorag": ("span", "question", "draft"),
+    "summarize": ("key_point",),
+    "memory": (),
+    "rag": (),
+}
+
+PipelineEvent = Clue | Hit | TextDelta | api.Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Handles of the deployments a question passes through, and what bounds it there."""
+
+    recaller: DeploymentHandle
+    retriever: DeploymentHandle
+    generator: DeploymentHandle
+    search: SearchConfig
+    recall_deadline_s: float
+    degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as untrained-model
+
+
+class Inquiry:
+    """One question in flight over one version of a memory."""
+
+    def __init__(self, pools: Pools, manifest: Manifest, question: api.Question) -> None:
+        self._pools = pools
+        self._manifest = manifest
+        self._question = question
+        self._language: api.Language = question.language or ("zh" if manifest.language == "zh" else "en")
+        self._index: Index = index_of(manifest)
+        self._key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+        self._searches: list[asyncio.Task[list[list[Hit]]]] = []
+        self._preparing: asyncio.Task[None] | None = None
+        self._started = time.perf_counter()
+        self.clues: list[Clue] = []
+        self.hits: list[Hit] = []  # in the order that citations number them
+        self.usage = api.Usage()
+        self.timings = api.Timings()
+        self.degraded = list(pools.degraded)
+
+    async def run(self) -> AsyncIterator[PipelineEvent]:
+        """Clues, passages, pieces of the answer as they come; the whole answer last.
+
+        Closing the iterator cancels the work in every pool.
+        """
+        try:
+            if self._question.task == "memory":
+                async for event in self._answer_from_memory():
+                    yield event
+                return
+            async for clue in self.recall(CLUE_KINDS[self._question.task]):
+                yield clue
+            await self.retrieve()
+            for hit in self.hits:
+                yield hit
+            async for event in self._generate():
+                yield event
+        finally:
+            for task in [*self._searches, *([self._preparing] if self._preparing else [])]:
+                task.cancel()
+
+    async def recall(self, kinds: tuple[ClueKind, ...], *, search: bool = True) -> AsyncIterator[Clue]:
+        """The clues, each yielded, and its search begun, the moment its line is complete."""
+        if search and self._question.question:
+            self._search(self._question.question)
+        if not kinds:
+            return
+        request = RecallRequest(self._key, self._manifest.slots, self._question.question, kinds, self._language)
+        response = self._pools.recaller.options(stream=True).recall.remote(request)
+        try:
+            async for item in _until(response, self._pools.recall_deadline_s):
+                if isinstance(item, RecallUsage):
+                    self.usage.recall_prompt_tokens = item.prompt_tokens
+                    self.usage.recall_completion_tokens = item.completion_tokens
+                    continue
+                self.clues.append(item)
+                if search:
+                    self._search(item.text)
+                yield item
+        except Exception as error:
+            # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
+            if is_callers_fault(error) or not search:
+                raise
+            logger.warning("recall failed for %s, going on as rag: %r", self._key.path, error)
+            self.degraded.append("recall")
+        finally:
+            response.cancel()
+        self.timings.recall = self._elapsed_ms()
+
+    async def retrieve(self) -> None:
+        """Waits for the searches that are still running, fuses their rankings, keeps what the budget allows."""
+        began = self._elapsed_ms()
+        if not self._searches:  # no question and no clue: what the text begins with stands for it
+            self._search(self._manifest.title or "summary")
+        rankings = [ranking for found in await asyncio.gather(*self._searches) for ranking in found]
+        fused = fuse(rankings, self._pools.search.rrf_k)
+        self.hits = fit(fused, self._pools.search.passages, self._pools.search.budget_tokens)
+        self.timings.retrieve = self._elapsed_ms() - began
+
+    def _search(self, text: str) -> None:
+        async def search() -> list[list[Hit]]:
+            return await self._pools.retriever.search.remote(self._index, text)
+
+        self._searches.append(asyncio.create_task(search()))
+
+    async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
+        began = self._elapsed_ms()
+        if self.hits:
+            self._preparing = asyncio.create_task(self._prepare_evidence())
+        request = GenerateRequest(
+            task="summarize" if self._question.task == "summarize" else "answer",
+            question=self._question.question,
+            sources=tuple(_source(hit) for hit in self.hits),
+            language=self._language,
+            max_tokens=self._question.max_tokens,
+            stream=self._question.stream,
+        )
+        response = self._pools.generator.options(stream=True).generate.remote(request)
+        generation: Generation | None = None
+        try:
+            async for item in response:
+                if isinstance(item, Generation):
+                    generation = item
+                else:
+                    yield item
+        except Exception as error:
+            # A boundary: the passages were found and are worth having even without an answer.
+            raise problem_for(error).with_members(
+                passages=[passage_out(hit).model_dump() for hit in self.hits],
+                clues=[clue_out(clue).model_dump() for clue in self.clues],
+            ) from error
+        finally:
+            response.cancel()
+        assert generation is not None, "the generator's stream ends with a Generation"
+        self.timings.generate = self._elapsed_ms() - began
+        self.usage.prompt_tokens = generation.prompt_tokens
+        self.usage.completion_tokens = generation.completion_tokens
+        kept = {(source.document, source.start, source.end) for source in generation.sources}
+        self.hits = [h for h in self.hits if (h.passage.document, h.passage.start, h.passage.end) in kept]
+        yield await self._answer(generation)
+
+    async def _prepare_evidence(self) -> None:
+        await self._pools.retriever.prepare_evidence.remote(self._index, tuple(h.passage.id for h in self.hits))
+
+    async def _answer(self, generation: Generation) -> api.Answer:
+        evidence = []
+        if self.hits:
+            ids = tuple(hit.passage.id for hit in self.hits)
+            evidence = await self._pools.retriever.evidence.remote(
+                EvidenceRequest(self._index, ids, self._question.question, generation.text)
+            )
+        return self._finish(
+            answer=generation.text,
+            citations=[
+                api.CitationOut(n=c.n, document=c.document, start=c.start, end=c.end) for c in generation.citations
+            ],
+            evidence=[
+                api.EvidenceOut(document=e.document, start=e.start, end=e.end, text=e.text, score=e.score)
+                for e in evidence
+            ],
+        )
+
+    async def _answer_from_memory(self) -> AsyncIterator[TextDelta | api.Answer]:
+        request = MemoryAnswerRequest(
+            self._key,
+            self._manifest.slots,
+            self._question.question,
+            self._language,
+            self._question.max_tokens,
+        )
+        response = self._pools.recaller.options(stream=True).answer.remote(request)
+        pieces: list[str] = []
+        try:
+            async for item in response:
+                if isinstance(item, Finished):
+                    self.usage.recall_prompt_tokens = item.prompt_tokens
+                    self.usage.recall_completion_tokens = item.completion_tokens
+                else:
+                    pieces.append(item.text)
+                    yield item
+        finally:
+            response.cancel()
+        self.timings.recall = self._elapsed_ms()
+        yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
+
+    def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:
+        self.timings.total = self._elapsed_ms()
+        return api.Answer(
+            memory=self._key.memory,
+            version=self._key.version,
+            task=self._question.task,
+            answer=answer,
+            citations=citations,
+            evidence=evidence,
+            clues=[clue_out(clue) for clue in self.clues],
+            passages=[passage_out(hit) for hit in self.hits],
+            degraded=self.degraded,
+            usage=self.usage,
+            timings_ms=self.timings,
+        )
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._started) * 1000
+
+
+def clue_out(clue: Clue) -> api.ClueOut:
+    """A clue as HTTP shows it."""
+    return api.ClueOut(kind=clue.kind, text=clue.text)
+
+
+def passage_out(hit: Hit) -> api.PassageOut:
+    """A passage as HTTP shows it."""
+    passage = hit.passage
+    return api.PassageOut(
+        document=passage.document, start=passage.start, end=passage.end, text=passage.text, score=hit.score
+    )
+
+
+def _source(hit: Hit) -> Source:
+    passage = hit.passage
+    return Source(passage.document, passage.start, passage.end, passage.text, hit.score)
+
+
+async def _until(stream: Any, seconds: float) -> AsyncIterator[Any]:
+    """The items of `stream`; `TimeoutError` when it has not ended after `seconds`."""
+    deadline = time.monotonic() + seconds
+    iterator = aiter(stream)
+    while True:
+        try:
+            item = await asyncio.wait_for(anext(iterator), deadline - time.monotonic())
+        except StopAsyncIteration:
+            return
+        yield item

@@ -1,0 +1,96 @@
+"""One real vLLM engine under Ray Serve: streaming, refusal, cancellation, death and recovery, its footprint."""
+
+import asyncio
+import time
+
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from cluster.engine import EngineFailed, EngineServer, _core_ids, engine_application
+from cluster.messages import Finished, TextDelta
+from cluster.pools import PoolConfig
+from memory_worker.embedded import ensure_embedded_model
+from tests.cluster.tiny_engine import ray_session, tiny_engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    config = tiny_engine(ensure_embedded_model(tmp_path_factory.mktemp("model")), cpu_cores="0")
+    with ray_session():
+        before = ray.available_resources()["CPU"]
+        app = engine_application(EngineServer, config, PoolConfig(), name="Engine", arguments={})
+        handle = serve.run(app, name="engine", route_prefix=None)
+        assert before - ray.available_resources()["CPU"] == 1.0  # the pool's cpus_per_replica and nothing else
+        yield handle
+        core = _engine_core()
+    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE  # nothing outlives Serve
+
+
+def _engine_core() -> psutil.Process:
+    cores = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()]
+    (core,) = cores  # scheduler and model in one process
+    return core
+
+
+async def _collect(engine, tokens, **options):
+    return [o async for o in engine.options(stream=True).stream.remote(tokens, **options)]
+
+
+async def test_it_streams_text_and_ends_with_what_it_cost(engine):
+    *deltas, end = await _collect(engine, list(range(300, 340)), max_tokens=16, ignore_eos=True)
+    assert end == Finished(40, 16, "length")
+    assert len(deltas) > 4 and all(isinstance(d, TextDelta) and d.text for d in deltas)
+    again = await _collect(engine, list(range(300, 340)), max_tokens=16, ignore_eos=True)
+    assert "".join(d.text for d in again[:-1]) == "".join(d.text for d in deltas)
+
+
+async def test_a_stop_string_ends_it_and_is_left_out(engine):
+    *deltas, _ = await _collect(engine, list(range(300, 340)), max_tokens=32, ignore_eos=True)
+    text = "".join(d.text for d in deltas)
+    stop = text[len(text) // 2 :][:4]
+    *short, end = await _collect(engine, list(range(300, 340)), max_tokens=32, ignore_eos=True, stop=[stop])
+    assert end.reason == "stop" and "".join(d.text for d in short) == text[: text.index(stop)]
+
+
+async def test_too_long_a_prompt_is_refused_with_the_limit(engine):
+    with pytest.raises(ValueError, match="1024"):
+        await _collect(engine, [300] * 1100, max_tokens=4)
+
+
+async def test_the_engine_stays_on_its_core(engine):
+    assert _engine_core().cpu_affinity() == [0]
+
+
+async def test_a_cancelled_request_is_aborted_in_the_engine(engine):
+    response = engine.options(stream=True).stream.remote([301, 302], max_tokens=900, ignore_eos=True)
+    await anext(response)
+    stats = await engine.stats.remote()
+    assert (stats.requests, stats.working) == (1, True)
+    response.cancel()
+    started = time.monotonic()
+    while stats.requests or stats.working:
+        assert time.monotonic() - started < 1.0  # 900 tokens take longer
+        stats = await engine.stats.remote()
+
+
+async def test_a_dead_engine_is_a_clear_error_and_is_replaced(engine):
+    response = engine.options(stream=True).stream.remote([301, 302], max_tokens=900, ignore_eos=True)
+    await anext(response)
+    _engine_core().kill()
+    with pytest.raises(EngineFailed, match="died"):
+        async for _ in response:
+            pass
+    async with asyncio.timeout(90):
+        while True:
+            try:
+                *_, end = await _collect(engine, [301, 302], max_tokens=4, ignore_eos=True)
+                break
+            except (EngineFailed, ray.exceptions.RayActorError, serve.exceptions.DeploymentUnavailableError):
+                await asyncio.sleep(0.5)  # Serve says nowhere when a replica has been replaced
+    assert end == Finished(2, 4, "length")
+
+
+def test_core_lists_are_read_as_taskset_reads_them():
+    assert _core_ids("0-2,5") == {0, 1, 2, 5}

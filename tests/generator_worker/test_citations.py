@@ -1,0 +1,24 @@
+import pytest
+
+from generator_worker.citations import resolve_citations
+from generator_worker.messages import Citation, Source
+
+SOURCES = (Source("a", 0, 10, "one"), Source("b", 5, 9, "two"), Source("a", 40, 60, "three"))
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("Darcy [1] proposes.", [1]),
+        ("Twice [3][1], and again [3].", [3, 1]),
+        ("Both [1, 2] and [2,3].", [1, 2, 3]),
+        ("他来了【2】，又走了［1］。见[1、3]。", [2, 1, 3]),
+        ("None [0] of [4] these [99], nor [a] nor [] nor 1.", []),
+        ("", []),
+        ("[ 2 ] with [4, 1]", [2, 1]),
+    ],
+)
+def test_numbers_in_brackets_become_their_passages(text, numbers):
+    assert resolve_citations(text, SOURCES) == tuple(
+        Citation(n, SOURCES[n - 1].document, SOURCES[n - 1].start, SOURCES[n - 1].end) for n in numbers
+    )

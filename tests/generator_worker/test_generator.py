@@ -1,0 +1,197 @@
+"""Both generators, real: vLLM through Ray Serve, and a second server that speaks OpenAI's protocol."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import psutil
+import pytest
+from ray import serve
+
+from cluster.messages import TextDelta
+from cluster.pools import PoolConfig
+from generator_worker.config import GeneratorConfig, RemoteConfig
+from generator_worker.errors import GenerationFailed, QuestionTooLong
+from generator_worker.generator import generator_application
+from generator_worker.messages import GenerateRequest, Generation, Source
+from memory_worker.embedded import ensure_embedded_model
+from tests.cluster.tiny_engine import ray_session, tiny_engine
+
+KEY = "correct horse"
+REQUEST = GenerateRequest(
+    task="answer",
+    question="Who opened the gate?",
+    sources=tuple(Source("book", 80 * i, 80 * i + 70, f"Passage {i} tells of the gate. " * 3, i) for i in range(4)),
+    language="en",
+    max_tokens=24,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ensure_embedded_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def session():
+    os.environ["GENERATOR_TEST_KEY"] = KEY
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def endpoint(session, model, tmp_path_factory):
+    """A vLLM server of its own; it starts while our own engine does."""
+    port = _free_port()
+    log = (tmp_path_factory.mktemp("endpoint") / "log").open("wb")
+    options = (
+        f"--model {model} --served-model-name tiny --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager "
+        "--max-model-len 1024 --block-size 32 --max-num-seqs 8"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--api-key", KEY, *options.split()],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    yield process, f"http://127.0.0.1:{port}/v1", log.name
+    family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else [process]
+    process.terminate()
+    process.wait(30)
+    psutil.wait_procs([p for p in family if isinstance(p, psutil.Process)], 30)
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def local(endpoint, model):
+    config = GeneratorConfig(engine=tiny_engine(model), max_answer_tokens=40)
+    app = generator_application(config, PoolConfig(cpus_per_replica=1))
+    return serve.run(app, name="local", route_prefix=None).options(stream=True)
+
+
+@pytest.fixture(scope="module")
+def remote(local, model, endpoint):
+    process, url, log = endpoint
+    _wait_for(url.removesuffix("/v1") + "/health", process, log)
+    return _remote(model, url, "remote")
+
+
+def _remote(model, url, name, **changes):
+    settings = {
+        "base_url": url,
+        "model": "tiny",
+        "tokenizer": str(model),
+        "max_model_len": 1024,
+        "api_key_env": "GENERATOR_TEST_KEY",
+    }
+    config = GeneratorConfig(remote=RemoteConfig.model_validate(settings | changes), max_answer_tokens=40)
+    app = generator_application(config, PoolConfig(cpus_per_replica=0.1), name)
+    return serve.run(app, name=name, route_prefix=None).options(stream=True)
+
+
+async def _collect(handle, request):
+    *deltas, end = [item async for item in handle.generate.remote(request)]
+    assert all(isinstance(delta, TextDelta) for delta in deltas) and isinstance(end, Generation)
+    assert end.text == "".join(delta.text for delta in deltas)
+    return end, len(deltas)
+
+
+async def test_our_own_engine_streams_an_answer(local):
+    end, deltas = await _collect(local, REQUEST)
+    assert deltas > 2 and end.sources == REQUEST.sources and end.finish_reason in ("stop", "length")
+    assert 0 < end.completion_tokens <= 24 and end.prompt_tokens > 100
+    assert (await local.options(stream=False).describe.remote()).remote is False
+
+
+async def test_what_does_not_fit_is_left_out_and_said(local):
+    many = replace(REQUEST, sources=tuple(replace(REQUEST.sources[0], score=i) for i in range(100)))
+    end, _ = await _collect(local, many)
+    assert 10 < len(end.sources) < 100 and end.prompt_tokens + 24 <= 1024
+    assert min(source.score for source in end.sources) == 100 - len(end.sources)
+
+
+async def test_a_question_too_long_is_its_own_error(local):
+    with pytest.raises(QuestionTooLong, match="1024"):
+        await _collect(local, replace(REQUEST, question="gate " * 1500))
+
+
+async def test_sixteen_at_once_answer_as_one_alone(local):
+    requests = [replace(REQUEST, question=f"Who opened gate number {i}?") for i in range(16)]
+    alone = [(await _collect(local, request))[0].text for request in requests[:3]]
+    together = await asyncio.gather(*[_collect(local, request) for request in requests])
+    assert [end.text for end, _ in together[:3]] == alone
+
+
+@pytest.mark.parametrize("name", ["local", "remote"])
+async def test_a_client_that_stops_stops_the_engine(name, local, remote):
+    handle = {"local": local, "remote": remote}[name]
+    one_shot = handle.options(stream=False)
+    response = handle.generate.remote(replace(REQUEST, max_tokens=480))
+    await anext(response)
+    assert (await one_shot.stats.remote()).requests == 1
+    response.cancel()
+    started = time.monotonic()
+    while (stats := await one_shot.stats.remote()).requests or stats.working:
+        assert time.monotonic() - started < 1.0  # the whole answer takes longer
+
+
+async def test_the_endpoint_answers_as_our_own_engine_does(local, remote):
+    for request in (REQUEST, replace(REQUEST, task="summarize", question="", language="zh")):
+        ours, _ = await _collect(local, request)
+        theirs, deltas = await _collect(remote, request)
+        assert deltas > 2 and theirs == ours  # text, citations, token counts, finish reason
+
+
+async def test_a_wrong_key_is_named(session, model, remote, endpoint):
+    wrong = _remote(model, endpoint[1], "wrong-key", api_key_env="PATH")
+    with pytest.raises(GenerationFailed, match=r"refuses the key.*PATH"):
+        await _collect(wrong, REQUEST)
+
+
+async def test_an_unknown_model_is_the_endpoints_own_message(session, model, remote, endpoint):
+    unknown = _remote(model, endpoint[1], "unknown-model", model="gpt-none")
+    with pytest.raises(GenerationFailed, match=r"gpt-none.*answered with an error.*does not exist"):
+        await _collect(unknown, REQUEST)
+
+
+async def test_a_dead_endpoint_is_named(session, model):
+    url = f"http://127.0.0.1:{_free_port()}/v1"
+    with pytest.raises(GenerationFailed, match=f"{url}.*cannot be reached"):
+        await _collect(_remote(model, url, "nobody"), REQUEST)
+
+
+async def test_an_endpoint_that_dies_in_the_middle_is_an_error_and_no_answer(remote, endpoint):
+    response = remote.generate.remote(replace(REQUEST, max_tokens=480))
+    await anext(response)
+    process = psutil.Process(endpoint[0].pid)
+    for child in process.children(recursive=True):
+        child.kill()
+    process.kill()
+    with pytest.raises(GenerationFailed):
+        async for _ in response:
+            pass
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: str) -> None:
+    deadline = time.monotonic() + 150
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            if process.poll() is not None or time.monotonic() > deadline:
+                with open(log, errors="replace") as lines:  # noqa: PTH123
+                    pytest.fail("the endpoint did not start:\n" + lines.read()[-2000:])
+            time.sleep(0.2)  # another process opens the port; there is nothing to await

@@ -1,0 +1,166 @@
+"""Runs real engines over real memories in a process of its own and prints, as JSON, what was seen.
+
+`test_connector_parity.py` runs it and says what is right: `python -m tests.memory_worker.recall_scenarios FOLDER`.
+"""
+
+import copy
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.memory_worker.recalling import IN_PROCESS
+
+os.environ.update(IN_PROCESS)
+
+import ray  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from memory_worker.beacon import BeaconModel  # noqa: E402
+from memory_worker.embedded import ensure_embedded_model  # noqa: E402
+from memory_worker.messages import MemoryKey  # noqa: E402
+from memory_worker.store import MemoryStore  # noqa: E402
+from tests.memory_worker.recalling import (  # noqa: E402
+    NAMESPACE,
+    Reference,
+    Slots,
+    connector_config,
+    engine,
+    recalled,
+    request,
+    store_slots,
+)
+
+GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens"
+NEW_TOKENS = 24
+BLOCK = 32
+# Aligned to the block size, not aligned, one slot more than a block, less than a block.
+SLOTS = {"aligned": 256, "unaligned": 250, "block-and-one": 33, "small": 20}
+HEAD = 7
+
+
+def main(folder: Path) -> None:
+    chance = random.Random(5)
+    store = MemoryStore(str(folder / "store"))
+    embedded = ensure_embedded_model(folder)
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="rec", dir="/tmp") as temporary:
+        ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20, _temp_dir=temporary,
+                 namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")  # fmt: skip
+        memories = {name: memorized(embedded, slots, chance) for name, slots in SLOTS.items()}
+        memories["twin"] = memorized(embedded, SLOTS["unaligned"], chance)
+        for name, parts in memories.items():
+            store_slots(store, key(name), parts)
+        reference = Reference(embedded)
+        questions = [[chance.randrange(4096) for _ in range(chance.randint(3, 40))] for _ in range(32)]
+        ask = [(name, question) for i, question in enumerate(questions) for name in [list(SLOTS)[i % len(SLOTS)]]]
+        caches = {name: reference.cache(parts) for name, parts in memories.items()}
+        right = [reference.continued(copy.deepcopy(caches[name]), q, NEW_TOKENS) for name, q in ask]
+        requests = [request(key(name), SLOTS[name], question, NEW_TOKENS) for name, question in ask]
+
+        with engine(embedded, connector_config(store), block_size=BLOCK) as llm:
+            answers = recalled(llm, requests)
+            seen["concurrent"] = {"right": same(answers, right), "loads": worker(llm)}
+            answers = recalled(llm, requests)
+            seen["warm"] = {"right": same(answers, right), "loads": worker(llm)}
+            seen["twins"] = twins(llm, reference, caches, questions[0])
+            seen["unsalted"] = recalled(llm, [request(key("small"), 20, questions[0], 4, salt=False)])
+            seen["failures"] = failures(llm, store, requests, right)
+        # 24 blocks hold 768 tokens: too few for all memories and questions at once.
+        tight = {"block_size": BLOCK, "num_gpu_blocks_override": 24, "max_model_len": 512, "disable_log_stats": False}
+        with engine(embedded, connector_config(store), **tight) as llm:
+            answers = [recalled(llm, requests) for _ in range(2)]
+            seen["tight"] = {
+                "right": [same(a, right) for a in answers],
+                "preempted": preemptions(llm),
+                "loads": worker(llm),
+            }
+        with engine(embedded, connector_config(store), dtype="bfloat16") as llm:
+            seen["bfloat16"] = {"answered": sum(len(a) == NEW_TOKENS for a in recalled(llm, requests[:4]))}
+        with engine(embedded, connector_config(store, fingerprint="0" * 64)) as llm:
+            seen["other_model"] = recalled(llm, requests[:2])
+        if GOLDENS.exists():
+            seen["goldens"] = {path.name: goldens(path, store) for path in sorted(GOLDENS.iterdir())}
+        ray.shutdown()
+    print("SEEN", json.dumps(seen))
+
+
+def key(memory: str) -> MemoryKey:
+    return MemoryKey("tests", memory, "v000001-00000000")
+
+
+def memorized(model: Path, slots: int, chance: random.Random) -> list[Slots]:
+    """A head and two documents of random tokens, encoded after the head, that make `slots` slots."""
+    beacon = BeaconModel.from_pretrained(model, dtype=torch.float32, device="cpu")
+    head = beacon.compress([chance.randrange(4096) for _ in range(HEAD)], ratio=8, head=HEAD)
+    first = (slots - HEAD) // 3
+    parts = [head]
+    for count in (first, slots - HEAD - first):
+        tokens = [chance.randrange(4096) for _ in range(count * 8 - 3)]  # the last beacon stands for a remainder
+        parts.append(beacon.compress(tokens, ratio=8, memory=head))
+    assert sum(len(part) for part in parts) == slots
+    return [(part.keys, part.values) for part in parts]
+
+
+def same(answers: list[Any], right: list[list[int]]) -> int:
+    return sum(answer == tokens for answer, tokens in zip(answers, right, strict=True))
+
+
+def worker(llm: Any) -> dict[str, float]:
+    return llm.collective_rpc("recall_stats")[0]
+
+
+def preemptions(llm: Any) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def twins(llm: Any, reference: Reference, caches: Any, question: list[int]) -> dict[str, Any]:
+    """The same question to two memories of as many slots, one after the other and both at once."""
+    names = ("unaligned", "twin")
+    asked = [request(key(name), SLOTS["unaligned"], question, NEW_TOKENS) for name in names]
+    right = [reference.continued(copy.deepcopy(caches[name]), question, NEW_TOKENS) for name in names]
+    apart = [recalled(llm, [one])[0] for one in asked]
+    return {"differ": right[0] != right[1], "apart": same(apart, right), "together": same(recalled(llm, asked), right)}
+
+
+def failures(llm: Any, store: MemoryStore, requests: list[Any], right: list[Any]) -> dict[str, Any]:
+    """A memory that is not there, one with other slots than asked for, one of another shape; others go on."""
+    question = [5, 6, 7]
+    odd = torch.randn(4, 2, 40, 32), torch.randn(4, 2, 40, 32)  # 32 dimensions a head; the engine has 64
+    store_slots(store, key("odd"), [odd, odd])
+    late = [(torch.randn(4, 2, n, 64), torch.randn(4, 2, n, 64)) for n in (3, 47)]
+    missing = request(key("late"), 50, question, 4)
+    bad = [missing, request(key("small"), 21, question, 4), request(key("odd"), 80, question, 4)]
+    bad.append(request(key("nonsense"), 1000, [], 4))  # nothing beside the memory
+    bad.append(request(MemoryKey("tests", "bad/key", "x"), 8, question, 4))
+    llm.reset_prefix_cache()
+    answers = recalled(llm, [*bad, *requests])
+    store_slots(store, key("late"), late)
+    again = recalled(llm, [missing])[0]
+    return {"answers": answers[: len(bad)], "others": same(answers[len(bad) :], right), "retried": len(again)}
+
+
+def goldens(folder: Path, store: MemoryStore) -> dict[str, bool]:
+    """The reference implementation's own memories and what it generated after them."""
+    expected = load_file(folder / "expected.safetensors")
+    cases = [case["name"] for case in json.loads((folder / "cases.json").read_text())["cases"] if case["question"]]
+    with engine(folder / "model", connector_config(store), skip_tokenizer_init=True) as llm:
+        asked, right = [], []
+        for case in cases:
+            keys, values = expected[f"{case}.keys"], expected[f"{case}.values"]
+            name = MemoryKey("goldens", folder.name, f"v000001-{cases.index(case):08x}")
+            split = keys.shape[2] // 2  # in two parts, as head and document
+            store_slots(
+                store, name, [(keys[:, :, :split], values[:, :, :split]), (keys[:, :, split:], values[:, :, split:])]
+            )
+            right.append(expected[f"{case}.greedy"].tolist())
+            asked.append(request(name, keys.shape[2], expected[f"{case}.question"].tolist(), len(right[-1])))
+        return {case: answer == r for case, answer, r in zip(cases, recalled(llm, asked), right, strict=True)}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,152 @@
+"""What the connector decides without an engine: heads of ranks, tails kept rotated, memories refused."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from memory_worker.beacon import Rope
+from memory_worker.loading import CacheLayer, Expected, LoadFailed, MemoryLoader, SlotRange, heads_of_rank
+from memory_worker.manifest import MemoryShape
+from memory_worker.messages import MemoryKey
+
+CONFIG = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 10000.0}
+BLOCK = 16
+LAYERS, KV_HEADS, HEAD_DIM = 2, 4, 16
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "ranks", "held"),
+    [
+        (8, 1, [range(8)]),
+        (8, 4, [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]),
+        (2, 2, [range(0, 1), range(1, 2)]),
+        (2, 8, [range(0, 1)] * 4 + [range(1, 2)] * 4),
+        (1, 3, [range(0, 1)] * 3),
+    ],
+)
+def test_ranks_hold_a_share_of_the_heads_or_a_copy_of_one(kv_heads: int, ranks: int, held: list[range]) -> None:
+    assert [range(kv_heads)[heads_of_rank(kv_heads, ranks, rank)] for rank in range(ranks)] == held
+
+
+def test_heads_that_cannot_be_shared_are_an_error() -> None:
+    with pytest.raises(ValueError, match="6 KV heads cannot be shared by 4"):
+        heads_of_rank(6, 4, 0)
+
+
+class Cache:
+    """A paged cache as simple as can be: `[2, layers, blocks * BLOCK, heads, head_dim]`."""
+
+    def __init__(self, heads: int) -> None:
+        self.slots = torch.full((2, LAYERS, 64 * BLOCK, heads, HEAD_DIM), float("nan"))
+        self.layers = [CacheLayer(index, self._writer(index)) for index in range(LAYERS)]
+
+    def _writer(self, layer: int) -> Any:
+        def write(keys: torch.Tensor, values: torch.Tensor, mapping: torch.Tensor) -> None:
+            self.slots[0, layer, mapping] = keys
+            self.slots[1, layer, mapping] = values
+
+        return write
+
+    def read(self, wanted: SlotRange) -> torch.Tensor:
+        positions = torch.arange(wanted.start, wanted.end)
+        return self.slots[:, :, torch.tensor(wanted.blocks)[positions // BLOCK] * BLOCK + positions % BLOCK]
+
+
+class Keeper:
+    """Holds one memory in chunks of the given slots, and counts how often it is asked."""
+
+    def __init__(self, *chunks: int, dtype: str = "float32") -> None:
+        generator = torch.Generator().manual_seed(sum(chunks))
+        self.whole = torch.randn(2, LAYERS, sum(chunks), KV_HEADS, HEAD_DIM, generator=generator)
+        raw = self.whole.numpy()
+        if dtype == "bfloat16":
+            raw = self.whole.to(torch.bfloat16).view(torch.uint16).numpy()
+            self.whole = self.whole.to(torch.bfloat16).float()
+        starts = [sum(chunks[:i]) for i in range(len(chunks))]
+        self.memory = SimpleNamespace(
+            chunks=[raw[:, :, start : start + count] for start, count in zip(starts, chunks, strict=True)],
+            slots=chunks,
+            total_slots=sum(chunks),
+            shape=MemoryShape(layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype),
+            fingerprint="a" * 64,
+        )
+        self.asked = 0
+
+    def fetch(self, key: MemoryKey) -> Any:
+        assert key == MemoryKey("t", "m", "v")
+        self.asked += 1
+        return self.memory
+
+    def loader(self, heads: slice = slice(None), **changes: Any) -> MemoryLoader:
+        expected = Expected(LAYERS, KV_HEADS, HEAD_DIM, "a" * 64)._replace(**changes)
+        return MemoryLoader(
+            self.fetch, Rope.from_config(CONFIG), expected, heads=heads, block_size=BLOCK, dtype=torch.float32
+        )
+
+    def rotated(self) -> torch.Tensor:
+        positions = torch.arange(self.memory.total_slots)
+        keys = Rope.from_config(CONFIG).rotate(self.whole[0].transpose(1, 2), positions).transpose(1, 2)
+        return torch.stack([keys, self.whole[1]])
+
+
+@pytest.fixture(autouse=True)
+def chunks_are_their_own_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+
+
+def wanted(slots: int, start: int = 0, first_block: int = 3) -> SlotRange:
+    blocks = tuple(first_block + 2 * i for i in range(-(-slots // BLOCK)))
+    return SlotRange("t/m/v", slots, start, slots, blocks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunks", [(48,), (5, 45), (3, 20, 30, 1)])
+@pytest.mark.parametrize("heads", [slice(0, 4), slice(2, 4), slice(1, 2)])
+def test_slots_land_rotated_in_their_blocks(dtype: str, chunks: tuple[int, ...], heads: slice) -> None:
+    keeper = Keeper(*chunks, dtype=dtype)
+    cache, whole = Cache(heads.stop - heads.start), wanted(sum(chunks))
+    keeper.loader(heads).load(whole, cache.layers, torch.device("cpu"))
+    assert torch.equal(cache.read(whole), keeper.rotated()[:, :, :, heads])
+    assert int((~cache.slots.isnan()).all(-1).all(-1).sum()) == 2 * LAYERS * sum(chunks)  # and nowhere else
+
+
+@pytest.mark.parametrize("chunks", [(50,), (40, 10), (49, 1), (9,)])
+def test_a_tail_is_rotated_once_and_written_for_each_question(chunks: tuple[int, ...]) -> None:
+    keeper = Keeper(*chunks)
+    loader, slots = keeper.loader(), sum(chunks)
+    loader.load(wanted(slots), Cache(KV_HEADS).layers, torch.device("cpu"))
+    for first_block in (1, 20):
+        cache, tail = Cache(KV_HEADS), wanted(slots, slots - slots % BLOCK, first_block)
+        loader.load(tail, cache.layers, torch.device("cpu"))
+        assert torch.equal(cache.read(tail), keeper.rotated()[:, :, tail.start :])
+    assert (keeper.asked, loader.stats.tail_hits, loader.stats.rotated_slots) == (1, 2, slots)
+
+
+def test_a_range_from_the_middle_is_rotated_to_its_own_slots() -> None:
+    keeper = Keeper(30, 30, 30)
+    cache, rest = Cache(KV_HEADS), wanted(90, start=2 * BLOCK)
+    keeper.loader().load(rest, cache.layers, torch.device("cpu"))
+    assert torch.equal(cache.read(rest), keeper.rotated()[:, :, 2 * BLOCK :])
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots", "message"),
+    [
+        ({}, 41, "counts 41 slots, but the memory has 40"),
+        ({"layers": 3}, 40, "2 layers, 4 heads and 16 dimensions a head, but the engine 3, 4 and 16"),
+        ({"fingerprint": "b" * 64}, 40, "encoded by the model aaaaaaaaaaaa, but the engine runs bbbbbbbbbbbb"),
+    ],
+)
+def test_a_memory_that_does_not_fit_the_engine_is_refused(changes: Any, slots: int, message: str) -> None:
+    with pytest.raises(LoadFailed, match=message):
+        Keeper(40).loader(**changes).load(wanted(slots), Cache(KV_HEADS).layers, torch.device("cpu"))
+
+
+def test_a_chunk_of_another_shape_is_refused() -> None:
+    keeper = Keeper(40)
+    keeper.memory.chunks[0] = keeper.memory.chunks[0][:, :1]
+    with pytest.raises(LoadFailed, match="a chunk has the shape"):
+        keeper.loader().load(wanted(40), Cache(KV_HEADS).layers, torch.device("cpu"))

@@ -1,0 +1,227 @@
+"""The Python client against a small HTTP server that does what a real one seldom does: break off, page, fail.
+
+What it does against the real server is tested in tests/system/.
+"""
+
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from email.parser import BytesParser
+from email.policy import HTTP
+
+import pytest
+
+from serving import MemoRAG
+from serving.client import Answer, MemoRAGError, ServerUnreachable
+
+PASSAGE = {"document": "a", "start": 0, "end": 4, "text": "gate", "score": 0.5}
+ANSWER = {
+    "memory": "m", "version": "1", "task": "memorag", "answer": "twice [1]",
+    "citations": [{"n": 1, "document": "a", "start": 0, "end": 4}], "evidence": [PASSAGE],
+    "clues": [{"kind": "span", "text": "门 gate"}], "passages": [PASSAGE], "degraded": ["untrained-model"], "usage": {},
+    "timings_ms": {"recall": 1.0, "retrieve": 2.0, "generate": 3.0, "total": 6.0},
+}  # fmt: skip
+PROGRESS = {"status": "memorizing", "done_tokens": 5, "total_tokens": 10, "tokens_per_second": 2.0, "seconds_left": 2.5}
+
+
+def memory(status: str, id: str = "m") -> dict:
+    return {"id": id, "status": status, "documents": []}
+
+
+def sse(*events: tuple[str, dict]) -> bytes:
+    return "".join(f"event: {name}\r\ndata: {json.dumps(data)}\r\n\r\n" for name, data in events).encode()
+
+
+class Stub:
+    """Answers `METHOD path` with the next of its (status, content type, body, cut off) and records requests."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[tuple[int, str, bytes, bool]]] = {}
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.url = ""
+
+    def add(self, route: str, body: object, status: int = 200, kind: str = "application/json", cut: bool = False):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.answers.setdefault(route, []).append((status, kind, data, cut))
+
+    def events(self, route: str, *events: tuple[str, dict], cut: bool = False):
+        self.add(route, sse(*events), kind="text/event-stream", cut=cut)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    state = Stub()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            route = f"{self.command} {self.path}"
+            state.requests.append((route, dict(self.headers), body))
+            answers = state.answers[route]
+            status, kind, data, cut = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data) + (100 if cut else 0)))  # cut: promises more than comes
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_DELETE = handle_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_text_is_sent_as_json_and_waited_for(stub: Stub) -> None:
+    stub.add("POST /v1/memories", memory("memorizing"), 202)
+    stub.events("GET /v1/memories/m/events", ("progress", PROGRESS), ("ready", memory("ready")))
+    stub.add("GET /v1/memories/m", memory("ready"))
+    seen: list = []
+    with MemoRAG(stub.url + "/", api_key="key") as client:
+        made = client.memorize(text="the gate", id="m", ratio=4, progress=seen.append)
+    assert made.status == "ready" and seen == [PROGRESS]
+    _, headers, body = stub.requests[0]
+    assert json.loads(body) == {"id": "m", "ratio": 4, "documents": [{"text": "the gate"}]}
+    assert headers["Authorization"] == "Bearer key"
+
+
+def test_files_are_sent_as_multipart(stub: Stub, tmp_path) -> None:
+    stub.add("POST /v1/memories", memory("ready"), 202)
+    paths = [tmp_path / "one.txt", tmp_path / "two.md"]
+    for path in paths:
+        path.write_text(f"text of {path.name}")
+    with MemoRAG(stub.url) as client:
+        client.memorize(*paths, title="Zwei", ratio=8)
+    _, headers, body = stub.requests[0]
+    head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
+    parts = [
+        (part.get_param("name", header="content-disposition"), part.get_filename(), part.get_payload(decode=True))
+        for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts()
+    ]
+    assert sorted(parts, key=str) == sorted(
+        [
+            ("title", None, b"Zwei"),
+            ("ratio", None, b"8"),
+            ("files", "one.txt", b"text of one.txt"),
+            ("files", "two.md", b"text of two.md"),
+        ],
+        key=str,
+    )
+
+
+def test_progress_outlives_broken_connections(stub: Stub) -> None:
+    stub.add("POST /v1/memories", memory("memorizing"), 202)
+    route = "GET /v1/memories/m/events"
+    stub.events(route, ("progress", PROGRESS), cut=True)
+    stub.events(route, cut=True)
+    stub.events(route, ("progress", PROGRESS), ("ready", memory("ready")))
+    stub.add("GET /v1/memories/m", memory("ready"))
+    with MemoRAG(stub.url) as client:
+        assert client.memorize(text="x", progress=False).status == "ready"
+    assert [r for r, *_ in stub.requests].count(route) == 3
+
+
+def test_a_connection_that_never_holds_is_given_up(stub: Stub) -> None:
+    stub.add("POST /v1/memories", memory("memorizing"), 202)
+    stub.events("GET /v1/memories/m/events", cut=True)
+    with MemoRAG(stub.url) as client, pytest.raises(ServerUnreachable, match="broke off"):
+        client.memorize(text="x")
+
+
+def test_a_failed_memory_is_an_error(stub: Stub) -> None:
+    stub.add("POST /v1/memories", memory("memorizing"), 202)
+    failed = memory("failed") | {"error": "disk full"}
+    stub.events("GET /v1/memories/m/events", ("failed", failed))
+    stub.add("GET /v1/memories/m", failed)
+    with MemoRAG(stub.url) as client, pytest.raises(MemoRAGError, match="memory 'm' failed: disk full"):
+        client.memorize(text="x")
+
+
+def test_memories_go_over_pages(stub: Stub) -> None:
+    stub.add("GET /v1/memories", {"memories": [memory("ready", "a"), memory("ready", "b")], "next_cursor": "b+/"})
+    stub.add("GET /v1/memories?cursor=b%2B%2F", {"memories": [memory("failed", "c")], "next_cursor": None})
+    with MemoRAG(stub.url) as client:
+        assert [(m.id, m.status) for m in client.memories()] == [("a", "ready"), ("b", "ready"), ("c", "failed")]
+
+
+def test_ask_and_the_stages(stub: Stub) -> None:
+    stub.add("GET /v1/memories/m", memory("ready"))
+    stub.add("POST /v1/memories/m/answer", ANSWER)
+    stub.add("POST /v1/memories/m/summary", ANSWER)
+    stub.add("POST /v1/memories/m/clues", {"clues": ANSWER["clues"]})
+    stub.add("POST /v1/memories/m/passages", {"passages": [PASSAGE]})
+    stub.add("DELETE /v1/memories/m", b"", 204)
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        answer = book.ask("how often?", max_tokens=7, language="en")
+        assert (answer.text, answer.citations[0]["n"], answer.degraded) == ("twice [1]", 1, ["untrained-model"])
+        assert answer.clues == ANSWER["clues"] and answer.passages == answer.evidence == [PASSAGE]
+        assert answer.timings["total"] == 6.0 and answer.raw == ANSWER
+        assert book.summarize() == Answer.of(ANSWER)
+        assert book.clues("q") == ANSWER["clues"] and book.passages("q") == [PASSAGE]
+        book.delete()
+    bodies = {route: json.loads(body) for route, _, body in stub.requests if body}
+    asked = {"question": "how often?", "task": "memorag", "max_tokens": 7, "language": "en"}
+    assert bodies["POST /v1/memories/m/answer"] == asked
+    assert bodies["POST /v1/memories/m/summary"] == {}
+    assert bodies["POST /v1/memories/m/clues"] == {"question": "q"}
+    assert stub.requests[-1][0] == "DELETE /v1/memories/m"
+
+
+def test_streams_yield_events_and_raise_their_errors(stub: Stub) -> None:
+    stub.add("GET /v1/memories/m", memory("ready"))
+    route = "POST /v1/memories/m/answer"
+    stub.events(route, ("clue", ANSWER["clues"][0]), ("token", {"text": "twice\n"}), ("done", ANSWER))
+    stub.events(route, ("passage", PASSAGE), ("error", {"title": "Unavailable", "status": 503, "detail": "no engine"}))
+    with MemoRAG(stub.url) as client:
+        events = list(client.memory("m").ask("q", stream=True))
+        assert [event.name for event in events] == ["clue", "token", "done"]
+        assert events[0].data["text"] == "门 gate" and events[1].data["text"] == "twice\n"
+        second = client.memory("m").ask("q", stream=True)
+        assert next(second).name == "passage"
+        with pytest.raises(MemoRAGError, match="no engine") as caught:
+            next(second)
+    assert caught.value.status == 503 and caught.value.title == "Unavailable"
+    assert json.loads(stub.requests[1][2])["stream"] is True
+
+
+@pytest.mark.parametrize("call", [lambda c: c.memory("x/../y"), lambda c: c.delete("x/../y")])
+def test_problems_become_errors(stub: Stub, call: Callable) -> None:
+    problem = {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "there is no memory", "near": "y"}
+    for method in ("GET", "DELETE"):
+        stub.add(f"{method} /v1/memories/x%2F..%2Fy", problem, 404, "application/problem+json")
+    with MemoRAG(stub.url) as client, pytest.raises(MemoRAGError, match="there is no memory") as caught:
+        call(client)
+    assert (caught.value.status, caught.value.title, caught.value.problem["near"]) == (404, "Not Found", "y")
+
+
+def test_an_error_that_is_no_problem_document_is_shown_too(stub: Stub) -> None:
+    stub.add("GET /v1/memories/m", b"<h1>Bad Gateway</h1>", 502, "text/html")
+    stub.events("POST /v1/memories/m/answer", cut=False)
+    with MemoRAG(stub.url) as client, pytest.raises(MemoRAGError, match="Bad Gateway") as caught:
+        client.memory("m")
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "no-address"])
+def test_no_server_says_how_to_get_one(url: str) -> None:
+    with MemoRAG(url) as client, pytest.raises(ServerUnreachable, match=r"memorag up|http://HOST:PORT"):
+        list(client.memories())
+
+
+def test_either_files_or_text() -> None:
+    with MemoRAG() as client:
+        for arguments in ({}, {"text": "x", "paths": ("a.txt",)}):
+            with pytest.raises(ValueError, match="not both"):
+                client.memorize(*arguments.pop("paths", ()), **arguments)
+        with pytest.raises(FileNotFoundError):
+            client.memorize("missing.txt")

@@ -1,0 +1,149 @@
+"""A server's life, with real processes: started, found, killed, cleaned up after."""
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serving import daemon
+from serving.daemon import DaemonError, ServerOptions, ServerState
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+def up(storage: Path, profile: str = "ready", port: int = 0, timeout_s: float = 30) -> ServerState:
+    command = [sys.executable, str(STAND_IN), profile, str(storage), "127.0.0.1", str(port)]
+    options = ServerOptions(profile, str(storage), port=port)
+    return daemon.start(options, timeout_s=timeout_s, command=command)[0]
+
+
+def child_of(storage: Path) -> int:
+    found = re.search(r"^child (\d+)$", (storage / "server.log").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def assert_nothing_left(storage: Path, state: ServerState | None, child: int) -> None:
+    assert not lives(child)
+    assert not (storage / "server.json").exists()
+    if state:
+        assert state.process() is None
+        assert not Path(state.temporary).exists()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{state.address}/readyz")
+
+
+@pytest.fixture
+def storage(tmp_path: Path):
+    yield tmp_path
+    daemon.stop(tmp_path, grace_s=0.5)
+
+
+def test_up_answers_and_down_leaves_nothing(storage: Path) -> None:
+    state = up(storage)
+    child = child_of(storage)
+    assert httpx.get(f"{state.address}/readyz").is_success
+    assert lives(child) and Path(state.temporary).is_dir()
+    assert os.getsid(state.pid) == state.pid, "the server would end with the terminal"
+    assert daemon.stop(storage) is True
+    assert "stopped in order" in (storage / "server.log").read_text()
+    assert_nothing_left(storage, state, child)
+    assert daemon.stop(storage) is False
+
+
+def test_up_twice_finds_the_first(storage: Path) -> None:
+    first = up(storage)
+    again, started = daemon.start(ServerOptions("ready", str(storage)), timeout_s=5, command=["/bin/false"])
+    assert again == first and not started
+
+
+def test_two_storages_are_served_side_by_side(storage: Path, tmp_path_factory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    first, second = up(storage), up(other)
+    try:
+        assert first.address != second.address
+        assert daemon.stop(storage)
+        assert httpx.get(f"{second.address}/readyz").is_success
+        assert lives(child_of(other))
+    finally:
+        daemon.stop(other)
+
+
+def test_a_second_server_of_one_storage_is_refused(storage: Path) -> None:
+    state = up(storage)
+    with pytest.raises(DaemonError, match="another server owns .*memorag down --storage"):
+        daemon.run_server(ServerOptions("ready", str(storage)))
+    assert daemon.state_of(storage) == state
+    assert httpx.get(f"{state.address}/readyz").is_success
+
+
+@pytest.mark.parametrize("how", ["down", "up"])
+def test_a_killed_server_is_cleaned_up(storage: Path, how: str) -> None:
+    killed = up(storage)
+    child = child_of(storage)
+    os.kill(killed.pid, signal.SIGKILL)
+    psutil.wait_procs([p for p in [killed.process()] if p], timeout=10)
+    assert killed.process() is None and lives(child) and Path(killed.temporary).exists()
+    if how == "down":
+        assert daemon.stop(storage)
+        assert_nothing_left(storage, killed, child)
+    else:
+        state = up(storage)
+        assert state.pid != killed.pid
+        assert not lives(child) and not Path(killed.temporary).exists()
+
+
+def test_a_server_that_does_not_end_is_killed(storage: Path) -> None:
+    state = up(storage, "stubborn")
+    child = child_of(storage)
+    assert daemon.stop(storage, grace_s=1)
+    assert_nothing_left(storage, state, child)
+
+
+def test_a_crash_while_starting_shows_the_log_and_leaves_nothing(storage: Path) -> None:
+    with pytest.raises(DaemonError, match=r"ended before it was ready; the end of .*(?s:.*)the engine would not start"):
+        up(storage, "crash")
+    assert_nothing_left(storage, None, child_of(storage))
+
+
+def test_a_server_that_is_never_ready_is_given_up(storage: Path) -> None:
+    with pytest.raises(DaemonError, match="was not ready after 3 s"):
+        up(storage, "slow", timeout_s=3)
+    assert_nothing_left(storage, None, child_of(storage))
+
+
+def test_a_port_in_use_is_said_before_anything_starts(storage: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DaemonError, match=f"port {port} .*--port"):
+            up(storage, port=port)
+    assert not (storage / "server.log").exists()
+
+
+def test_a_stale_state_never_ends_a_stranger(storage: Path) -> None:
+    """The number of a dead server may belong to another process by now: here, to this one."""
+    temporary = storage / "temporary"
+    temporary.mkdir()
+    daemon._write_state(storage, ServerState(os.getpid(), 1.0, "ready", 1.0, str(temporary), "http://127.0.0.1:1"))
+    assert daemon.state_of(storage).process() is None
+    assert daemon.stop(storage)
+    assert not temporary.exists() and not (storage / "server.json").exists()
+
+
+def test_a_damaged_state_is_an_error_with_advice(storage: Path) -> None:
+    (storage / "server.json").write_text('{"pid": 1')
+    with pytest.raises(DaemonError, match="is damaged .*delete it"):
+        daemon.state_of(storage)
+    (storage / "server.json").unlink()

@@ -1,0 +1,100 @@
+"""The web page in a real browser, against the real server."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.system.conftest import ROOT, Server
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="no browser: apt-get update && apt-get install -y chromium chromium-driver"
+)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,1200",
+]  # fmt: skip
+WAIT_S = 120
+
+
+@pytest.fixture
+def page(server: Server, tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'browser'}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        driver.get(server.url)
+        yield driver
+    finally:
+        driver.quit()
+
+
+def wait(page: webdriver.Chrome, condition):
+    return WebDriverWait(page, WAIT_S).until(condition)
+
+
+def choose(page: webdriver.Chrome, name: str) -> None:
+    """Chooses a memory by its title, when it is ready."""
+    path = f"//ul[@id='memories']//button[contains(@class,'pick')][.//b[text()={json.dumps(name)}]][.//small[@class='ready']]"
+    wait(page, lambda p: p.find_elements(By.XPATH, path))[0].click()
+    wait(page, lambda p: p.find_element(By.ID, "go").is_enabled())
+
+
+def ask(page: webdriver.Chrome, question: str) -> None:
+    page.find_element(By.ID, "question").send_keys(question)
+    page.find_element(By.ID, "go").click()
+    wait(page, lambda p: p.find_element(By.ID, "timings").text or p.find_element(By.ID, "problem").is_displayed())
+    assert not page.find_element(By.ID, "problem").is_displayed(), page.find_element(By.ID, "problem").text
+
+
+def test_a_question_is_answered_with_its_grounds(page: webdriver.Chrome, server: Server, chronicle: dict) -> None:
+    page.refresh()
+    choose(page, chronicle["title"])
+    ask(page, "Who became keeper of the lighthouse at Marrow Head?")
+    assert page.find_elements(By.CSS_SELECTOR, "#passages li")
+    marks = [mark.get_property("textContent") for mark in page.find_elements(By.CSS_SELECTOR, "#passages mark")]
+    source = (ROOT / "examples" / "chronicle.txt").read_text()
+    assert marks and all(mark in source for mark in marks)
+    stages = [bar.text.split()[0] for bar in page.find_elements(By.CSS_SELECTOR, "#timings .bar")]
+    assert stages == ["recall", "retrieve", "generate", "total"]
+    assert "its words are noise" in page.find_element(By.ID, "notes").text
+
+
+def test_a_pasted_text_is_memorized_and_never_becomes_markup(page: webdriver.Chrome, server: Server) -> None:
+    hostile = "<img src=x onerror=\"document.title='taken over'\">"
+    page.find_element(By.ID, "title").send_keys(f"Notes {hostile}")
+    text = page.find_element(By.ID, "text")
+    page.execute_script(
+        "arguments[0].value = arguments[1]", text, f"The gate 𝒳 opened at noon. {hostile} It closed. " * 20
+    )
+    page.find_element(By.ID, "memorize").click()
+    wait(page, lambda p: p.find_elements(By.CSS_SELECTOR, "#memories .pick[aria-pressed=true] small.ready"))
+    ask(page, f"When did the gate open? {hostile}")
+    assert hostile in page.find_element(By.ID, "passages").get_property("textContent")
+    assert page.title == "MemoRAG" and not page.find_elements(By.CSS_SELECTOR, "main img")
+
+
+def test_a_refused_text_shows_why(page: webdriver.Chrome) -> None:
+    page.find_element(By.ID, "text").send_keys("   ")
+    page.find_element(By.ID, "memorize").click()
+    wait(page, lambda p: p.find_element(By.ID, "problem").is_displayed())
+    assert page.find_element(By.ID, "problem-detail").text
+    assert page.find_element(By.ID, "text").get_property("value") == "   ", "what was typed was lost"
+
+
+def test_nothing_is_fetched_from_elsewhere(page: webdriver.Chrome, server: Server) -> None:
+    wait(page, lambda p: p.find_elements(By.CSS_SELECTOR, "#memories li, #empty:not([hidden])"))
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert urls and all(url.startswith((server.url, "data:", "chrome:")) for url in urls), urls
+    refused = [entry["message"] for entry in page.get_log("browser") if "Content Security Policy" in entry["message"]]
+    assert not refused
