@@ -1,1 +1,1 @@
-"""Benchmarks: each is `python -m benchmarks.NAME [--json FILE]`, prints a table and runs its baseline in the same run."""
+"""Benchmarks: each is `python -m benchmarks.NAME [--json FILE]`, prints a table, runs its baseline too."""

@@ -52,17 +52,7 @@ def main() -> None:
         for name in arguments.lengths:
             for way, group in (("together", 0), ("one after another", 1)):
                 console.print(f"memorizing {name} tokens, windows {way} …")
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.memorize",
-                    "--case",
-                    folder,
-                    str(LENGTHS[name]),
-                    str(group),
-                ]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                case = cases[name, way] = json.loads(output.splitlines()[-1])
+                case = cases[name, way] = _measure_apart(folder, LENGTHS[name], group)
                 flops = counted_flops(LENGTHS[name])
                 rows.append(
                     {
@@ -77,15 +67,13 @@ def main() -> None:
                         "peak MB": case["peak_bytes"] / 1e6,
                     }
                 )
+    seconds = {key: case["seconds"] for key, case in cases.items()}
     ratios = {
-        f"together_over_sequential_{name}": cases[name, "one after another"]["seconds"]
-        / cases[name, "together"]["seconds"]
+        f"together_over_sequential_{name}": seconds[name, "one after another"] / seconds[name, "together"]
         for name in arguments.lengths
     }
     if {"10k", "1M"} <= {*arguments.lengths}:
-        per_flop = {
-            name: cases[name, "together"]["seconds"] / counted_flops(LENGTHS[name]) for name in arguments.lengths
-        }
+        per_flop = {name: seconds[name, "together"] / counted_flops(LENGTHS[name]) for name in arguments.lengths}
         ratios |= {f"time_per_flop_{name}_over_10k": value / per_flop["10k"] for name, value in per_flop.items()}
         long, short = cases["1M", "together"], cases["10k", "together"]
         ratios["peak_bytes_over_slot_bytes_1M"] = long["peak_bytes"] / long["slot_bytes"]
@@ -152,6 +140,14 @@ def write_model(folder: Path) -> None:
     }
     save_file({name: weight.to(torch.bfloat16) for name, weight in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _measure_apart(folder: str, tokens: int, group: int) -> dict[str, Any]:
+    """`_measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memorize", "--case", folder, str(tokens), str(group)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    case: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return case
 
 
 def _measure(folder: Path, tokens: int, group: int) -> dict[str, Any]:

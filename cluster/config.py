@@ -22,4 +22,6 @@ class EngineConfig(Settings):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of each GPU's memory that vLLM takes")
     enforce_eager: bool = Field(False, description="skip compilation and CUDA graphs: starts sooner, runs slower")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="KV cache of an engine that runs on the CPU, GiB")
-    cpu_cores: str = Field("auto", description="cores an engine on the CPU is kept on, such as 0 or 0-3; auto: as many as its pool grants, anywhere")
+    cpu_cores: str = Field(
+        "auto", description="cores of an engine on the CPU, such as 0 or 0-3; auto: any, as many as its pool grants"
+    )

@@ -1,7 +1,8 @@
 """vLLM engines on a pool, through `ray.serve.llm`: used by the Recaller and the Generator.
 
 `EngineServer` adds to Ray's `LLMServer` one method that takes token ids and streams text: the OpenAI routes
-would parse tens of thousands of placeholder ids as JSON and render every token as an event of its own.
+would parse tens of thousands of placeholder ids as JSON and render every token as an event of its own. Importing
+this module imports vLLM (10 s): code that only handles errors or messages takes them from their own modules.
 """
 
 import math
@@ -9,7 +10,6 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 
 from cluster.config import EngineConfig
-from cluster.messages import Finished, TextDelta
+from cluster.errors import EngineFailed
+from cluster.messages import EngineStats, Finished, TextDelta
 from cluster.pools import PoolConfig
 
 _QUIET = {
@@ -29,19 +30,6 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-class EngineFailed(Exception):
-    """The engine ended a request with an error; the request may be tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What one engine is doing."""
-
-    requests: int  # being generated or waiting for it, as the replica counts
-    working: bool  # whether the engine itself has anything to do
-    alive: bool
 
 
 class EngineServer(LLMServer):

@@ -18,3 +18,12 @@ class Finished:
     prompt_tokens: int  # memory slots included
     completion_tokens: int
     reason: str  # vLLM's finish reason: stop, length, …
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What one engine is doing."""
+
+    requests: int  # being generated or waiting for it, as the replica counts
+    working: bool  # whether the engine itself has anything to do
+    alive: bool

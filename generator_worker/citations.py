@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from generator_worker.messages import Citation, Source
+from cluster.messages import Finished
+from generator_worker.messages import Citation, Generation, Source
+from generator_worker.prompts import Prompt
 
 _NUMBERS = re.compile(r"[\[【［]\s*(\d{1,4}(?:\s*[,，、;；]\s*\d{1,4})*)\s*[\]】］]")
 
@@ -18,4 +20,17 @@ def resolve_citations(text: str, sources: Sequence[Source]) -> tuple[Citation, .
         Citation(n, sources[n - 1].document, sources[n - 1].start, sources[n - 1].end)
         for n in mentioned
         if 1 <= n <= len(sources)
+    )
+
+
+def finished_generation(pieces: list[str], prompt: Prompt, finished: Finished) -> Generation:
+    """The end of the answer to `prompt` whose deltas were `pieces`."""
+    text = "".join(pieces)
+    return Generation(
+        text=text,
+        citations=resolve_citations(text, prompt.sources),
+        sources=prompt.sources,
+        prompt_tokens=finished.prompt_tokens,
+        completion_tokens=finished.completion_tokens,
+        finish_reason=finished.reason,
     )

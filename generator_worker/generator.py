@@ -1,187 +1,23 @@
 """The Generator deployment: a question and numbered passages in, a streamed answer with citations out.
 
-The Router calls it through `generator_application`, which picks the vLLM engine of our own (`Generator`) or an
-OpenAI-compatible endpoint (`RemoteGenerator`); both answer the same methods.
+The Router calls its `generate`; `describe` and `stats` serve operation and tests. `Generator` (local.py) has a vLLM
+engine of our own, `RemoteGenerator` (remote.py) asks an endpoint; both have the same methods.
 """
-
-import asyncio
-import copy
-import os
-from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
-from cluster.engine import EngineFailed, EngineServer, EngineStats, engine_application
-from cluster.messages import Finished, TextDelta
 from cluster.pools import PoolConfig
-from generator_worker.citations import resolve_citations
 from generator_worker.config import GeneratorConfig
-from generator_worker.errors import GenerationFailed
-from generator_worker.messages import GenerateRequest, Generation, GeneratorDescription
-from generator_worker.prompts import Prompt, build_prompt
-
-
-class Generator(EngineServer):
-    """Answers from a vLLM engine of our own."""
-
-    async def __init__(self, llm_config: Any, config: GeneratorConfig, *, cores: str | None = None) -> None:  # type: ignore[misc]
-        await super().__init__(llm_config, cores=cores)
-        assert config.engine is not None
-        self._config = config
-        self._max_model_len = config.engine.max_model_len
-        self._budget = _Budget(copy.deepcopy(self.tokenizer), self._max_model_len, config.max_answer_tokens)
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta | Generation, None]:
-        """Streams the answer, then its `Generation`. Closing the iterator aborts it in the engine.
-
-        Raises `QuestionTooLong`, or `GenerationFailed` if the engine gives the request up.
-        """
-        prompt = await self._budget.prompt(request)
-        pieces: list[str] = []
-        outputs = self.stream(prompt.token_ids, max_tokens=prompt.max_tokens, stop=prompt.stop)
-        try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    if isinstance(output, Finished):
-                        yield _generation(pieces, prompt, output)
-                    else:
-                        pieces.append(output.text)
-                        yield output
-        except EngineFailed as error:
-            raise GenerationFailed(f"the generator gave no answer: {error}") from error
-
-    async def describe(self) -> GeneratorDescription:
-        """Which model answers, and its limits."""
-        assert self._config.engine is not None
-        return GeneratorDescription(
-            self._config.engine.model, False, self._max_model_len, self._config.max_answer_tokens
-        )
-
-
-class RemoteGenerator:
-    """Answers from an OpenAI-compatible endpoint, over its chat completions."""
-
-    def __init__(self, config: GeneratorConfig) -> None:
-        from openai import AsyncOpenAI
-        from transformers import AutoTokenizer
-
-        assert config.remote is not None
-        self._config = config
-        self._remote = remote = config.remote
-        key = os.environ.get(remote.api_key_env) if remote.api_key_env else "none"
-        if not key:
-            raise ValueError(
-                f"generator.remote.api_key_env names {remote.api_key_env}, which is not set where the generator "
-                "runs: export it before starting"
-            )
-        self._client = AsyncOpenAI(base_url=remote.base_url, api_key=key, timeout=remote.timeout_s)
-        tokenizer = AutoTokenizer.from_pretrained(remote.tokenizer)
-        self._budget = _Budget(tokenizer, remote.max_model_len, config.max_answer_tokens)
-        self._requests = 0
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta | Generation, None]:
-        """Streams the answer, then its `Generation`. Closing the iterator hangs up on the endpoint.
-
-        Raises `QuestionTooLong`, or `GenerationFailed` if the endpoint cannot be reached, refuses, or stops.
-        """
-        prompt = await self._budget.prompt(request)
-        self._requests += 1
-        try:
-            async with aclosing(self._outputs(prompt)) as outputs:
-                async for output in outputs:
-                    yield output
-        finally:
-            self._requests -= 1
-
-    async def stats(self) -> EngineStats:
-        """What this replica is asking the endpoint for."""
-        return EngineStats(requests=self._requests, working=self._requests > 0, alive=True)
-
-    async def describe(self) -> GeneratorDescription:
-        """Which model answers, and its limits."""
-        return GeneratorDescription(
-            self._remote.model, True, self._remote.max_model_len, self._config.max_answer_tokens
-        )
-
-    async def _outputs(self, prompt: Prompt) -> AsyncGenerator[TextDelta | Generation, None]:
-        import httpx
-        import openai
-
-        where = f"{self._remote.base_url} (model {self._remote.model!r})"
-        pieces: list[str] = []
-        reason: str | None = None
-        prompt_tokens, completion_tokens = len(prompt.token_ids), 0
-        try:
-            stream: Any = await self._client.chat.completions.create(
-                model=self._remote.model,
-                messages=list(prompt.messages),
-                max_tokens=prompt.max_tokens,
-                temperature=0.0,
-                stop=prompt.stop or openai.omit,
-                stream=True,
-                stream_options={"include_usage": True},
-            )
-            async with stream:
-                async for chunk in stream:
-                    if chunk.usage is not None:
-                        prompt_tokens, completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-                    for choice in chunk.choices:
-                        reason = choice.finish_reason or reason
-                        if choice.delta.content:
-                            pieces.append(choice.delta.content)
-                            yield TextDelta(choice.delta.content)
-        except openai.APITimeoutError as error:
-            raise GenerationFailed(f"{where} sent nothing for {self._remote.timeout_s:g} s") from error
-        except openai.APIConnectionError as error:
-            raise GenerationFailed(f"{where} cannot be reached: {error.__cause__ or error}") from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            named = self._remote.api_key_env or "none: set generator.remote.api_key_env"
-            raise GenerationFailed(f"{where} refuses the key (environment variable {named}): {error}") from error
-        except openai.APIError as error:
-            raise GenerationFailed(f"{where} answered with an error: {error}") from error
-        except httpx.TimeoutException as error:
-            raise GenerationFailed(f"{where} sent nothing for {self._remote.timeout_s:g} s") from error
-        except httpx.HTTPError as error:
-            raise GenerationFailed(f"{where} broke off in the middle of an answer: {error!r}") from error
-        if reason is None:
-            raise GenerationFailed(f"{where} broke off in the middle of an answer")
-        yield _generation(pieces, prompt, Finished(prompt_tokens, completion_tokens, reason))
 
 
 def generator_application(config: GeneratorConfig, pool: PoolConfig, name: str = "Generator") -> Application:
     """The Serve application of the generator that `config` asks for, on `pool`."""
     if config.engine is not None:
+        from cluster.engine import engine_application
+        from generator_worker.local import Generator
+
         return engine_application(Generator, config.engine, pool, name=name, arguments={"config": config})
+    from generator_worker.remote import RemoteGenerator
+
     return serve.deployment(RemoteGenerator).options(name=name, **pool.deployment_options()).bind(config)
-
-
-class _Budget:
-    """Prompts that fit, made off the event loop; one thread, because tokenizers are not safe for several."""
-
-    def __init__(self, tokenizer: Any, max_model_len: int, max_answer_tokens: int) -> None:
-        self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._max_answer_tokens = max_answer_tokens
-        self._thread = ThreadPoolExecutor(1, "prompts")
-
-    async def prompt(self, request: GenerateRequest) -> Prompt:
-        wanted = self._max_answer_tokens if request.max_tokens is None else request.max_tokens
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, build_prompt, self._tokenizer, request, self._max_model_len, wanted
-        )
-
-
-def _generation(pieces: list[str], prompt: Prompt, finished: Finished) -> Generation:
-    text = "".join(pieces)
-    return Generation(
-        text=text,
-        citations=resolve_citations(text, prompt.sources),
-        sources=prompt.sources,
-        prompt_tokens=finished.prompt_tokens,
-        completion_tokens=finished.completion_tokens,
-        finish_reason=finished.reason,
-    )

@@ -3,6 +3,8 @@
 Called by the generators, with the model's own tokenizer.
 """
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,22 @@ def build_prompt(tokenizer: Any, request: GenerateRequest, max_model_len: int, m
         else:
             over = middle
     return best
+
+
+class PromptBudget:
+    """Prompts that fit, made off the event loop; one thread, because tokenizers are not safe for several."""
+
+    def __init__(self, tokenizer: Any, max_model_len: int, max_answer_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_answer_tokens = max_answer_tokens
+        self._thread = ThreadPoolExecutor(1, "prompts")
+
+    async def prompt(self, request: GenerateRequest) -> Prompt:
+        wanted = self._max_answer_tokens if request.max_tokens is None else request.max_tokens
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, build_prompt, self._tokenizer, request, self._max_model_len, wanted
+        )
 
 
 def _render(

@@ -90,7 +90,8 @@ class WrongModel(MemoryProblem):
     def __str__(self) -> str:
         return (
             f"the memory {self.memory!r} was encoded by the model {self.encoded_by[:12]}, but {self.running[:12]} is "
-            f"running; encode it again with `memorag memorize --again {self.memory}`, or start the model it came from"
+            f"running; start the model it came from, or encode it again: `memorag memories delete {self.memory}`, "
+            f"then `memorag memorize FILE --id {self.memory}`"
         )
 
 

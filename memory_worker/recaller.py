@@ -16,7 +16,8 @@ import ray
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
 
-from cluster.engine import EngineFailed, EngineServer, engine_application
+from cluster.engine import EngineServer, engine_application
+from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools import PoolConfig
 from memory_worker.beacon.checkpoint import fingerprint

@@ -6,6 +6,7 @@ print(book.ask("How many times is the gate opened?").text)
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import httpx_sse
 Task = Literal["memorag", "memory", "rag", "summarize"]
 OnProgress = Callable[[Mapping[str, Any]], None]
 _RECONNECTS = 5
+_RECONNECT_S = 0.05  # doubled with every attempt
 
 
 class MemoRAGError(Exception):
@@ -155,6 +157,8 @@ class MemoRAG:
     def _reachable(self) -> Iterator[None]:
         try:
             yield
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise ServerUnreachable(f"{self.url!r} is no address of a server ({error}); use http://HOST:PORT") from None
         except (httpx.ConnectError, httpx.ConnectTimeout):
             raise ServerUnreachable(
                 f"no server answers at {self.url}; start one with 'memorag up', or give the address of a running one"
@@ -163,8 +167,6 @@ class MemoRAG:
             raise ServerUnreachable(f"{self.url} was silent for too long; 'memorag status' says how it is") from None
         except httpx.TransportError as error:
             raise ServerUnreachable(f"the connection to {self.url} broke off ({error}); try again") from None
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise ServerUnreachable(f"{self.url!r} is no address of a server ({error}); use http://HOST:PORT") from None
 
 
 class Memory:
@@ -191,7 +193,7 @@ class Memory:
     def wait(self, *, progress: bool | OnProgress | None = None) -> "Memory":
         """Returns when the memory is ready. Raises `MemoRAGError` if it failed. Outlives broken connections."""
         with _shown(self.id, progress) as show:
-            broken = 0
+            broken = 0  # connections since the last event
             while self.status == "memorizing":
                 try:
                     for event in self._client._stream("GET", _path(self.id, "events")):
@@ -201,11 +203,13 @@ class Memory:
                         elif event.name in ("ready", "failed"):
                             self.info = event.data
                 except ServerUnreachable:
-                    broken += 1
-                    if broken > _RECONNECTS:
+                    if broken == _RECONNECTS:
                         raise
                 else:
                     self.refresh()
+                if self.status == "memorizing":
+                    broken = min(broken + 1, _RECONNECTS)
+                    time.sleep(_RECONNECT_S * 2**broken)
         if self.status == "failed":
             raise MemoRAGError(f"memory {self.id!r} failed: {self.info.get('error')}", title="Memorizing failed")
         return self

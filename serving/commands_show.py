@@ -68,7 +68,7 @@ class Output:
 
         def show(event: Mapping[str, Any]) -> None:
             nonlocal last
-            if time.monotonic() - last >= _LINES_EVERY_S:
+            if event["total_tokens"] and time.monotonic() - last >= _LINES_EVERY_S:
                 last = time.monotonic()
                 self.note(progress_note(event))
 
@@ -81,7 +81,7 @@ class Output:
             return
         width = max(len(name) for name in facts)
         for name, value in facts.items():
-            shown = f"{value:,}" if isinstance(value, int) and name not in ("pid", "ratio") else str(value)
+            shown = f"{value:,}" if type(value) is int and name != "pid" else str(value)
             self._print(Text(f"{name:<{width}}  ", style="bold"), Text(shown, style=_COLOURS.get(shown, "")))
 
     def memory(self, info: Mapping[str, Any]) -> None:

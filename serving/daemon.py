@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,12 +123,12 @@ def start(
     deadline = time.monotonic() + timeout_s
     with log_path.open("r", encoding="utf-8", errors="replace") as log:
         while True:
-            for line in log:
-                if line.startswith(STARTED_BY):
-                    on_wait(line.removeprefix(STARTED_BY).strip())
             state = state_of(storage)
             if state and state.address and state.process():
                 return state, child is not None
+            for line in log:
+                if line.startswith(STARTED_BY):
+                    on_wait(line.removeprefix(STARTED_BY).strip())
             gone = child.poll() is not None if child else not (state and state.process())
             if gone or time.monotonic() > deadline:
                 why = "ended before it was ready" if gone else f"was not ready after {timeout_s:.0f} s"
@@ -155,18 +155,11 @@ def stop(storage: Path, *, grace_s: float = 40.0) -> bool:
     server = state.process()
     shared = {*state.shared_memory}
     if server:
-        shared |= _mapped_shared_memory(family := [server, *server.children(recursive=True)])
+        shared |= _shared_memory_of(family := [server, *server.children(recursive=True)])
         server.terminate()
         _, alive = psutil.wait_procs([server], timeout=grace_s)
         _kill([*alive, *family] if alive else [p for p in family if p.is_running()])
-    # A process may start another while it is being killed: look until none is found.
-    while rest := _processes_naming(temporary):
-        shared |= _mapped_shared_memory(rest)
-        _kill(rest)
-    shutil.rmtree(temporary, ignore_errors=True)
-    still_mapped = _mapped_shared_memory(psutil.process_iter()) if shared else set()
-    for path in shared - still_mapped:
-        Path(path).unlink(missing_ok=True)
+    _remove_traces(temporary, shared)
     (storage / "server.json").unlink(missing_ok=True)
     return True
 
@@ -192,6 +185,7 @@ def run_server(
         itself = psutil.Process()
         state = ServerState(itself.pid, itself.create_time(), options.profile, time.time(), str(temporary))
         running: Running | None = None
+        shared: set[str] = set()
         try:
             _write_state(storage, state)
             _use_temporary(temporary / "tmp")
@@ -205,7 +199,7 @@ def run_server(
             _await_ready(running.address)
             for name in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in their place
                 signal.signal(name, lambda *_: ended.set())
-            shared = _mapped_shared_memory([itself, *itself.children(recursive=True)])
+            shared |= _shared_memory_of([itself, *itself.children(recursive=True)])
             _write_state(storage, replace(state, address=running.address, shared_memory=tuple(sorted(shared))))
             on_ready(running.address)
             ended.wait()
@@ -215,7 +209,7 @@ def run_server(
             ended.set()
             if running:
                 running.stop()
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_traces(temporary, shared)  # all of it, where deploying failed half-way
             (storage / "server.json").unlink(missing_ok=True)
 
 
@@ -332,6 +326,18 @@ def _kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
+def _remove_traces(temporary: Path, shared: set[str]) -> None:
+    """Kills the processes that name `temporary`, deletes it, and those of the `shared` files that nothing maps."""
+    # A process may start another while it is being killed: look until none is found.
+    while rest := _processes_naming(temporary):
+        shared |= _shared_memory_of(rest)
+        _kill(rest)
+    shutil.rmtree(temporary, ignore_errors=True)
+    still_mapped = set().union(*map(_mapped, psutil.process_iter())) if shared else set()
+    for path in shared - still_mapped:
+        Path(path).unlink(missing_ok=True)
+
+
 def _processes_naming(folder: Path) -> list[psutil.Process]:
     """Processes, this one apart, that name `folder` in their command line or environment, or have files open in it.
 
@@ -353,15 +359,19 @@ def _traces(process: psutil.Process) -> Iterator[str]:
         return
 
 
-def _mapped_shared_memory(processes: "list[psutil.Process] | Iterator[psutil.Process]") -> set[str]:
-    """Files below /dev/shm that exist and that the processes have mapped."""
+def _shared_memory_of(processes: Iterable[psutil.Process]) -> set[str]:
+    """Files below /dev/shm that the processes have mapped, or that carry their number, as joblib's semaphores do."""
     found: set[str] = set()
     for process in processes:
-        try:
-            found |= {m.path for m in process.memory_maps() if m.path.startswith(f"{_SHARED_MEMORY}/")}
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+        found |= {str(path) for path in _SHARED_MEMORY.glob(f"sem.*-{process.pid}-*")} | _mapped(process)
     return {path for path in found if Path(path).exists()}
+
+
+def _mapped(process: psutil.Process) -> set[str]:
+    try:
+        return {m.path for m in process.memory_maps() if m.path.startswith(f"{_SHARED_MEMORY}/")}
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return set()
 
 
 def _main() -> None:
@@ -369,7 +379,7 @@ def _main() -> None:
     for name, kind in {"profile": str, "storage": str, "host": str, "port": int}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
     options = ServerOptions(**vars(parser.parse_args()))
-    run_server(options, on_ready=lambda address: _say(f"ready at {address}"))
+    run_server(options, on_ready=lambda address: print(f"ready at {address}", flush=True))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.engine import EngineFailed
+from cluster.errors import EngineFailed
 from cluster.storage import DamagedFile
 from generator_worker import errors as generator_errors
 from memory_worker import errors as memory_errors

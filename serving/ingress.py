@@ -184,39 +184,50 @@ async def _creation(request: Request) -> api.CreateMemory:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
-            return api.CreateMemory.model_validate(json.loads(await request.body()))
+            return await asyncio.to_thread(_parsed, await request.body())
         except UnicodeDecodeError as error:
             raise ProblemError(400, f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
         except (json.JSONDecodeError, RecursionError) as error:
             raise ProblemError(400, f"the body is not JSON: {error}; see /docs for its shape") from None
-        except ValidationError as error:
-            raise RequestValidationError(error.errors()) from None
     if kind == "multipart/form-data":
         return await _multipart(request)
     raise ProblemError(415, f"content type {kind or 'missing'!r}; send application/json or multipart/form-data")
 
 
 async def _multipart(request: Request) -> api.CreateMemory:
+    documents: list[dict[str, str]] = []
+    fields: dict[str, str] = {}
     try:
-        form = await request.form()
+        async with request.form() as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    documents.append(await _uploaded(value, len(documents) + 1))
+                else:
+                    fields[name] = value
     except (MultiPartException, HTTPException) as error:
         raise ProblemError(400, f"the multipart body cannot be read: {getattr(error, 'detail', error)}") from None
-    async with form:
-        documents, fields = [], {}
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                data = await value.read()
-                try:
-                    text = await asyncio.to_thread(read_document, value.filename or "file.txt", data)
-                except Exception as error:
-                    raise problem_for(error) from error
-                documents.append({"id": _document_id(value.filename, len(documents) + 1), "text": text})
-            else:
-                fields[name] = value
     if not documents:
         raise ProblemError(422, "no file was sent; send one or more in the field 'files'")
+    return _validated({**fields, "documents": documents})
+
+
+async def _uploaded(file: UploadFile, number: int) -> dict[str, str]:
+    """An uploaded file as a document of `CreateMemory`."""
+    data = await file.read()
     try:
-        return api.CreateMemory.model_validate({**fields, "documents": documents})
+        text = await asyncio.to_thread(read_document, file.filename or "file.txt", data)
+    except Exception as error:
+        raise problem_for(error) from error
+    return {"id": _document_id(file.filename, number), "text": text}
+
+
+def _parsed(body: bytes) -> api.CreateMemory:
+    return _validated(json.loads(body))
+
+
+def _validated(values: Any) -> api.CreateMemory:
+    try:
+        return api.CreateMemory.model_validate(values)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
 
@@ -273,20 +284,22 @@ async def _on_problem(_: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = [
-        {"where": ".".join(str(part) for part in e["loc"] if part != "body"), "what": e["msg"]} for e in error.errors()
-    ]
-    kinds = {e["type"] for e in error.errors()}
-    status = 400 if kinds & {"json_invalid"} else 422
-    detail = "; ".join(f"{p['where']}: {p['what']}" if p["where"] else str(p["what"]) for p in problems[:5])
+    if "json" not in (kind := request.headers.get("content-type", "")) and "body" in error.errors()[0]["loc"]:
+        problem = ProblemError(415, f"content type {kind or 'missing'!r}; send application/json")
+        return await _on_problem(request, problem)
+    problems = [(".".join(str(part) for part in e["loc"] if part != "body"), e["msg"]) for e in error.errors()]
+    detail = "; ".join(f"{where}: {what}" if where else what for where, what in problems[:5])
+    status = 400 if any(e["type"] == "json_invalid" for e in error.errors()) else 422
     return await _on_problem(request, ProblemError(status, f"{detail}; see /docs for the request's shape"))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    detail = error.detail
-    if error.status_code == 404:
-        detail = f"there is no {request.url.path}; GET /docs lists the routes, GET /v1/memories the memories"
+    detail = {
+        400: "the body cannot be read; send JSON in UTF-8",
+        404: f"there is no {request.url.path}; GET /docs lists the routes, GET /v1/memories the memories",
+        405: f"{request.url.path} does not take {request.method}; GET /docs lists the routes",
+    }.get(error.status_code, error.detail)
     return await _on_problem(request, ProblemError(error.status_code, detail))
 
 

@@ -103,7 +103,7 @@ class Jobs:
                     index=tuple(FileEntry.of(file) for file in index.files),
                 )
             )
-            logger.info("%s is ready: %d slots, %d passages", key.path, encoded.slots, index.passage_count)
+            logger.info("%s is ready: %d passages", key.path, index.passage_count)
         except Exception as error:
             # A boundary: nobody awaits this task, so the memory itself carries what went wrong.
             cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error

@@ -1,5 +1,6 @@
 """A Ray cluster of this machine's own, on loopback, with its own folder and token: for laptops and tests."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -8,6 +9,10 @@ import tempfile
 from pathlib import Path
 
 from serving.config import RayConfig
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
 
 
 def new_ray_folder() -> Path:
@@ -33,17 +38,25 @@ def start_ray(config: RayConfig, folder: Path) -> None:
     }
     import ray
 
-    ray.init(
-        address="local",
-        namespace=config.namespace,
-        num_cpus=config.logical_cpus,
-        object_store_memory=config.object_store_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(folder),
-    )
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                namespace=config.namespace,
+                num_cpus=config.logical_cpus,
+                object_store_memory=config.object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+            return
+        except Exception as error:  # Ray raises no more precise class here
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == _ATTEMPTS:
+                raise
+            logger.warning("Ray's node did not start within its fixed 30 s on this busy machine; trying again")
 
 
 def stop_ray(folder: Path) -> None:

@@ -68,6 +68,11 @@ class Inquiry:
         self.timings = api.Timings()
         self.degraded = list(pools.degraded)
 
+    @property
+    def version(self) -> str:
+        """The version that is being asked; it stays, whatever is published meanwhile."""
+        return self._key.version
+
     async def run(self) -> AsyncIterator[PipelineEvent]:
         """Clues, passages, pieces of the answer as they come; the whole answer last.
 

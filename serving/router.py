@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.messages import TextDelta
 from cluster.storage import Storage
 from memory_worker.catalog import catalog
-from memory_worker.errors import MemoryNotReady
+from memory_worker.errors import MemoryNotReady, WrongModel
 from memory_worker.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.messages import Clue, MemorizerDescription, MemoryRecord
 from memory_worker.store import check_id
@@ -234,6 +234,9 @@ class Router:
     async def _inquiry(self, tenant: str, memory: str, question: api.Question) -> Inquiry:
         manifest = await self._ready(tenant, memory)
         await self._check_question(question)
+        running = (await self._memory_model()).fingerprint
+        if question.task != "rag" and manifest.fingerprint != running:
+            raise problem_for(WrongModel(memory, manifest.fingerprint, running))
         return Inquiry(self._pools, manifest, question)
 
     async def _check_question(self, question: api.Question) -> None:

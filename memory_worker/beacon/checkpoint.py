@@ -129,7 +129,7 @@ def load(folder: Path, shape: Shape, dtype: torch.dtype, device: torch.device) -
     """
     from safetensors import safe_open
 
-    files = [safe_open(file, framework="pt", device=str(device)) for file in _weight_files(folder)]
+    files: list[Any] = [safe_open(file, framework="pt", device=str(device)) for file in _weight_files(folder)]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def get(name: str) -> Tensor:

@@ -34,9 +34,10 @@ class Rope:
         Reads `rope_parameters` as well as the older `rope_theta` and `rope_scaling`. Raises `UnsupportedRope` for
         scalings other than `SCALINGS`.
         """
-        if not isinstance(config, Mapping):
+        if isinstance(config, str | Path):
             file = Path(config)
-            config = json.loads((file / "config.json" if file.is_dir() else file).read_text(encoding="utf-8"))
+            read = (file / "config.json" if file.is_dir() else file).read_text(encoding="utf-8")
+            return cls.from_config(json.loads(read))
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         parameters = rope_parameters(config)
         kind = parameters["rope_type"]

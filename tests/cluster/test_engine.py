@@ -8,7 +8,8 @@ import pytest
 import ray
 from ray import serve
 
-from cluster.engine import EngineFailed, EngineServer, _core_ids, engine_application
+from cluster.engine import EngineServer, _core_ids, engine_application
+from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools import PoolConfig
 from memory_worker.embedded import ensure_embedded_model

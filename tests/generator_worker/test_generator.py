@@ -20,6 +20,7 @@ from generator_worker.config import GeneratorConfig, RemoteConfig
 from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
 from generator_worker.messages import GenerateRequest, Generation, Source
+from generator_worker.remote import RemoteGenerator
 from memory_worker.embedded import ensure_embedded_model
 from tests.cluster.tiny_engine import ray_session, tiny_engine
 
@@ -76,23 +77,28 @@ def local(endpoint, model):
 
 
 @pytest.fixture(scope="module")
-def remote(local, model, endpoint):
+def url(endpoint):
+    """The endpoint's, once it listens."""
     process, url, log = endpoint
     _wait_for(url.removesuffix("/v1") + "/health", process, log)
-    return _remote(model, url, "remote")
+    return url
 
 
-def _remote(model, url, name, **changes):
+@pytest.fixture(scope="module")
+def remote(local, model, url):
+    app = generator_application(_remote_config(model, url), PoolConfig(cpus_per_replica=0.1))
+    return serve.run(app, name="remote", route_prefix=None).options(stream=True)
+
+
+def _remote_config(folder, url, **changes):
     settings = {
         "base_url": url,
         "model": "tiny",
-        "tokenizer": str(model),
+        "tokenizer": str(folder),
         "max_model_len": 1024,
         "api_key_env": "GENERATOR_TEST_KEY",
     }
-    config = GeneratorConfig(remote=RemoteConfig.model_validate(settings | changes), max_answer_tokens=40)
-    app = generator_application(config, PoolConfig(cpus_per_replica=0.1), name)
-    return serve.run(app, name=name, route_prefix=None).options(stream=True)
+    return GeneratorConfig(remote=RemoteConfig.model_validate(settings | changes), max_answer_tokens=40)
 
 
 async def _collect(handle, request):
@@ -148,22 +154,25 @@ async def test_the_endpoint_answers_as_our_own_engine_does(local, remote):
         assert deltas > 2 and theirs == ours  # text, citations, token counts, finish reason
 
 
-async def test_a_wrong_key_is_named(session, model, remote, endpoint):
-    wrong = _remote(model, endpoint[1], "wrong-key", api_key_env="PATH")
-    with pytest.raises(GenerationFailed, match=r"refuses the key.*PATH"):
-        await _collect(wrong, REQUEST)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"api_key_env": "PATH"}, r"refuses the key.*PATH"),
+        ({"model": "gpt-none"}, r"gpt-none.*answered with an error.*does not exist"),
+        ({"base_url": "http://127.0.0.1:9/v1"}, r"127.0.0.1:9/v1.*cannot be reached"),
+    ],
+    ids=["wrong key", "unknown model", "nobody there"],
+)
+async def test_what_is_wrong_with_an_endpoint_is_named(model, url, changes, message):
+    generator = RemoteGenerator(_remote_config(model, url, **changes))
+    with pytest.raises(GenerationFailed, match=message):
+        async for _ in generator.generate(REQUEST):
+            pass
 
 
-async def test_an_unknown_model_is_the_endpoints_own_message(session, model, remote, endpoint):
-    unknown = _remote(model, endpoint[1], "unknown-model", model="gpt-none")
-    with pytest.raises(GenerationFailed, match=r"gpt-none.*answered with an error.*does not exist"):
-        await _collect(unknown, REQUEST)
-
-
-async def test_a_dead_endpoint_is_named(session, model):
-    url = f"http://127.0.0.1:{_free_port()}/v1"
-    with pytest.raises(GenerationFailed, match=f"{url}.*cannot be reached"):
-        await _collect(_remote(model, url, "nobody"), REQUEST)
+def test_a_key_that_is_not_set_is_named(model):
+    with pytest.raises(ValueError, match="NO_SUCH_KEY"):
+        RemoteGenerator(_remote_config(model, "http://127.0.0.1:9/v1", api_key_env="NO_SUCH_KEY"))
 
 
 async def test_an_endpoint_that_dies_in_the_middle_is_an_error_and_no_answer(remote, endpoint):

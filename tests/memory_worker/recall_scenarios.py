@@ -8,7 +8,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,19 @@ from tests.memory_worker.recalling import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
-import ray  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+from safetensors.torch import load_file
 
-from memory_worker.beacon import BeaconModel  # noqa: E402
-from memory_worker.embedded import ensure_embedded_model  # noqa: E402
-from memory_worker.messages import MemoryKey  # noqa: E402
-from memory_worker.store import MemoryStore  # noqa: E402
-from tests.memory_worker.recalling import (  # noqa: E402
-    NAMESPACE,
+from memory_worker.beacon import BeaconModel
+from memory_worker.embedded import ensure_embedded_model
+from memory_worker.messages import MemoryKey
+from memory_worker.store import MemoryStore
+from tests.memory_worker.recalling import (
     Reference,
     Slots,
     connector_config,
     engine,
+    ray_of_its_own,
     recalled,
     request,
     store_slots,
@@ -48,9 +46,7 @@ def main(folder: Path) -> None:
     store = MemoryStore(str(folder / "store"))
     embedded = ensure_embedded_model(folder)
     seen: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="rec", dir="/tmp") as temporary:
-        ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20, _temp_dir=temporary,
-                 namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")  # fmt: skip
+    with ray_of_its_own():
         memories = {name: memorized(embedded, slots, chance) for name, slots in SLOTS.items()}
         memories["twin"] = memorized(embedded, SLOTS["unaligned"], chance)
         for name, parts in memories.items():
@@ -85,7 +81,6 @@ def main(folder: Path) -> None:
             seen["other_model"] = recalled(llm, requests[:2])
         if GOLDENS.exists():
             seen["goldens"] = {path.name: goldens(path, store) for path in sorted(GOLDENS.iterdir())}
-        ray.shutdown()
     print("SEEN", json.dumps(seen))
 
 

@@ -5,6 +5,7 @@ An engine in one process needs variables that hold for the whole process, so tes
 """
 
 import gc
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,26 @@ def connector_config(store: MemoryStore, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
+def ray_of_its_own() -> Iterator[None]:
+    """A Ray that nothing else on this machine finds, with nothing left of it afterwards."""
+    with tempfile.TemporaryDirectory(prefix="rcl", dir="/tmp") as temporary:
+        ray.init(
+            "local",
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=300 * 2**20,
+            _temp_dir=temporary,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
 def engine(model: Path, connector: dict[str, Any], **options: Any) -> Iterator[Any]:
     """A vLLM `LLM` that reads memories."""
     from vllm import LLM
@@ -152,11 +173,13 @@ class Reference:
         return cache
 
     @torch.no_grad()
-    def continued(self, cache: Any, question: list[int], max_tokens: int) -> list[int]:
-        """The greedy tokens after `question`; `cache` grows by them."""
+    def continued(self, cache: Any, question: list[int], max_tokens: int, end: int | None = None) -> list[int]:
+        """The greedy tokens after `question`, until `end` where one is given; `cache` grows by them."""
         tokens, new = torch.tensor([question]), []
         while len(new) < max_tokens:
             logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             new.append(int(logits[0, -1].argmax()))
+            if new[-1] == end:
+                break
             tokens = torch.tensor([[new[-1]]])
         return new

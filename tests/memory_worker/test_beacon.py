@@ -1,6 +1,7 @@
-"""The beacon model as a component: checkpoints it takes and refuses, its errors, progress, fingerprint and memory use."""
+"""The beacon model as a component: checkpoints taken and refused, errors, progress, fingerprint, memory use."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory_worker.beacon import BeaconModel, Rope, Slots, UnsupportedCheckpoint, UnsupportedRatio, UnsupportedRope
 from tests.memory_worker.beacon_reference import VOCABULARY, Reference, write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waking threads than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -173,5 +183,5 @@ def test_only_the_slots_grow_with_the_text(tmp_path: Path) -> None:
         assert slots.keys.shape == kept
         largest.append(watch.elements)
     rows = group * (window + window // ratio)
-    assert largest[1] < 2 * VOCABULARY * 64 and largest[0] <= rows * 2 * 96
-    assert largest[1] <= max(largest[0], len(text))  # the text's own token ids are the only other thing that grows
+    one_layer = kept[1] * kept[2] * kept[3]
+    assert largest[1] == largest[0] <= rows * 2 * 96 < one_layer

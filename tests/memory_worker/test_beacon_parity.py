@@ -1,6 +1,7 @@
 """The beacon model makes the memories of the recipe: golden tensors, and a plain reference on random checkpoints."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ SCALINGS = {
         "original_max_position_embeddings": 64,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waking threads than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def golden_cases() -> list[tuple[str, str]]:

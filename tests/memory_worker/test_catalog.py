@@ -15,6 +15,7 @@ from memory_worker.errors import InvalidId, MemoryExists, MemoryNotFound, Memory
 from memory_worker.manifest import JobDocument, JobRecord
 from memory_worker.messages import MemoryKey, MemoryRecord
 from memory_worker.store import MemoryStore
+from tests.memory_worker.actors import kill_and_await_restart
 from tests.memory_worker.stored import store_memory
 
 
@@ -96,7 +97,7 @@ async def test_the_same_job_again_is_the_same_key(memories: Any, store: MemorySt
     work = job()
     key = await memories.begin.remote("acme", "book", work)
     assert await memories.begin.remote("acme", "book", work) == key
-    ray.kill(memories, no_restart=False)
+    kill_and_await_restart(memories)
     assert await memories.begin.remote("acme", "book", work) == key
     await memories.publish.remote(store_memory(store, key, {"one": (3, 1)}, publish=False))
     with pytest.raises(MemoryExists, match="choose another id"):
@@ -113,7 +114,7 @@ async def test_a_failed_memory_says_why_and_can_be_made_again(memories: Any, sto
         with pytest.raises(MemoryNotReady, match="no space left on device"):
             await memories.ready.remote("acme", "book")
         assert await memories.unfinished.remote() == []
-        ray.kill(memories, no_restart=False)
+        kill_and_await_restart(memories)
     again = await memories.begin.remote("acme", "book", job())
     assert again.version != key.version
     assert store.all_versions("acme", "book") == [again.version]
@@ -128,7 +129,7 @@ async def test_killed_at_any_moment_it_knows_what_storage_knows(memories: Any, s
     failed, running = [await memories.begin.remote("acme", name, job()) for name in ("failed", "running")]
     await memories.fail.remote(failed, "broken")
     before, _ = await memories.list.remote("acme")
-    ray.kill(memories, no_restart=False)
+    kill_and_await_restart(memories)
     after, _ = await memories.list.remote("acme")
 
     def known(records: list[MemoryRecord]) -> list[Any]:
@@ -167,7 +168,7 @@ async def test_waiting_ends_with_the_next_change(memories: Any, store: MemorySto
     records = await asyncio.gather(*waiting)
     assert {r.done_tokens for r in records} == {10} and records[0].revision != seen
     waiter = memories.wait.remote("acme", "book", records[0].revision, 60)
-    ray.kill(memories, no_restart=False)
+    kill_and_await_restart(memories)
     assert (await waiter).revision != records[0].revision
     waiter = memories.wait.remote("acme", "book", (await memories.get.remote("acme", "book")).revision, 60)
     await memories.delete.remote("acme", "book")
@@ -208,7 +209,7 @@ async def test_a_deleted_memory_is_gone_whatever_its_job_does(
     ):
         with pytest.raises(MemoryNotFound):
             await late
-    ray.kill(memories, no_restart=False)
+    kill_and_await_restart(memories)
     assert await memories.list.remote("acme") == ([], None)
     again = await make(memories, store, "book")
     assert again.version != key.version
@@ -218,7 +219,7 @@ async def test_a_damaged_memory_does_not_stop_the_others(memories: Any, store: M
     good, bad = await make(memories, store, "good"), await make(memories, store, "bad")
     path = tmp_path / bad.path / "manifest.json"
     path.write_bytes(path.read_bytes()[:-10])
-    ray.kill(memories, no_restart=False)
+    kill_and_await_restart(memories)
     assert (await memories.ready.remote("acme", "good")).version == good.version
     record = await memories.get.remote("acme", "bad")
     assert record.status == "failed" and f"{bad.path}/manifest.json" in record.error

@@ -18,6 +18,7 @@ from memory_worker.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_o
 from memory_worker.messages import MemoryKey
 from memory_worker.segments import as_torch
 from memory_worker.store import MemoryStore
+from tests.memory_worker.actors import kill_and_await_restart
 from tests.memory_worker.stored import HEAD_SLOTS, SHAPE, random_slots, store_memory
 
 SLOT = SHAPE.slot_bytes
@@ -167,7 +168,7 @@ def test_the_keeper_owns_its_copies(kept: Any, store: MemoryStore, nodes: list[s
     ray.kill(caller)
     assert torch.equal(whole(keeper.chunks(key)), expected({"one": (40, 1)}))
     assert keeper.stats().loads == 2
-    ray.kill(keeper.actor, no_restart=False)
+    kill_and_await_restart(keeper.actor)
     assert torch.equal(whole(keeper.chunks(key)), expected({"one": (40, 1)}))
     assert keeper.stats().hits == 0
 

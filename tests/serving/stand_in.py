@@ -13,9 +13,13 @@ from pathlib import Path
 
 from serving.daemon import ServerOptions, run_server
 
-CHILD = (
-    "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'w').close(); signal.pause()"
-)
+CHILD = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(f"/dev/shm/sem.test-{os.getpid()}-x", "w").close()
+open(sys.argv[1], "w").close()
+signal.pause()
+"""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,24 +24,23 @@ def memorag(*arguments: str | Path, storage: Path, **environment: str) -> subpro
 
 
 def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:
-    took = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        shown = memorag("--help", storage=tmp_path)
-        took.append(time.perf_counter() - begun)
-        assert all(f" {command} " in shown.stdout for command in COMMANDS), shown.stdout
-    # A process that imports torch or ray takes seconds; the bound leaves room for a busy machine.
-    assert min(took) < 1.5
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = memorag("--help", storage=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert all(f" {command} " in shown.stdout for command in COMMANDS), shown.stdout
+    # 0.3 s of processor time when measured; a process that imports torch or ray takes several seconds of it.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 @pytest.mark.parametrize("module", ["serving", "serving.cli", "serving.client", "serving.daemon", "serving.doctor"])
 def test_light_modules_import_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted({{'torch', 'ray', 'vllm', 'faiss', 'pyarrow', 'numpy'}} & set(sys.modules)))"
+    heavy = {"torch", "ray", "vllm", "faiss", "pyarrow", "numpy"}
+    code = f"import sys, {module}; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
-@pytest.mark.parametrize("command", [["ask"], ["ask", "m"], ["memorize"], ["ask", "m", "q", "--task", "sing"],
-                                     ["up", "--port", "70000"], ["memorize", "no-such-file.txt"], ["bogus"]])  # fmt: skip
+@pytest.mark.parametrize("command", [["ask"], ["ask", "m"], ["memorize"], ["ask", "m", "q", "--task", "x"], ["bogus"],
+                                     ["up", "--port", "70000"], ["memorize", "no-such-file.txt"]])  # fmt: skip
 def test_wrong_usage_exits_2(command: list[str], tmp_path: Path) -> None:
     done = memorag(*command, storage=tmp_path)
     assert done.returncode == 2 and not done.stdout
@@ -82,7 +81,7 @@ def test_an_answer_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     Output(as_json=False).answer(ANSWER | {"answer": "twice [1] [bold]not markup[/bold]"})
     shown = capsys.readouterr().out
     for part in ("span: 门 gate", "[1] a 0-4  0.5000  gate", "twice [1] [bold]not markup[/bold]", "[1] a 0-4",
-                 "its words are noise; passages and evidence are real", "recall 1 ms, retrieve 2 ms, generate 3 ms"):  # fmt: skip
+                 "its words are noise; passages and evidence are real", "recall 1 ms, retrieve 2 ms"):  # fmt: skip
         assert part in shown, shown
     assert "\x1b" not in shown
 

@@ -35,6 +35,7 @@ def lives(pid: int) -> bool:
 
 def assert_nothing_left(storage: Path, state: ServerState | None, child: int) -> None:
     assert not lives(child)
+    assert not list(Path("/dev/shm").glob(f"sem.*-{child}-*"))
     assert not (storage / "server.json").exists()
     if state:
         assert state.process() is None
@@ -81,7 +82,7 @@ def test_two_storages_are_served_side_by_side(storage: Path, tmp_path_factory) -
 
 def test_a_second_server_of_one_storage_is_refused(storage: Path) -> None:
     state = up(storage)
-    with pytest.raises(DaemonError, match="another server owns .*memorag down --storage"):
+    with pytest.raises(DaemonError, match=r"another server owns .*memorag down --storage"):
         daemon.run_server(ServerOptions("ready", str(storage)))
     assert daemon.state_of(storage) == state
     assert httpx.get(f"{state.address}/readyz").is_success
@@ -144,6 +145,6 @@ def test_a_stale_state_never_ends_a_stranger(storage: Path) -> None:
 
 def test_a_damaged_state_is_an_error_with_advice(storage: Path) -> None:
     (storage / "server.json").write_text('{"pid": 1')
-    with pytest.raises(DaemonError, match="is damaged .*delete it"):
+    with pytest.raises(DaemonError, match=r"is damaged .*delete it"):
         daemon.state_of(storage)
     (storage / "server.json").unlink()

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="no browser: apt-get update && apt-get install -y chromium chromium-driver"
 )
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,1200",
 ]  # fmt: skip
 WAIT_S = 120
@@ -44,7 +45,7 @@ def wait(page: webdriver.Chrome, condition):
 
 def choose(page: webdriver.Chrome, name: str) -> None:
     """Chooses a memory by its title, when it is ready."""
-    path = f"//ul[@id='memories']//button[contains(@class,'pick')][.//b[text()={json.dumps(name)}]][.//small[@class='ready']]"
+    path = f"//ul[@id='memories']//button[.//b[text()={json.dumps(name)}]][.//small[@class='ready']]"
     wait(page, lambda p: p.find_elements(By.XPATH, path))[0].click()
     wait(page, lambda p: p.find_element(By.ID, "go").is_enabled())
 

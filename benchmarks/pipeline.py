@@ -1,0 +1,149 @@
+"""What Router and Ingress cost over the engines alone, and questions per second from end to end.
+
+    python -m benchmarks.pipeline [--json FILE] [--questions 160]
+
+One `embedded` server on this machine. The baseline, in the same run, makes the same engine calls for the same
+questions through deployment handles, from one process, with neither Router nor HTTP between: recall, one search for the
+question and each clue, generation, evidence, one after another; their times are the sum of engine times. Every
+question is asked once in each way, so no way profits from the other's prefix cache beyond the memory itself.
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+
+from benchmarks.report import report
+from serving.app import APPLICATION, deploy, memories_root
+from serving.config import load_profile
+
+CLIENTS = (1, 16)
+ANSWER_TOKENS = 32
+SKETCH_QUESTIONS_PER_S = 5.7  # two engines on two cores, 16 clients: the first sketch of this system
+EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
+
+Ask = Callable[[str], Awaitable[None]]
+
+
+async def over_http(client: httpx.AsyncClient, question: str) -> None:
+    body = {"question": question, "max_tokens": ANSWER_TOKENS}
+    response = await client.post("/v1/memories/town/answer", json=body, timeout=300)
+    response.raise_for_status()
+    if response.json()["degraded"] != ["untrained-model"]:
+        raise RuntimeError(f"degraded: {response.json()['degraded']}")
+
+
+def engines_alone(storage: str) -> Ask:
+    """The calls of the pipeline to the engines, one stage after another, without Router and Ingress."""
+    from ray import serve
+
+    from generator_worker.messages import Generation, GenerateRequest, Source
+    from memory_worker.messages import Clue, RecallRequest
+    from memory_worker.store import MemoryStore
+    from retrieval_worker.fusion import fit, fuse
+    from retrieval_worker.messages import EvidenceRequest
+    from serving.manifests import index_of
+    from serving.pipeline import CLUE_KINDS
+
+    store = MemoryStore(memories_root(storage))
+    key = store.current("default", "town")
+    manifest, index = store.read_manifest(key), index_of(store.read_manifest(key))
+    recaller, retriever, generator = (
+        serve.get_deployment_handle(name, APPLICATION) for name in ("Recaller", "Retriever", "Generator")
+    )
+    search = load_profile("embedded").retrieval.search
+
+    async def ask(question: str) -> None:
+        request = RecallRequest(key, manifest.slots, question, CLUE_KINDS["memorag"], "en")
+        recalled = recaller.options(stream=True).recall.remote(request)
+        queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
+        found = await asyncio.gather(*(_result(retriever.search.remote(index, query)) for query in queries))
+        hits = fit(fuse([r for each in found for r in each], search.rrf_k), search.passages, search.budget_tokens)
+        passages = [hit.passage for hit in hits]
+        sources = tuple(Source(p.document, p.start, p.end, p.text) for p in passages)
+        request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, stream=False)
+        async for item in generator.options(stream=True).generate.remote(request):
+            if isinstance(item, Generation):
+                ids = tuple(passage.id for passage in passages)
+                await retriever.evidence.remote(EvidenceRequest(index, ids, question, item.text))
+
+    return ask
+
+
+async def _result(response: Awaitable[object]) -> object:
+    return await response
+
+
+async def measure(ask: Ask, questions: list[str], clients: int) -> tuple[float, float]:
+    """Questions per second, and the median seconds of one, with so many asked at a time."""
+    waiting, seconds = list(reversed(questions)), []
+
+    async def client() -> None:
+        while waiting:
+            question, began = waiting.pop(), time.perf_counter()
+            await ask(question)
+            seconds.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(client())
+    return len(questions) / (time.perf_counter() - began), statistics.median(seconds)
+
+
+async def run(address: str, storage: str, count: int) -> tuple[list[dict[str, object]], dict[str, float]]:
+    async with httpx.AsyncClient(base_url=address) as http:
+        created = await http.post(
+            "/v1/memories", json={"id": "town", "documents": [{"text": EXAMPLE.read_text()}]}, timeout=60
+        )
+        created.raise_for_status()
+        async with http.stream("GET", "/v1/memories/town/events", timeout=120) as events:
+            assert "event: ready" in [line async for line in events.aiter_lines()]
+        ways: dict[str, Ask] = {
+            "engines alone": engines_alone(storage),
+            "Router and Ingress": lambda question: over_http(http, question),
+        }
+        rows, rate, median = [], {}, {}
+        for clients in CLIENTS:
+            for way, ask in ways.items():
+                print(f"{way}, {clients} at a time …", file=sys.stderr)
+                number = max(16, count // 8) if clients == 1 else count
+                await measure(ask, [f"Warm-up {i}: who sailed?" for i in range(clients)], clients)
+                questions = [f"{way} {clients}: who took office or sailed in the year {1201 + i}?" for i in range(number)]
+                rate[way, clients], median[way, clients] = await measure(ask, questions, clients)
+                rows.append(
+                    {"way": way, "clients": clients, "questions": number, "questions/s": rate[way, clients],
+                     "median ms": median[way, clients] * 1000}
+                )  # fmt: skip
+    ratios = {
+        f"overhead_{clients}": median["Router and Ingress", clients] / median["engines alone", clients] - 1
+        for clients in CLIENTS
+    }
+    ratios["questions_per_s_16"] = rate["Router and Ingress", 16]
+    ratios["over_first_sketch_16"] = rate["Router and Ingress", 16] / SKETCH_QUESTIONS_PER_S
+    return rows, ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--questions", type=int, default=160, help="asked by 16 clients in each way")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as storage:
+        print("starting a server …", file=sys.stderr)
+        server = deploy(load_profile("embedded"), storage, "127.0.0.1", 0)
+        try:
+            rows, ratios = asyncio.run(run(server.address, storage, arguments.questions))
+        finally:
+            server.stop()
+    report("pipeline", rows, ratios, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
