@@ -2,9 +2,10 @@
 
 Ours is the Recaller as it is deployed: Ray Serve, vLLM in a process of its own on one core, 16 clients that each ask
 their next question when the last is answered; all kinds of clues of a question run at once. The reference way is
-transformers, with as many threads as are fastest: one question at a time, the memory's KV cache deep-copied for every kind of clue, the
-kinds one after another. Same weights (the embedded model), float32, same prompts, same token budget, greedy, ending
-at the same end-of-text token; both count distinct lines the same way, and with equal tokens they find equal clues.
+transformers, with as many threads as are fastest: one question at a time, the memory's KV cache deep-copied for every
+kind of clue, the kinds one after another. Same weights (the embedded model), float32, same prompts, same token
+budget, greedy, ending at the same end-of-text token; both count distinct lines the same way, and with equal tokens
+they find equal clues.
 """
 
 import argparse

@@ -29,17 +29,18 @@ def tiny_engine(model: Path, **changes: object) -> EngineConfig:
 def ray_session() -> Iterator[None]:
     """A Ray of its own, with Serve, gone without a trace at the end."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        object_store_memory=300 * 2**20,
-        _temp_dir=folder,
-        log_to_driver=False,
-    )
     try:
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=300 * 2**20,
+            _temp_dir=folder,
+            log_to_driver=False,
+        )
         yield
     finally:
-        serve.shutdown()
+        if ray.is_initialized():
+            serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

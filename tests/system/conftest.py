@@ -49,22 +49,40 @@ def memorize(server: Server, documents: list[dict], **fields) -> dict:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
+    """`make up` before the first test, `make down` after the last, and nothing left behind.
+
+    For work on the tests themselves, MEMORAG_TEST_STORAGE names the storage of a server that runs already.
+    """
+    if running := os.environ.get("MEMORAG_TEST_STORAGE"):
+        yield Server(json.loads((Path(running) / "server.json").read_text())["address"], Path(running))
+        return
     storage = tmp_path_factory.mktemp("storage")
-    command = [MEMORAG, "up", "--profile", "embedded", "--port", "0", "--storage", storage, "--json"]
-    started = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    started = make("up", storage)
     log = storage / "server.log"
     assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
+    assert all(word in started.stdout for word in ("Vesper Dunmore", "untrained", "http://127.0.0.1:")), started.stdout
     state = json.loads((storage / "server.json").read_text())
     family = [psutil.Process(state["pid"]), *psutil.Process(state["pid"]).children(recursive=True)]
     yield Server(state["address"], storage)
-    subprocess.run([MEMORAG, "down", "--storage", storage], check=True, timeout=120)
+    ended = make("down", storage)
+    assert ended.returncode == 0, ended.stderr
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, f"left behind: {[process.cmdline() for process in alive if process.is_running()]}"
-    assert not (storage / "server.json").exists()
+    assert not (storage / "server.json").exists() and not Path(state["temporary"]).exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(state["address"] + "/healthz")
+
+
+def make(target: str, storage: Path) -> subprocess.CompletedProcess:
+    """Runs a target of the Makefile as a user would, on a free port and this storage."""
+    command = ["make", target, f"STORAGE={storage}", "PORT=0", f"PYTHON={sys.executable}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
 
 
 @pytest.fixture(scope="session")
 def chronicle(server) -> dict:
-    """The bundled example, memorized."""
-    text = (ROOT / "examples" / "chronicle.txt").read_text()
-    return memorize(server, [{"id": "chronicle.txt", "text": text}], id="chronicle", title="The Chronicle")
+    """The bundled example, which `make up` memorized."""
+    with server.client() as client:
+        made = client.get("/v1/memories/chronicle").json()
+    assert made["status"] == "ready", made
+    return made

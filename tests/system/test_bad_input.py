@@ -100,7 +100,8 @@ def test_content_types(server: Server):
         check_problem(client.post("/v1/memories", content=b"x", headers={"content-type": "text/csv"}), 415, "multipart")
         check_problem(client.post("/v1/memories", content=b"x"), 415)
         broken = {"content-type": "multipart/form-data; boundary=x"}
-        check_problem(client.post("/v1/memories", content=b"not multipart", headers=broken), 422)
+        check_problem(client.post("/v1/memories", content=b"not multipart", headers=broken), 400)
+        check_problem(client.post("/v1/memories", data={"id": "x"}, files={"id2": (None, "y")}), 422, "no file")
         check_problem(client.post("/v1/memories", content=b"x", headers={"content-type": "multipart/form-data"}), 400)
         check_problem(client.post("/v1/memories", files={"files": ("a.txt", b"\xff\xfe\x00")}), 422, "UTF-8")
         check_problem(client.post("/v1/memories", files={"files": ("a.exe", b"MZ")}), 422, "type")
