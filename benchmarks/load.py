@@ -1,24 +1,23 @@
 """A memory ready to answer, from disk and from the object store, against memorizing its text again.
 
-The embedded model in float32, a generated text of `--tokens` tokens, one thread for everything. Ready means that a
+The embedded model in float32, a generated text of `--tokens` tokens. Ready means that a
 question's first token is there, so the times hold the question's own computation too. From disk: neither the keeper
 nor the engine has anything of the memory (the file is in the page cache, as after a restart of the server). From the
 object store: the keeper has it, the engine has nothing. Memorizing again is `BeaconModel.compress` of the text alone,
-without writing or loading. Medians over memories of different texts.
+without writing or loading, in a process of its own with torch's own choice of threads. Medians over memories of different texts.
 """
 
 import argparse
+import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from tests.memory_worker.recalling import IN_PROCESS
-
-os.environ.update(IN_PROCESS)
 
 import ray
 
@@ -29,6 +28,7 @@ from memory_worker.keeper import local_keeper
 from memory_worker.messages import MemoryKey
 from memory_worker.store import MemoryStore
 from tests.memory_worker.recalling import (
+    IN_PROCESS,
     NAMESPACE,
     connector_config,
     engine,
@@ -48,19 +48,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for rows and ratios")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of the text")
     parser.add_argument("--ratios", type=int, nargs="+", default=[RATIO, 4, 16], help="the first gives the ratios")
+    parser.add_argument("--memorize", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    chance = random.Random(0)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, ray_of_its_own():
+    if arguments.memorize:
+        print(
+            json.dumps({ratio: _memorized(arguments.memorize, ratio, arguments.tokens) for ratio in arguments.ratios})
+        )
+        return
+    with tempfile.TemporaryDirectory() as folder:
         model = ensure_embedded_model(folder)
-        beacon = BeaconModel.from_pretrained(model, device="cpu")
-        store = MemoryStore(f"{folder}/store")
-        keeper = local_keeper(store.storage.root, KEEPER_BYTES, NAMESPACE)
-        longest = HEAD + arguments.tokens // min(arguments.ratios) + QUESTION + 8
-        options = {"max_model_len": longest, "block_size": None}
-        with engine(model, connector_config(store, keeper_budget_bytes=KEEPER_BYTES), **options) as llm:
-            for ratio in arguments.ratios:
-                rows.append(_measured(llm, beacon, store, keeper, ratio, arguments.tokens, chance))
+        command = [sys.executable, "-m", "benchmarks.load", "--memorize", folder, "--tokens", str(arguments.tokens)]
+        command += ["--ratios", *map(str, arguments.ratios)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        memorize = {int(ratio): seconds for ratio, seconds in json.loads(done.stdout.splitlines()[-1]).items()}
+        os.environ.update(IN_PROCESS)  # before the engine's libraries are loaded
+        rows = _loaded(Path(folder), model, memorize, arguments.tokens)
     disk, kept = rows[0]["disk over memorize"], rows[0]["object store over memorize"]
     report(
         "a memory ready to answer, against memorizing again",
@@ -70,35 +72,47 @@ def main() -> None:
     )
 
 
-def _measured(
-    llm: Any, beacon: BeaconModel, store: MemoryStore, keeper: Any, ratio: int, tokens: int, chance: random.Random
-) -> dict[str, Any]:
-    memorize, disk, kept = [], [], []
-    head_tokens = [chance.randrange(3, 4096) for _ in range(HEAD)]
-    head = beacon.compress(head_tokens, ratio=ratio, head=HEAD)
-    slots = 0
+def _memorized(folder: Path, ratio: int, tokens: int) -> float:
+    """Stores the memories, and returns the seconds that one takes to be encoded."""
+    beacon = BeaconModel.from_pretrained(ensure_embedded_model(folder), device="cpu")
+    chance, seconds = random.Random(ratio), []
+    head = beacon.compress([chance.randrange(3, 4096) for _ in range(HEAD)], ratio=ratio, head=HEAD)
     for index in range(MEMORIES):
         text = [chance.randrange(3, 4096) for _ in range(tokens)]
         began = time.perf_counter()
         made = beacon.compress(text, ratio=ratio, memory=head)
-        memorize.append(time.perf_counter() - began)
-        key = MemoryKey("bench", f"ratio-{ratio}", f"v{index:06d}-00000000")
-        store_slots(store, key, [(head.keys, head.values), (made.keys, made.values)])
-        slots = HEAD + len(made)
-        disk.append(_ready(llm, keeper, key, slots, chance))
+        seconds.append(time.perf_counter() - began)
+        store_slots(_store(folder), _key(ratio, index), [(head.keys, head.values), (made.keys, made.values)])
+    return median(seconds[1:])
+
+
+def _loaded(folder: Path, model: Path, memorize: dict[int, float], tokens: int) -> list[dict[str, Any]]:
+    store = _store(folder)
+    with ray_of_its_own():
+        keeper = local_keeper(store.storage.root, KEEPER_BYTES, NAMESPACE)
+        longest = HEAD + tokens // min(memorize) + QUESTION + 8
+        options = {"max_model_len": longest, "block_size": None}
+        with engine(model, connector_config(store, keeper_budget_bytes=KEEPER_BYTES), **options) as llm:
+            return [_row(llm, keeper, ratio, tokens, seconds) for ratio, seconds in memorize.items()]
+
+
+def _row(llm: Any, keeper: Any, ratio: int, tokens: int, memorize: float) -> dict[str, Any]:
+    slots, chance = HEAD + tokens // ratio, random.Random(0)
+    disk, kept = [], []
+    for index in range(MEMORIES):
+        disk.append(_ready(llm, keeper, _key(ratio, index), slots, chance))
         llm.reset_prefix_cache()
-        kept.append(_ready(llm, keeper, key, slots, chance))
-    # The first of each warms code and allocators up.
-    row = {"memorize": median(memorize[1:]), "disk": median(disk[1:]), "kept": median(kept[1:])}
+        kept.append(_ready(llm, keeper, _key(ratio, index), slots, chance))
+    from_disk, from_keeper = median(disk[1:]), median(kept[1:])  # the first warms code and allocators up
     return {
         "ratio": ratio,
         "text tokens": tokens,
         "slots": slots,
-        "memorize again (ms)": row["memorize"] * 1e3,
-        "from disk (ms)": row["disk"] * 1e3,
-        "from the object store (ms)": row["kept"] * 1e3,
-        "disk over memorize": row["memorize"] / row["disk"],
-        "object store over memorize": row["memorize"] / row["kept"],
+        "memorize again (ms)": memorize * 1e3,
+        "from disk (ms)": from_disk * 1e3,
+        "from the object store (ms)": from_keeper * 1e3,
+        "disk over memorize": memorize / from_disk,
+        "object store over memorize": memorize / from_keeper,
     }
 
 
@@ -110,6 +124,14 @@ def _ready(llm: Any, keeper: Any, key: MemoryKey, slots: int, chance: random.Ran
     answer = recalled(llm, [request(memory.key, slots, question, 1)])[0]
     assert len(answer) == 1, answer
     return time.perf_counter() - began
+
+
+def _store(folder: Path) -> MemoryStore:
+    return MemoryStore(f"{folder}/store")
+
+
+def _key(ratio: int, index: int) -> MemoryKey:
+    return MemoryKey("bench", f"ratio-{ratio}", f"v{index + 1:06d}-00000000")
 
 
 if __name__ == "__main__":

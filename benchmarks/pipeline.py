@@ -3,8 +3,8 @@
     python -m benchmarks.pipeline [--json FILE] [--questions 160]
 
 One `embedded` server on this machine. The baseline, in the same run, makes the same engine calls for the same
-questions through deployment handles, from one process, with neither Router nor HTTP between: recall, one search for the
-question and each clue, generation, evidence, one after another; their times are the sum of engine times. Every
+questions through deployment handles, from one process, with neither Router nor HTTP between: recall, one search for
+the question and its clues, generation, evidence, one after another; their times are the sum of engine times. Every
 question is asked once in each way, so no way profits from the other's prefix cache beyond the memory itself.
 """
 
@@ -43,7 +43,7 @@ def engines_alone(storage: str) -> Ask:
     """The calls of the pipeline to the engines, one stage after another, without Router and Ingress."""
     from ray import serve
 
-    from generator_worker.messages import Generation, GenerateRequest, Source
+    from generator_worker.messages import GenerateRequest, Generation, Source
     from memory_worker.messages import Clue, RecallRequest
     from memory_worker.store import MemoryStore
     from retrieval_worker.fusion import fit, fuse
@@ -63,7 +63,7 @@ def engines_alone(storage: str) -> Ask:
         request = RecallRequest(key, manifest.slots, question, CLUE_KINDS["memorag"], "en")
         recalled = recaller.options(stream=True).recall.remote(request)
         queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
-        found = await asyncio.gather(*(_result(retriever.search.remote(index, query)) for query in queries))
+        found = await retriever.search.remote(index, queries)
         hits = fit(fuse([r for each in found for r in each], search.rrf_k), search.passages, search.budget_tokens)
         passages = [hit.passage for hit in hits]
         sources = tuple(Source(p.document, p.start, p.end, p.text) for p in passages)
@@ -74,10 +74,6 @@ def engines_alone(storage: str) -> Ask:
                 await retriever.evidence.remote(EvidenceRequest(index, ids, question, item.text))
 
     return ask
-
-
-async def _result(response: Awaitable[object]) -> object:
-    return await response
 
 
 async def measure(ask: Ask, questions: list[str], clients: int) -> tuple[float, float]:
@@ -115,7 +111,9 @@ async def run(address: str, storage: str, count: int) -> tuple[list[dict[str, ob
                 print(f"{way}, {clients} at a time …", file=sys.stderr)
                 number = max(16, count // 8) if clients == 1 else count
                 await measure(ask, [f"Warm-up {i}: who sailed?" for i in range(clients)], clients)
-                questions = [f"{way} {clients}: who took office or sailed in the year {1201 + i}?" for i in range(number)]
+                questions = [
+                    f"{way} {clients}: who took office or sailed in the year {1201 + i}?" for i in range(number)
+                ]
                 rate[way, clients], median[way, clients] = await measure(ask, questions, clients)
                 rows.append(
                     {"way": way, "clients": clients, "questions": number, "questions/s": rate[way, clients],

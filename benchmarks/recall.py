@@ -5,7 +5,7 @@ their next question when the last is answered; all kinds of clues of a question 
 transformers, with as many threads as are fastest: one question at a time, the memory's KV cache deep-copied for every
 kind of clue, the kinds one after another. Same weights (the embedded model), float32, same prompts, same token
 budget, greedy, ending at the same end-of-text token; both count distinct lines the same way, and with equal tokens
-they find equal clues.
+they find equal clues. The two take turns, so that a busy machine slows both down.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ray import serve
@@ -43,79 +43,97 @@ KEY = MemoryKey("bench", "text", "v000001-00000000")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for rows and ratios")
-    parser.add_argument("--rounds", type=int, default=6, help="questions that each of the 16 clients asks")
-    parser.add_argument("--reference-questions", type=int, default=4, help="questions that the reference way answers")
+    parser.add_argument("--rounds", type=int, default=5, help="times that both ways take turns")
     arguments = parser.parse_args()
-    chance = random.Random(0)
-    asked = [f"What happened at place {chance.randrange(10**6)}?" for _ in range(arguments.rounds * CONCURRENT)]
     with tempfile.TemporaryDirectory() as folder:
-        from transformers import AutoTokenizer
-
         model = ensure_embedded_model(folder)
-        tokenizer = AutoTokenizer.from_pretrained(model)
         store = MemoryStore(f"{folder}/store")
-        parts, fingerprint = _memorized(model, tokenizer, chance)
-        store_slots(store, KEY, parts, fingerprint)
-        theirs, compared = _reference(model, tokenizer, parts, asked[: arguments.reference_questions])
+        reference = ReferenceWay(model)
+        store_slots(store, KEY, reference.parts, reference.fingerprint)
         with ray_of_its_own():
             serve.start(proxy_location="Disabled")
             handle = _deployed(model, store)
-            ours, found = asyncio.run(_recaller(handle, asked))
+            theirs, ours, equal = asyncio.run(_in_turns(reference, handle, arguments.rounds))
             serve.shutdown()
-    equal = sum(sorted(found[question]) == sorted(clues) for question, clues in compared.items())
-    for row in (theirs, ours):
-        row["clues/s"] = row["clues"] / row["seconds"]
-        row["questions/s"] = row["questions"] / row["seconds"]
-    ours["questions with equal clues"] = f"{equal} of {len(compared)}"
-    report(
-        f"recall: {CONCURRENT} concurrent questions, {SLOTS} slots",
-        [theirs, ours],
-        {"speedup": ours["clues/s"] / theirs["clues/s"]},
-        arguments.json,
-    )
+    rows = [_row("transformers, one by one", theirs), _row(f"Recaller, {CONCURRENT} at once", ours)]
+    rows[0]["questions with equal clues"], rows[1]["questions with equal clues"] = "", f"{equal} of {len(theirs)}"
+    speedup = rows[1]["clues/s"] / rows[0]["clues/s"]
+    title = f"recall: {CONCURRENT} concurrent questions, {SLOTS} slots"
+    report(title, rows, {"speedup": speedup}, arguments.json)
 
 
-def _memorized(model: Path, tokenizer: Any, chance: random.Random) -> tuple[Any, str]:
-    beacon = BeaconModel.from_pretrained(model, dtype=torch.float32, device="cpu")
-    tokens = head_tokens(tokenizer, "en")
-    head = beacon.compress(tokens, ratio=RATIO, head=len(tokens))
-    text = [chance.randrange(3, 4096) for _ in range((SLOTS - len(head)) * RATIO)]
-    slots = beacon.compress(text, ratio=RATIO, memory=head)
-    assert len(head) + len(slots) == SLOTS
-    return [(head.keys, head.values), (slots.keys, slots.values)], beacon.fingerprint
+class Turn(NamedTuple):
+    """What one way did in its turn."""
+
+    questions: int
+    clues: int
+    seconds: float
 
 
-def _reference(
-    model: Path, tokenizer: Any, parts: Any, questions: list[str]
-) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    reference = Reference(model)
-    memory = reference.cache(parts)
-    prompt = question_tokens(tokenizer, "span", "warm up", "en")
-    speeds: dict[int, float] = {}
-    for threads in {1, torch.get_num_threads()}:
-        torch.set_num_threads(threads)
-        reference.continued(copy.deepcopy(memory), prompt, 8)
+async def _in_turns(reference: "ReferenceWay", handle: Any, rounds: int) -> tuple[list[Turn], list[Turn], int]:
+    """Turns of the reference way (one question each) and of ours, and how many of its questions had equal clues here."""
+    theirs, ours, equal = [], [], 0
+    await _asked(handle, [f"Warm up {i}?" for i in range(CONCURRENT)])
+    for turn in range(rounds):
+        questions = [f"What happened at place {turn}-{i}?" for i in range(4 * CONCURRENT)]
         began = time.perf_counter()
-        reference.continued(copy.deepcopy(memory), prompt, 64)
-        speeds[threads] = time.perf_counter() - began
-    torch.set_num_threads(min(speeds, key=speeds.__getitem__))
-    found: dict[str, list[str]] = {}
-    began = time.perf_counter()
-    for question in questions:
-        found[question] = []
+        expected = reference.clues(questions[0])
+        theirs.append(Turn(1, len(expected), time.perf_counter() - began))
+        began = time.perf_counter()
+        found = await _asked(handle, questions)
+        ours.append(Turn(len(found), sum(map(len, found.values())), time.perf_counter() - began))
+        equal += sorted(found[questions[0]]) == sorted(expected)
+    return theirs, ours, equal
+
+
+class ReferenceWay:
+    """The memory, and transformers over it."""
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        chance = random.Random(0)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        beacon = BeaconModel.from_pretrained(model, dtype=torch.float32, device="cpu")
+        tokens = head_tokens(self._tokenizer, "en")
+        head = beacon.compress(tokens, ratio=RATIO, head=len(tokens))
+        text = [chance.randrange(3, 4096) for _ in range((SLOTS - len(head)) * RATIO)]
+        slots = beacon.compress(text, ratio=RATIO, memory=head)
+        self.parts = [(head.keys, head.values), (slots.keys, slots.values)]
+        self.fingerprint = beacon.fingerprint
+        self._reference = Reference(model)
+        self._memory = self._reference.cache(self.parts)
+        self._choose_threads()
+
+    def clues(self, question: str) -> list[str]:
+        found: list[str] = []
         for kind in KINDS:
-            prompt = question_tokens(tokenizer, kind, question, "en")
-            cache = copy.deepcopy(memory)
-            tokens = reference.continued(cache, prompt, BUDGET, end=tokenizer.eos_token_id)
             lines = ClueLines(MAX_CLUES)
-            found[question] += lines.feed(tokenizer.decode(tokens, skip_special_tokens=True)) + lines.close()
-    seconds = time.perf_counter() - began
-    return _row("transformers, one by one", questions, found, seconds), found
+            text = self._tokenizer.decode(self._continued(kind, question, BUDGET), skip_special_tokens=True)
+            found += lines.feed(text) + lines.close()
+        return found
+
+    def _continued(self, kind: ClueKind, question: str, tokens: int) -> list[int]:
+        prompt = question_tokens(self._tokenizer, kind, question, "en")
+        cache = copy.deepcopy(self._memory)
+        return self._reference.continued(cache, prompt, tokens, end=self._tokenizer.eos_token_id)
+
+    def _choose_threads(self) -> None:
+        speeds: dict[int, float] = {}
+        for threads in {1, torch.get_num_threads()}:
+            torch.set_num_threads(threads)
+            self._continued("span", "warm up", 8)
+            began = time.perf_counter()
+            self._continued("span", "warm up", 64)
+            speeds[threads] = time.perf_counter() - began
+        torch.set_num_threads(min(speeds, key=speeds.__getitem__))
 
 
 def _deployed(model: Path, store: MemoryStore) -> Any:
     config = MemoryConfig(
-        engine=EngineConfig(model=str(model), dtype="float32", max_model_len=4096, enforce_eager=True, cpu_cores="0"),
+        engine=EngineConfig(
+            model=str(model), dtype="float32", max_model_len=4096, block_size=32, enforce_eager=True, cpu_cores="0"
+        ),
         recall=RecallConfig(max_clue_tokens=BUDGET, max_clues=MAX_CLUES),
     )
     root = store.storage.root
@@ -123,27 +141,30 @@ def _deployed(model: Path, store: MemoryStore) -> Any:
     return serve.run(application, name="recall", route_prefix=None).options(stream=True)
 
 
-async def _recaller(handle: Any, questions: list[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    async def ask(question: str) -> list[str]:
-        request = RecallRequest(KEY, SLOTS, question, KINDS, "en")
-        return [item.text async for item in handle.recall.remote(request) if isinstance(item, Clue)]
-
-    await asyncio.gather(*(ask(f"warm up {i}") for i in range(CONCURRENT)))
+async def _asked(handle: Any, questions: list[str]) -> dict[str, list[str]]:
+    """The clues of each question, asked by as many clients as there are concurrent questions."""
     found: dict[str, list[str]] = {}
     waiting = iter(questions)
 
     async def client() -> None:
         for question in waiting:
-            found[question] = await ask(question)
+            stream = handle.recall.remote(RecallRequest(KEY, SLOTS, question, KINDS, "en"))
+            found[question] = [item.text async for item in stream if isinstance(item, Clue)]
 
-    began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(CONCURRENT)))
-    seconds = time.perf_counter() - began
-    return _row(f"Recaller, {CONCURRENT} at once", questions, found, seconds), found
+    return found
 
 
-def _row(way: str, questions: list[str], found: dict[str, list[str]], seconds: float) -> dict[str, Any]:
-    return {"way": way, "questions": len(questions), "clues": sum(map(len, found.values())), "seconds": seconds}
+def _row(way: str, turns: list[Turn]) -> dict[str, Any]:
+    seconds = sum(turn.seconds for turn in turns)
+    return {
+        "way": way,
+        "questions": sum(turn.questions for turn in turns),
+        "clues": sum(turn.clues for turn in turns),
+        "seconds": seconds,
+        "clues/s": sum(turn.clues for turn in turns) / seconds,
+        "questions/s": sum(turn.questions for turn in turns) / seconds,
+    }
 
 
 if __name__ == "__main__":

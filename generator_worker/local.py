@@ -32,7 +32,10 @@ class Generator(EngineServer):
         """
         prompt = await self._budget.prompt(request)
         pieces: list[str] = []
-        outputs = self.stream(prompt.token_ids, max_tokens=prompt.max_tokens, stop=prompt.stop)
+        interval = 1 if request.stream else prompt.max_tokens
+        outputs = self.stream(
+            prompt.token_ids, max_tokens=prompt.max_tokens, stop=prompt.stop, stream_interval=interval
+        )
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -40,7 +43,8 @@ class Generator(EngineServer):
                         yield finished_generation(pieces, prompt, output)
                     else:
                         pieces.append(output.text)
-                        yield output
+                        if request.stream:
+                            yield output
         except EngineFailed as error:
             raise GenerationFailed(f"the generator gave no answer: {error}") from error
 

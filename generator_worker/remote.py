@@ -44,7 +44,8 @@ class RemoteGenerator:
         try:
             async with aclosing(self._outputs(prompt)) as outputs:
                 async for output in outputs:
-                    yield output
+                    if request.stream or isinstance(output, Generation):
+                        yield output
         finally:
             self._requests -= 1
 

@@ -75,20 +75,26 @@ class Retriever:
         stored = await asyncio.to_thread(write_passages, self._storage, path, passages, _fingerprint(description))
         yield Index(stored, files, len(passages))
 
-    async def search(self, index: Index, text: str, hits: int | None = None) -> list[list[Hit]]:
-        """The passages for one text, best first: one ranking by similarity, one more by sparse weights if there are.
+    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[list[list[Hit]]]:
+        """For each text the passages, best first: one ranking by similarity, one more by sparse weights if there are.
 
         Raises `DamagedIndex` if the passages are not intact; a damaged FAISS file is made again from them.
         """
-        embedding = asyncio.ensure_future(_result(self._embedder.embed.remote([text], query=True)))
+        embedding = asyncio.ensure_future(_result(self._embedder.embed.remote(list(texts), query=True)))
         try:
             opened = await self._opened(index)
-            query = await embedding
+            queries = await embedding
         finally:
             embedding.cancel()
         wanted = hits or self._config.search.hits_per_query
-        rankings = await asyncio.to_thread(opened.index.search, query, 0, wanted)
-        return [[Hit(opened.passages[row], score) for row, score in ranking] for ranking in rankings]
+
+        def search_all() -> list[list[list[tuple[int, float]]]]:
+            return [opened.index.search(queries, row, wanted) for row in range(len(texts))]
+
+        return [
+            [[Hit(opened.passages[row], score) for row, score in ranking] for ranking in rankings]
+            for rankings in await asyncio.to_thread(search_all)
+        ]
 
     async def evidence(self, request: EvidenceRequest) -> list[Evidence]:
         """The sentences of the passages that best support question and answer, best first.

@@ -59,8 +59,8 @@ class Inquiry:
         self._language: api.Language = question.language or ("zh" if manifest.language == "zh" else "en")
         self._index: Index = index_of(manifest)
         self._key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
-        self._searches: list[asyncio.Task[list[list[Hit]]]] = []
-        self._preparing: asyncio.Task[None] | None = None
+        self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
+        self._tasks: list[asyncio.Task[Any]] = []
         self._started = time.perf_counter()
         self.clues: list[Clue] = []
         self.hits: list[Hit] = []  # in the order that citations number them
@@ -83,21 +83,21 @@ class Inquiry:
                 async for event in self._answer_from_memory():
                     yield event
                 return
+            searching = self.begin_search()
             async for clue in self.recall(CLUE_KINDS[self._question.task]):
+                self._queries.put_nowait(clue.text)
                 yield clue
-            await self.retrieve()
+            await self.retrieve(searching)
             for hit in self.hits:
                 yield hit
             async for event in self._generate():
                 yield event
         finally:
-            for task in [*self._searches, *([self._preparing] if self._preparing else [])]:
+            for task in self._tasks:
                 task.cancel()
 
-    async def recall(self, kinds: tuple[ClueKind, ...], *, search: bool = True) -> AsyncIterator[Clue]:
-        """The clues, each yielded, and its search begun, the moment its line is complete."""
-        if search and self._question.question:
-            self._search(self._question.question)
+    async def recall(self, kinds: tuple[ClueKind, ...], *, required: bool = False) -> AsyncIterator[Clue]:
+        """The clues, each the moment its line is complete; none where recall fails, unless they are `required`."""
         if not kinds:
             return
         request = RecallRequest(self._key, self._manifest.slots, self._question.question, kinds, self._language)
@@ -109,12 +109,10 @@ class Inquiry:
                     self.usage.recall_completion_tokens = item.completion_tokens
                     continue
                 self.clues.append(item)
-                if search:
-                    self._search(item.text)
                 yield item
         except Exception as error:
             # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
-            if is_callers_fault(error) or not search:
+            if required or is_callers_fault(error):
                 raise
             logger.warning("recall failed for %s, going on as rag: %r", self._key.path, error)
             self.degraded.append("recall")
@@ -122,26 +120,39 @@ class Inquiry:
             response.cancel()
         self.timings.recall = self._elapsed_ms()
 
-    async def retrieve(self) -> None:
-        """Waits for the searches that are still running, fuses their rankings, keeps what the budget allows."""
+    def begin_search(self) -> asyncio.Task[list[list[Hit]]]:
+        """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
+        # A summary asks nothing: the title stands for it until key points come.
+        self._queries.put_nowait(self._question.question or self._manifest.title or "summary")
+        self._tasks.append(task := asyncio.create_task(self._search()))
+        return task
+
+    async def retrieve(self, searching: asyncio.Task[list[list[Hit]]]) -> None:
+        """Waits for the searches still running, fuses all rankings, keeps what the budget allows."""
         began = self._elapsed_ms()
-        if not self._searches:  # no question and no clue: what the text begins with stands for it
-            self._search(self._manifest.title or "summary")
-        rankings = [ranking for found in await asyncio.gather(*self._searches) for ranking in found]
-        fused = fuse(rankings, self._pools.search.rrf_k)
+        self._queries.put_nowait(None)
+        fused = fuse(await searching, self._pools.search.rrf_k)
         self.hits = fit(fused, self._pools.search.passages, self._pools.search.budget_tokens)
         self.timings.retrieve = self._elapsed_ms() - began
 
-    def _search(self, text: str) -> None:
-        async def search() -> list[list[Hit]]:
-            return await self._pools.retriever.search.remote(self._index, text)
-
-        self._searches.append(asyncio.create_task(search()))
+    async def _search(self) -> list[list[Hit]]:
+        """All rankings, the question's first. What came during one search goes into the next, together."""
+        rankings: list[list[Hit]] = []
+        more = True
+        while more:
+            queries = [await self._queries.get()]
+            while not self._queries.empty():
+                queries.append(self._queries.get_nowait())
+            more = None not in queries
+            if texts := [query for query in queries if query is not None]:
+                found: list[list[list[Hit]]] = await self._pools.retriever.search.remote(self._index, texts)
+                rankings += [ranking for each in found for ranking in each]
+        return rankings
 
     async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
         began = self._elapsed_ms()
         if self.hits:
-            self._preparing = asyncio.create_task(self._prepare_evidence())
+            self._tasks.append(asyncio.create_task(self._prepare_evidence()))
         request = GenerateRequest(
             task="summarize" if self._question.task == "summarize" else "answer",
             question=self._question.question,

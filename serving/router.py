@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -24,7 +25,7 @@ from serving.convert import detect_language
 from serving.errors import ProblemError, problem_for
 from serving.jobs import Jobs
 from serving.manifests import memory_out
-from serving.pipeline import Inquiry, Pools, clue_out, passage_out
+from serving.pipeline import CLUE_KINDS, Inquiry, Pools, clue_out, passage_out
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
 
@@ -56,7 +57,6 @@ class Router:
             degraded,
         )
         self._model: MemorizerDescription | None = None
-        self._tokenizer_name = profile.memory.engine.model
         self._tokenizer: Any = None
         self._resuming = asyncio.get_running_loop().create_task(self._jobs.resume())
 
@@ -170,7 +170,7 @@ class Router:
         inquiry = await self._inquiry(tenant, memory, question)
         started = time.perf_counter()
         try:
-            clues = [clue_out(clue) async for clue in inquiry.recall(("span", "question", "draft"), search=False)]
+            clues = [clue_out(clue) async for clue in inquiry.recall(CLUE_KINDS["memorag"], required=True)]
         except Exception as error:
             raise problem_for(error) from error
         inquiry.timings.total = (time.perf_counter() - started) * 1000
@@ -188,9 +188,7 @@ class Router:
         inquiry = await self._inquiry(tenant, memory, api.Question(question=query.question, task="rag"))
         started = time.perf_counter()
         try:
-            async for _ in inquiry.recall(()):
-                raise AssertionError("no kinds, no clues")
-            await inquiry.retrieve()
+            await inquiry.retrieve(inquiry.begin_search())
         except Exception as error:
             raise problem_for(error) from error
         inquiry.timings.total = (time.perf_counter() - started) * 1000
@@ -248,20 +246,31 @@ class Router:
                 422, f"max_tokens is {question.max_tokens}; at most {limits.answer_tokens} can be asked for"
             )
         window = (await self._memory_model()).window
-        tokens = len(self._encode(text)) if len(text) <= limits.question_characters else None
-        if tokens is None or tokens > window:
-            length = f"{tokens} tokens" if tokens is not None else f"{len(text)} characters"
+        if len(text) <= window // 4:  # a token is at least one byte of UTF-8, a character at most four
+            return
+        if len(text) > limits.question_characters:
             raise ProblemError(
                 422,
-                f"the question has {length}, the memory model's window is {window} tokens; memorize long texts instead",
+                f"the question has {len(text)} characters, more than limits.question_characters and the memory model's "
+                f"window of {window} tokens; memorize long texts instead",
+            )
+        if (tokens := await asyncio.to_thread(self._tokens, text)) > window:
+            raise ProblemError(
+                422,
+                f"the question has {tokens} tokens, more than the memory model's window of {window}; "
+                "memorize long texts instead",
             )
 
-    def _encode(self, text: str) -> list[int]:
+    def _tokens(self, text: str) -> int:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
+            from tokenizers import Tokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_name)
-        return self._tokenizer.encode(text, add_special_tokens=False)
+            model = Path(self._profile.memory.engine.model)
+            local = model / "tokenizer.json"
+            self._tokenizer = (
+                Tokenizer.from_file(str(local)) if local.exists() else Tokenizer.from_pretrained(str(model))
+            )
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def router_deployment(profile: Profile) -> serve.Deployment:

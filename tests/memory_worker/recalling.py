@@ -97,6 +97,7 @@ def ray_of_its_own() -> Iterator[None]:
             namespace=NAMESPACE,
             log_to_driver=False,
             logging_level="ERROR",
+            _system_config={"worker_niceness": 0},  # what is measured here against this process runs with the same
         )
         try:
             yield

@@ -74,7 +74,7 @@ async def test_progress_then_an_index_whose_passages_are_exact(retriever, storag
     texts = {"en": ENGLISH * 40, "zh": CHINESE}
     done = [each.done_passages for each in progress]
     assert done == sorted(done) and done[-1] == progress[-1].total_passages == index.passage_count
-    [hits] = await retriever.search.remote(index, "dragon", hits=10_000)
+    [[hits]] = await retriever.search.remote(index, ["dragon"], hits=10_000)
     assert len(hits) == index.passage_count
     found = sorted((hit.passage for hit in hits), key=lambda passage: passage.id)
     assert [passage.id for passage in found] == list(range(index.passage_count))
@@ -88,9 +88,9 @@ async def test_progress_then_an_index_whose_passages_are_exact(retriever, storag
 
 async def test_concurrent_searches(retriever, small):
     results = await asyncio.gather(
-        *(retriever.search.remote(small, q) for q in ["When was the gate opened?", "城门什么时候打开？"] * 8)
+        *(retriever.search.remote(small, [q]) for q in ["When was the gate opened?", "城门什么时候打开？"] * 8)
     )
-    assert [hits[0].passage.document for [hits] in results] == ["en", "zh"] * 8
+    assert [hits[0].passage.document for [[hits]] in results] == ["en", "zh"] * 8
 
 
 async def test_evidence_quotes_the_document(retriever, small):
@@ -111,7 +111,7 @@ async def test_evidence_quotes_the_document(retriever, small):
 async def test_an_empty_document_has_an_empty_index(retriever, storage):
     index, progress = await make(retriever, storage, "empty", nothing=" \n ")
     assert index.passage_count == 0 and progress[-1].total_passages == 0
-    assert await retriever.search.remote(index, "anything") == [[]]
+    assert await retriever.search.remote(index, ["anything", "else"]) == [[[]], [[]]]
     assert await retriever.evidence.remote(EvidenceRequest(index, (), "q", "a")) == []
 
 
@@ -125,7 +125,7 @@ async def test_a_damaged_index_is_rebuilt_from_its_passages(retriever, storage, 
         path.write_bytes(data)
     else:
         path.unlink()
-    [hits] = await retriever.search.remote(index, "When was the gate opened?")
+    [[hits]] = await retriever.search.remote(index, ["When was the gate opened?"])
     assert "gate was opened" in hits[0].passage.text
 
 
@@ -133,7 +133,7 @@ async def test_damaged_passages_are_named(retriever, storage, small):
     gone = Index(StoredFile("t/m/gone/passages.parquet", 10, "0" * 64), small.files, small.passage_count)
     for _ in range(2):  # a failure is not kept
         with pytest.raises(DamagedIndex, match=r"t/m/gone/passages\.parquet"):
-            await retriever.search.remote(gone, "anything")
+            await retriever.search.remote(gone, ["anything"])
 
 
 async def test_a_missing_document_is_named(retriever):
@@ -151,13 +151,13 @@ async def test_a_novel(retriever, storage, record_property):
     record_property("index_seconds", seconds)
     question = "Who is the clergyman that proposes to Elizabeth?"
     clues = ["Mr. Collins made his proposal of marriage to Elizabeth.", "the rector of Hunsford"]
-    rankings = [r for q in [question, *clues] for r in await retriever.search.remote(index, q)]
+    rankings = [r for found in await retriever.search.remote(index, [question, *clues]) for r in found]
     kept = fit(fuse(rankings, 60), 5, 2048)
     assert any("Collins" in hit.passage.text for hit in kept)
     assert all(text[hit.passage.start : hit.passage.end] == hit.passage.text for hit in kept)
     began = time.perf_counter()
     for _ in range(20):
-        await retriever.search.remote(index, question)
+        await retriever.search.remote(index, [question])
     print(
         f"\nindexed {index.passage_count} passages in {seconds:.1f} s; "
         f"a search takes {(time.perf_counter() - began) / 20 * 1000:.1f} ms"
