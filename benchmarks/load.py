@@ -4,7 +4,8 @@ The embedded model in float32, a generated text of `--tokens` tokens. Ready mean
 question's first token is there, so the times hold the question's own computation too. From disk: neither the keeper
 nor the engine has anything of the memory (the file is in the page cache, as after a restart of the server). From the
 object store: the keeper has it, the engine has nothing. Memorizing again is `BeaconModel.compress` of the text alone,
-without writing or loading, in a process of its own with torch's own choice of threads. Medians over memories of different texts.
+without writing or loading, in a process of its own with torch's own choice of threads. Medians over memories of
+different texts.
 """
 
 import argparse

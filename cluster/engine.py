@@ -148,6 +148,7 @@ def engine_application(
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
         "enable_prefix_caching": True,
+        "disable_log_stats": True,  # nobody reads them yet, and they cost every step
         **(engine_kwargs or {}),
     }
     if engine.block_size is not None:

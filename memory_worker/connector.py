@@ -99,8 +99,8 @@ class MemoryConnector(KVConnectorBase_V1):
             try:
                 self.loader.load(wanted, self._layers, self._device)
             except Exception as error:  # noqa: BLE001  whatever it is, it must fail this load and not the engine
-                reason = getattr(error, "cause", error)  # of a task that failed, without its stack
-                logger.error("loading the memory %s failed: %s: %s", wanted.memory, type(reason).__name__, reason)
+                cause = getattr(error, "cause", error)  # of a task that failed, without its stack
+                logger.error("loading the memory %s failed: %s: %s", wanted.memory, type(cause).__name__, cause)
                 self.loader.stats.failed += 1
                 self._failed |= set(blocks)
 

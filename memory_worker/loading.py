@@ -54,7 +54,8 @@ class LoadStats:
     seconds: float = 0.0
 
 
-class CacheLayer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
     """One attention layer of this worker: its index in the whole model, and its cache writer."""
 
     index: int

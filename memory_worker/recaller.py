@@ -37,7 +37,7 @@ _CLUE_TOKENS_PER_PIECE = 4  # clues are read a line at a time; fewer pieces cost
 class Recaller(EngineServer):
     """Answers from memory. Every request waits until the keeper of this node has the memory in the object store."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         llm_config: LLMConfig,
         *,

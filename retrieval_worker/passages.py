@@ -5,7 +5,7 @@ A passage is a slice of its document: offsets count Unicode code points and map 
 
 import io
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -56,11 +56,15 @@ def write_passages(storage: Storage, path: str, passages: Sequence[Passage], emb
     return storage.write(path, sink.getvalue())
 
 
+_CACHED_PASSAGES = 4096  # the same few are found again and again; Arrow takes a while to make one
+
+
 class PassageFile(Sequence[Passage]):
     """The passages of one index by id, read from its Parquet file. Raises `DamagedFile` when it is not intact."""
 
     def __init__(self, storage: Storage, file: StoredFile) -> None:
         self._table = pq.read_table(pa.BufferReader(storage.read(file))).combine_chunks()
+        self._passage = lru_cache(_CACHED_PASSAGES)(self._read)
 
     @property
     def embedder(self) -> str:
@@ -79,6 +83,9 @@ class PassageFile(Sequence[Passage]):
             return [Passage(**values) for values in self._table[row].to_pylist()]
         if not 0 <= row < len(self):
             raise IndexError(f"no passage {row}: there are {len(self)}")
+        return self._passage(row)
+
+    def _read(self, row: int) -> Passage:
         return Passage(**{name: self._table[name][row].as_py() for name in _SCHEMA.names})
 
 

@@ -77,6 +77,12 @@ def main(folder: Path) -> None:
             }
         with engine(embedded, connector_config(store), dtype="bfloat16") as llm:
             seen["bfloat16"] = {"answered": sum(len(a) == NEW_TOKENS for a in recalled(llm, requests[:4]))}
+        with engine(embedded, connector_config(store), tensor_parallel_size=2) as llm:
+            answers = recalled(llm, requests[:8])
+            seen["tensor_parallel"] = {
+                "right": same(answers, right[:8]),
+                "fetched": [stats["fetched"] for stats in llm.collective_rpc("recall_stats")],
+            }
         with engine(embedded, connector_config(store, fingerprint="0" * 64)) as llm:
             seen["other_model"] = recalled(llm, requests[:2])
         if GOLDENS.exists():

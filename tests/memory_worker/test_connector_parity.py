@@ -67,6 +67,10 @@ def test_a_cache_too_small_for_all_evicts_preempts_and_stays_right(seen) -> None
     assert tight["loads"]["fetched"] > 4  # blocks were evicted and loaded again
 
 
+def test_tensor_parallel_ranks_load_their_own_heads(seen) -> None:
+    assert seen["tensor_parallel"] == {"right": 8, "fetched": [4, 4]}
+
+
 def test_a_memory_of_another_dtype_than_the_cache_is_cast(seen) -> None:
     assert seen["bfloat16"]["answered"] == 4
 

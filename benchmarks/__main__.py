@@ -1,0 +1,66 @@
+"""Runs the benchmarks one after another and writes benchmarks/RESULTS.md: `make bench`, or `python -m benchmarks`.
+
+python -m benchmarks [NAME …]      only these; the others' figures stay as they are in benchmarks/results/
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+TARGETS = {
+    "recall": {"speedup": "≥ 8"},
+    "load": {"disk_over_memorize": "≥ 30"},
+    "first_token": {},
+    "pipeline": {"over_first_sketch_16": "≥ 2"},
+    "memorize": {"time_per_flop_1M_over_10k": "0.7 to 1.3"},
+}
+
+
+def page() -> str:
+    """RESULTS.md from the JSON files that are there."""
+    lines = [
+        "# Measurements",
+        "",
+        "Each benchmark runs its baseline in the same run; ratios are what is claimed. This page is written by "
+        "`make bench` from `benchmarks/results/*.json`. Memory and language models here are the small `embedded` ones.",
+    ]
+    for name, targets in TARGETS.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        about = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").strip().splitlines()[0]
+        lines += ["", f"## {name}", "", about, "", f"`python -m benchmarks.{name}` on {result['machine']}", ""]
+        lines += _table(result["rows"])
+        lines += ["", "| ratio | measured | target |", "|---|---|---|"]
+        lines += [f"| `{key}` | {_cell(value)} | {targets.get(key, '')} |" for key, value in result["ratios"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return head + ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main() -> None:
+    RESULTS.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or TARGETS:
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(RESULTS / f"{name}.json")]
+        subprocess.run(command, check=True, cwd=FOLDER.parent)
+    (FOLDER / "RESULTS.md").write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
