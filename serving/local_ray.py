@@ -52,7 +52,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
                 configure_logging=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
-                _system_config={"enable_metrics_collection": config.metrics},
+                _system_config={"enable_metrics_collection": config.metrics, "worker_niceness": 0},
             )
             return
         except Exception as error:  # Ray raises no more precise class here

@@ -34,6 +34,8 @@ CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
     "rag": (),
 }
 
+_PREPARED_AT_MOST = 2048  # fewer than a Retriever keeps
+
 PipelineEvent = Clue | Hit | TextDelta | api.Answer
 
 
@@ -47,6 +49,23 @@ class Pools:
     search: SearchConfig
     recall_deadline_s: float
     degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as untrained-model
+    prepared: "Prepared"
+
+
+class Prepared:
+    """Which passages' sentences were lately sent to be embedded: the Retriever still has them, with luck."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], None] = {}
+
+    def missing(self, index: Index, passages: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of `passages` not asked for before; they count as prepared from now on."""
+        keys = [(index.passages.digest, passage) for passage in passages]
+        missing = tuple(passage for (digest, passage) in keys if (digest, passage) not in self._known)
+        if len(self._known) > _PREPARED_AT_MOST:
+            self._known.clear()
+        self._known.update(dict.fromkeys(keys))
+        return missing
 
 
 class Inquiry:
@@ -151,8 +170,9 @@ class Inquiry:
 
     async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
         began = self._elapsed_ms()
-        if self.hits:
-            self._tasks.append(asyncio.create_task(self._prepare_evidence()))
+        ids = tuple(hit.passage.id for hit in self.hits)
+        if missing := self._pools.prepared.missing(self._index, ids):
+            self._tasks.append(asyncio.create_task(self._prepare_evidence(missing)))
         request = GenerateRequest(
             task="summarize" if self._question.task == "summarize" else "answer",
             question=self._question.question,
@@ -185,8 +205,8 @@ class Inquiry:
         self.hits = [h for h in self.hits if (h.passage.document, h.passage.start, h.passage.end) in kept]
         yield await self._answer(generation)
 
-    async def _prepare_evidence(self) -> None:
-        await self._pools.retriever.prepare_evidence.remote(self._index, tuple(h.passage.id for h in self.hits))
+    async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
+        await self._pools.retriever.prepare_evidence.remote(self._index, passages)
 
     async def _answer(self, generation: Generation) -> api.Answer:
         evidence = []

@@ -25,7 +25,7 @@ from serving.convert import detect_language
 from serving.errors import ProblemError, problem_for
 from serving.jobs import Jobs
 from serving.manifests import memory_out
-from serving.pipeline import CLUE_KINDS, Inquiry, Pools, clue_out, passage_out
+from serving.pipeline import CLUE_KINDS, Inquiry, Pools, Prepared, clue_out, passage_out
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
 
@@ -55,6 +55,7 @@ class Router:
             profile.retrieval.search,
             profile.memory.recall.deadline_s,
             degraded,
+            Prepared(),
         )
         self._model: MemorizerDescription | None = None
         self._tokenizer: Any = None
