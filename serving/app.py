@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memory_worker.embedded import ensure_embedded_model, is_trained
-from serving.config import EMBEDDED, Profile
+from serving.config import EMBEDDED, Profile, ProfileError
 from serving.local_ray import new_ray_folder, start_ray, stop_ray
 
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
@@ -55,9 +55,14 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
     from ray import serve
 
     port = port or _free_port(host)
-    serve.start(http_options={"host": host, "port": port})
-    serve.run(build(profile, memories_root(storage)), name=APPLICATION, route_prefix="/")
-    return Running(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
+    running = Running(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(build(profile, memories_root(storage)), name=APPLICATION, route_prefix="/")
+    except BaseException:
+        running.stop()
+        raise
+    return running
 
 
 def build(profile: Profile, storage_root: str) -> "Application":
@@ -93,6 +98,9 @@ def build(profile: Profile, storage_root: str) -> "Application":
 def with_models(profile: Profile, folder: Path) -> Profile:
     """`profile` with the embedded language model, where it is asked for, made in `folder` and named by its path."""
     engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
+    for engine in engines:
+        if Path(engine.model).is_absolute() and not Path(engine.model).is_dir():
+            raise ProfileError(f"the model folder {engine.model} is not there; correct the engine's `model`")
     if all(engine.model != EMBEDDED for engine in engines):
         return profile
     path = {"model": str(ensure_embedded_model(folder))}
