@@ -31,7 +31,7 @@ from memory_worker.prompts import question_tokens
 logger = logging.getLogger("ray.serve")
 
 _KEEPER_TIMEOUT_S = 10.0  # the memory is in the object store before the engine asks, so this is milliseconds
-_CLUE_TOKENS_PER_PIECE = 4  # clues are read a line at a time; fewer pieces cost less
+_CLUE_TOKENS_PER_PIECE = 8  # clues are read a line at a time; fewer pieces, and so fewer searches, cost less
 
 
 class Recaller(EngineServer):
