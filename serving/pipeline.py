@@ -147,10 +147,17 @@ class Inquiry:
         return task
 
     async def retrieve(self, searching: asyncio.Task[list[list[Hit]]]) -> None:
-        """Waits for the searches still running, fuses all rankings, keeps what the budget allows."""
+        """Waits for the searches still running, fuses all rankings, keeps what the budget allows.
+
+        The passage most like the question is always among them: clues add to what the question finds, and cannot
+        crowd that out however many they are, or however wrong.
+        """
         began = self._elapsed_ms()
         self._queries.put_nowait(None)
-        fused = fuse(await searching, self._pools.search.rrf_k)
+        rankings = await searching
+        fused = fuse(rankings, self._pools.search.rrf_k)
+        best = {ranking[0].passage.id for ranking in rankings[:1] if ranking}
+        fused.sort(key=lambda hit: hit.passage.id not in best)  # stable: the others stay in their order
         self.hits = fit(fused, self._pools.search.passages, self._pools.search.budget_tokens)
         self.timings.retrieve = self._elapsed_ms() - began
 
