@@ -8,7 +8,7 @@ PINNED  := cluster/requirements/$(EXTRA).txt
 READY   := .venv/installed-$(EXTRA)
 PACKAGES := cluster memory_worker retrieval_worker generator_worker serving
 EXAMPLE := examples/chronicle.txt
-QUESTION ?= Who became keeper of the lighthouse at Marrow Head?
+QUESTION ?= Who became keeper of the lighthouse?
 
 .PHONY: install up down test lint bench docs
 
