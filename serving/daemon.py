@@ -379,7 +379,12 @@ def _main() -> None:
     for name, kind in {"profile": str, "storage": str, "host": str, "port": int}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
     options = ServerOptions(**vars(parser.parse_args()))
-    run_server(options, on_ready=lambda address: print(f"ready at {address}", flush=True))
+    from serving.config import ProfileError
+
+    try:
+        run_server(options, on_ready=lambda address: print(f"ready at {address}", flush=True))
+    except (DaemonError, ProfileError) as error:  # people's mistakes need no stack
+        sys.exit(f"memorag: {error}")
 
 
 if __name__ == "__main__":
