@@ -21,6 +21,7 @@ from memory_worker.messages import (
     MemorizeResult,
     MemoryKey,
 )
+from memory_worker.store import source_path
 from retrieval_worker.messages import DocumentText, Index, IndexRequest
 from serving.errors import problem_for
 
@@ -138,11 +139,6 @@ class Jobs:
         finally:
             response.cancel()
         raise RuntimeError("the Retriever ended without an index")
-
-
-def source_path(key: MemoryKey, document: str) -> str:
-    """Where the text of a document of this version lies, relative to the storage root."""
-    return f"{key.path}/source/{document}.txt"
 
 
 def language_of(name: str) -> Language:
