@@ -1,16 +1,17 @@
 """Clues per second at 16 concurrent questions to one memory of 2,000 slots, against the reference way.
 
-Ours is the Recaller as it is deployed: Ray Serve, vLLM in a process of its own on one core, 16 clients that each ask
-their next question when the last is answered; all kinds of clues of a question run at once. The reference way is
-transformers, with as many threads as are fastest: one question at a time, the memory's KV cache deep-copied for every
-kind of clue, the kinds one after another. Same weights (the embedded model), float32, same prompts, same token
-budget, greedy, ending at the same end-of-text token; both count distinct lines the same way, and with equal tokens
-they find equal clues. The two take turns, so that a busy machine slows both down.
+Ours is the Recaller as it is deployed: Ray Serve, vLLM in a process of its own, 16 clients that each ask their next
+question when the last is answered; all kinds of clues of a question run at once. Both may use all cores. The
+reference way is transformers, with as many threads as are fastest: one question at a time, the memory's KV cache
+deep-copied for every kind of clue, the kinds one after another. Same weights (the embedded model), float32, same
+prompts, same token budget, greedy, ending at the same end-of-text token; both count distinct lines the same way, and
+with equal tokens they find equal clues. The two take turns, so that a busy machine slows both down.
 """
 
 import argparse
 import asyncio
 import copy
+import os
 import random
 import tempfile
 import time
@@ -136,7 +137,12 @@ class ReferenceWay:
 def _deployed(model: Path, store: MemoryStore) -> Any:
     config = MemoryConfig(
         engine=EngineConfig(
-            model=str(model), dtype="float32", max_model_len=4096, block_size=32, enforce_eager=True, cpu_cores="0"
+            model=str(model),
+            dtype="float32",
+            max_model_len=4096,
+            block_size=32,
+            enforce_eager=True,
+            cpu_cores=f"0-{max(os.sched_getaffinity(0))}",
         ),
         recall=RecallConfig(max_clue_tokens=BUDGET, max_clues=MAX_CLUES),
     )

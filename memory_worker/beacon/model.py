@@ -25,8 +25,8 @@ from memory_worker.beacon.slots import Part, Slots
 RATIOS = (2, 4, 8, 16, 32)
 # Measured on two CPU cores with benchmarks/memorize.py; on a GPU enough rows to fill it at window 2048.
 _GROUP_WINDOWS = {"cpu": 4, "cuda": 8}
-# Rows that go through the MLP together: on the CPU their activations stay in its cache.
-_MLP_ROWS = {"cpu": 512, "cuda": 8192}
+# Rows that go through the MLP together: bounds its activations; fewer rows a product run slower (measured likewise).
+_MLP_ROWS = {"cpu": 4096, "cuda": 8192}
 
 
 class UnsupportedRatio(ValueError):
