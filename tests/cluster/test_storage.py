@@ -1,5 +1,7 @@
 """Files appear whole or not at all, and are read back only as they were written."""
 
+import errno
+import io
 import os
 import pickle
 from dataclasses import replace
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import DamagedFile, Storage, StoredFile
+from cluster.storage import DamagedFile, Storage, StorageFull, StorageGone, StoredFile
 
 
 @pytest.fixture(params=["local", "file URI", "object store"])
@@ -53,6 +55,49 @@ def test_a_file_is_not_read_unless_it_is_as_recorded(storage: Storage) -> None:
         storage.read(stored)
 
 
+@pytest.mark.parametrize("size", [0, 10, 1 << 20, (1 << 20) + 1, 3_000_000])
+def test_a_file_moves_in_and_is_copied_out(storage: Storage, tmp_path: Path, size: int) -> None:
+    spooled = tmp_path / "spooled"
+    spooled.write_bytes(data := os.urandom(size))
+    stored = storage.move_in(spooled, "a/b")
+    assert not spooled.exists() and storage.read(stored).to_pybytes() == data
+    storage.copy_out(stored, sink := io.BytesIO())
+    assert sink.getvalue() == data
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000])
+def test_a_copy_of_a_damaged_file_is_never_whole(storage: Storage, size: int) -> None:
+    data = os.urandom(size)
+    stored = storage.write("data", data)
+    storage.write("data", data[:-1] + bytes([data[-1] ^ 1]))
+    for record, reason in (
+        (stored, "does not match its SHA-256"),
+        (replace(stored, size=size - 1), f"has {size} bytes instead of {size - 1}"),
+        (replace(stored, size=size + 1), f"has {size} bytes instead of {size + 1}"),
+        (replace(stored, path="other"), "is missing"),
+        (replace(stored, path="data/below a file"), "is missing"),
+    ):
+        with pytest.raises(DamagedFile, match=reason):
+            storage.copy_out(record, sink := io.BytesIO())
+        assert len(sink.getvalue()) < min(size, record.size)
+
+
+def test_a_file_is_deleted_if_it_is_there(storage: Storage) -> None:
+    storage.write("a/b", b"x")
+    storage.write("a/c", b"x")
+    for _ in range(2):
+        storage.delete("a/b")
+        assert storage.files() == ["a/c"]
+
+
+def test_a_write_that_fails_keeps_what_was_there(storage: Storage) -> None:
+    stored = storage.write("data", b"old")
+    with pytest.raises(RuntimeError, match="on fire"), storage.writer("data") as sink:
+        sink.write(b"new")
+        raise RuntimeError("the disk is on fire")
+    assert storage.read(stored).to_pybytes() == b"old" and storage.files() == ["data"]
+
+
 def test_a_write_that_fails_leaves_nothing(storage: Storage) -> None:
     def parts():
         yield b"the first half"
@@ -75,18 +120,51 @@ def test_torn_temporary_files_are_not_seen(tmp_path: Path) -> None:
     assert storage.files("") == [] and not storage.exists("folder/data")
     stored = storage.write("folder/data", b"whole")
     assert storage.read(stored).to_pybytes() == b"whole" and storage.files("") == ["folder/data"]
+    assert storage.sweep_torn(older_than_s=60) == 0  # a live writer's would look the same
+    assert storage.sweep_torn("folder", older_than_s=-1) == 1 and storage.sweep_torn(older_than_s=-1) == 0
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "a/../../outside"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../outside", "a/../../outside", "a//b", "a/./b", "a\\b", "a\0b", "a" * 201]
+)
 def test_no_path_leaves_the_root(storage: Storage, path: str) -> None:
     for attempt in (storage.exists, storage.read_unverified, storage.files, lambda p: storage.write(p, b"x")):
         with pytest.raises(ValueError, match="not a path below the storage root"):
             attempt(path)
 
 
+def test_a_root_that_is_gone_is_not_taken_for_files_that_are(tmp_path: Path) -> None:
+    """Nor made anew, as if it were empty: what was written there would be hidden when it is back."""
+    root, away = tmp_path / "root", tmp_path / "away"
+    storage = Storage(str(root))
+    stored = storage.write("a/data", b"whole")
+    root.rename(away)
+    for attempt in (
+        lambda: storage.read(stored),
+        lambda: storage.copy_out(stored, io.BytesIO()),
+        lambda: storage.read_unverified("a/data"),
+        lambda: storage.record("a/data"),
+        lambda: storage.exists("a/data"),
+        lambda: storage.folders(),
+        lambda: storage.files("a"),
+        lambda: storage.write("a/data", b"new"),
+        lambda: storage.write("b/data", b"new"),
+    ):
+        with pytest.raises(StorageGone, match="is not there: bring it back"):
+            attempt()
+    assert not root.exists()
+    away.rename(root)
+    assert storage.read(stored).to_pybytes() == b"whole" and storage.files() == ["a/data"]
+
+
 def test_the_error_crosses_processes() -> None:
     error = pickle.loads(pickle.dumps(DamagedFile("a/b", "is missing")))  # noqa: S301
     assert (error.path, error.reason) == ("a/b", "is missing") and "a/b" in str(error)
+    full = pickle.loads(pickle.dumps(StorageFull("/data")))  # noqa: S301
+    assert str(full).startswith("the storage at /data is full: free space") and full.errno == errno.ENOSPC
+    gone = pickle.loads(pickle.dumps(StorageGone("/data")))  # noqa: S301
+    assert str(gone).startswith("the storage at /data is not there: ")
 
 
 def test_local_reads_are_memory_mapped(tmp_path: Path) -> None:
@@ -95,3 +173,11 @@ def test_local_reads_are_memory_mapped(tmp_path: Path) -> None:
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert mapped and buffer.size == 1 << 20
     assert isinstance(storage.record("data"), StoredFile)
+
+
+def test_a_small_file_outlives_what_happens_to_it(tmp_path: Path) -> None:
+    """A mapped file that is cut short in place kills whoever reads on: only large ones are mapped."""
+    storage = Storage(str(tmp_path))
+    buffer = storage.read(storage.write("data", data := os.urandom((1 << 20) - 1)))
+    os.truncate(tmp_path / "data", 0)
+    assert buffer.to_pybytes() == data
