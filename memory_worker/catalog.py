@@ -3,122 +3,321 @@
 It holds nothing that storage does not: killed at any moment, it comes back and reads the manifests and jobs
 again; only the progress of running jobs starts anew. Calls that were under way are repeated by Ray, so every
 method may run twice.
+
+A memory changes one change at a time: `reserve` says where the texts of the new version go, `begin` makes its job
+durable, whoever `take`s the job publishes the new version, or fails it. Until then readers see the version before.
 """
 
 import asyncio
+import logging
 import time
-import weakref
-from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import ray
 
-from cluster.storage import DamagedFile
-from memory_worker.errors import MemoryExists, MemoryNotFound, MemoryNotReady
+from memory_worker.config import CatalogConfig
+from memory_worker.errors import (
+    DocumentNotFound,
+    JobEnded,
+    JobUnderWay,
+    LastDocument,
+    MemoryExists,
+    MemoryNotReady,
+    NoJob,
+    VersionChanged,
+)
+from memory_worker.job_queue import JobQueue
 from memory_worker.keeper import NAMESPACE
-from memory_worker.manifest import JobRecord, Manifest
-from memory_worker.messages import MemoryKey, MemoryRecord
+from memory_worker.manifest import JobDocument, JobRecord, Manifest, now
+from memory_worker.messages import Job, MemoryKey, MemoryRecord, Reservation, TenantUsage
+from memory_worker.quotas import QuotasConfig, require
+from memory_worker.rates import RateLimiter
+from memory_worker.records import Name, Page, Records
+from memory_worker.restore import restore
+from memory_worker.retention import Retention
 from memory_worker.store import MemoryStore, check_id
 
-_CONCURRENT_CALLS = 10_000  # every open event stream is a call that waits
+logger = logging.getLogger(__name__)
 
-_Name = tuple[str, str]  # tenant, memory
-Page = tuple[list[MemoryRecord], str | None]  # and the next cursor
-Jobs = list[tuple[MemoryKey, JobRecord]]
+_CONCURRENT_CALLS = 10_000  # every open event stream is a call that waits
 
 
 class Catalog:
     """Names to memories; create it through `catalog()`. Raises `InvalidId` for a name that cannot be one."""
 
-    def __init__(self, storage_root: str) -> None:
+    def __init__(
+        self, storage_root: str, config: CatalogConfig | None = None, quotas: QuotasConfig | None = None
+    ) -> None:
+        self._config = config or CatalogConfig()
+        self._quotas = quotas or QuotasConfig()
         self._store = MemoryStore(storage_root)
         self._store.sweep()
-        self._changed = asyncio.Condition()
-        self._locks: weakref.WeakValueDictionary[_Name, asyncio.Lock] = weakref.WeakValueDictionary()
-        # From the clock, so that a waiter from before a restart sees another number than it knows.
-        self._revision = time.time_ns() // 1000
-        self._records: dict[_Name, MemoryRecord] = {}
-        for tenant in self._store.tenants():
-            for memory in self._store.memories(tenant):
-                self._restore(tenant, memory)
+        self._records = Records()
+        self._queue = JobQueue(self._config.running_jobs, self._config.waiting_jobs, self._config.lease_s)
+        self._rates = RateLimiter()
+        self._retention = Retention(self._store, self._config.grace_s)
+        self._collecting: asyncio.Task[None] | None = None
+        for restored in restore(self._store):
+            for key in restored.old:
+                self._retention.replaced(key)
+            if restored.record:
+                self._records.put(restored.record)
+            if restored.record and restored.record.job:
+                self._queue.restore(restored.record.job.key)
 
-    async def begin(self, tenant: str, memory: str, job: JobRecord) -> MemoryKey:
-        """Reserves the name and records the job; of several calls at once, one wins.
+    # -- making and changing memories ----------------------------------------------------------------------
 
-        Raises `MemoryExists` if the name is taken. A memory that failed before it was ever ready is replaced.
-        The same job (by its id) gets the same key again.
+    async def reserve(self, tenant: str, memory: str, *, create: bool, if_match: str | None = None) -> Reservation:
+        """A version to put texts into, new or on top of the present one; `begin` makes it a job.
+
+        Raises `MemoryExists`, `MemoryNotFound`, `MemoryNotReady`, `JobUnderWay`, `QueueFull`, `QuotaExceeded`, or
+        `VersionChanged` if the present version is not `if_match`.
         """
         name = check_id(tenant, "tenant"), check_id(memory, "memory")
+        async with self._records.lock(name):
+            base = self._base(name, create, if_match)
+            self._queue.require_room()
+            quota = self._quotas.of(tenant)
+            require("jobs at a time", quota.jobs, self._queue.of_tenant(tenant) + 1)
+            usage = self._records.usage(tenant)
+            require("memories", quota.memories, usage.memories + create)
+            require("tokens", quota.tokens, usage.tokens)
+            require("bytes", quota.bytes, usage.bytes)
+            key = await asyncio.to_thread(self._store.new_version, *name)
+            self._retention.reserve(key)
+            return Reservation(key, base)
+
+    async def begin(self, key: MemoryKey, job: JobRecord) -> MemoryRecord:
+        """Records the job, whose texts are durable; of several at once, one wins. A memory that failed is replaced.
+
+        Raises as `reserve`. The same job (by its id) is begun once.
+        """
+        name = key.tenant, key.memory
         for document in job.documents:
             check_id(document.id, "document")
-        async with self._lock(name):
+        async with self._records.lock(name):
             known = self._records.get(name)
-            if known and known.status == "memorizing" and known.job and known.job.id == job.id:
-                return known.key
-            if known and known.status != "failed":
-                raise MemoryExists(memory)
-            key = await asyncio.to_thread(self._start, name, known, job)
-            await self._set(
-                name, MemoryRecord(tenant, memory, key.version, "memorizing", job.created, revision=0, job=job)
-            )
-            return key
+            if known and known.job and known.job.record.id == job.id:
+                return known
+            base = self._base(name, job.kind == "create", job.base)
+            self._queue.require_room()
+            await asyncio.to_thread(self._store.begin, key, job)
+            self._retention.release(key)
+            if known and known.manifest is None:
+                await asyncio.to_thread(self._store.discard, known.key)
+            self._queue.add(key)
+            started = Job(key, job, base)
+            if base is None or known is None:
+                record = MemoryRecord(*name, key.version, "memorizing", job.created, 0, job=started)
+            else:
+                record = replace(known, job=started, error=None)
+            return await self._records.set(name, record)
 
-    async def progress(self, key: MemoryKey, done_tokens: int, total_tokens: int) -> None:
-        """Reports how far a job is. Raises `MemoryNotFound` if it was deleted: its work is in vain."""
-        record = self._job_record(key)
-        await self._set((key.tenant, key.memory), replace(record, done_tokens=done_tokens, total_tokens=total_tokens))
-
-    async def publish(self, manifest: Manifest) -> None:
-        """Makes a version ready: writes its manifest. Raises `MemoryNotFound` if it was deleted meanwhile."""
+    async def adopt(self, manifest: Manifest) -> MemoryRecord:
+        """Makes a memory of files that are all there already, such as those of an archive. Raises as `reserve`."""
         name, key = (manifest.tenant, manifest.memory), _key(manifest)
-        async with self._lock(name):
+        async with self._records.lock(name):
             known = self._records.get(name)
             if known and known.manifest == manifest:
-                return
-            record = self._job_record(key)
-            await asyncio.to_thread(self._store.publish, manifest)
-            await self._set(
-                name, replace(record, status="ready", created=manifest.created, manifest=manifest, job=None)
+                return known
+            self._base(name, True, None)
+            quota, usage = self._quotas.of(name[0]), self._records.usage(name[0])
+            require("tokens", quota.tokens, usage.tokens + manifest.tokens)
+            require("bytes", quota.bytes, usage.bytes + manifest.bytes)
+            self._retention.release(key)
+            return await self._published(manifest)
+
+    async def abandon(self, key: MemoryKey) -> None:
+        """Gives a reservation up, with the texts put into it."""
+        async with self._records.lock((key.tenant, key.memory)):
+            record = self._records.get((key.tenant, key.memory))
+            if record is None or (record.key != key and (record.job is None or record.job.key != key)):
+                await asyncio.to_thread(self._store.discard, key)
+            self._retention.release(key)
+
+    async def remove_document(
+        self, tenant: str, memory: str, document: str, if_match: str | None = None
+    ) -> MemoryRecord:
+        """A new version without the document, there at once.
+
+        Raises `DocumentNotFound`, `LastDocument`, and as `reserve`.
+        """
+        name = check_id(tenant, "tenant"), check_id(memory, "memory")
+        async with self._records.lock(name):
+            base = self._base(name, False, if_match)
+            assert base is not None, "a change has a base"
+            left = tuple(entry for entry in base.documents if entry.id != document)
+            if left == base.documents:
+                raise DocumentNotFound(memory, document, tuple(entry.id for entry in base.documents))
+            if not left:
+                raise LastDocument(memory, document)
+            key = await asyncio.to_thread(self._store.new_version, *name)
+            manifest = base.model_copy(
+                update={"version": key.version, "parent": base.version, "created": now(), "documents": left}
             )
+            return await self._published(manifest)
 
-    async def fail(self, key: MemoryKey, error: str) -> None:
-        """Gives a job up, durably. Raises `MemoryNotFound` if it was deleted meanwhile."""
+    async def repair(self, key: MemoryKey, path: str) -> bool:
+        """Begins to make the documents again that the damaged file `path` belongs to, as a new version.
+
+        Returns false where nothing can be done: the file is of no document, or is the text itself. True also where
+        a newer version or a job is there already.
+        """
         name = key.tenant, key.memory
-        async with self._lock(name):
-            known = self._records.get(name)
-            if known and known.status == "failed" and known.key == key:
-                return
-            record = self._job_record(key)
-            await asyncio.to_thread(self._store.fail, key, error)
-            await self._set(name, replace(record, status="failed", error=error))
+        record = self._records.get(name)
+        if record is None or record.manifest is None:
+            return False
+        if record.key != key or record.job:
+            return True
+        manifest = record.manifest
+        of_head = path == manifest.head.path
+        damaged = [d for d in manifest.documents if of_head or path in {f.path for f in d.files}]
+        if not damaged or any(path == document.source.path for document in damaged):
+            return False
+        job = JobRecord(
+            kind="repair",
+            base=manifest.version,
+            documents=tuple(JobDocument(id=d.id, characters=d.characters, source=d.source) for d in damaged),
+            ratio=manifest.ratio,
+            language=manifest.language,
+            title=manifest.title,
+            tags=manifest.tags,
+        )
+        logger.error("%s is damaged: %s of %s is made again", path, ", ".join(d.id for d in damaged), key.path)
+        try:
+            await self.begin(await asyncio.to_thread(self._store.new_version, *name), job)
+        except (VersionChanged, JobUnderWay):
+            return True  # somebody was faster
+        return True
 
-    async def get(self, tenant: str, memory: str) -> MemoryRecord:
-        """The memory as it stands. Raises `MemoryNotFound`."""
-        return self._get((check_id(tenant, "tenant"), check_id(memory, "memory")))
+    async def cancel(self, tenant: str, memory: str) -> None:
+        """Ends the job of the memory: one in the making has failed then, a ready one stays as it is.
 
-    async def ready(self, tenant: str, memory: str) -> Manifest:
-        """The manifest of the memory's current version. Raises `MemoryNotFound`, `MemoryNotReady`."""
+        Raises `MemoryNotFound`, or `NoJob`.
+        """
         record = await self.get(tenant, memory)
-        if record.manifest is None:
-            raise MemoryNotReady(memory, record.status, record.error)
-        return record.manifest
-
-    async def list(self, tenant: str, cursor: str | None = None, limit: int = 100) -> Page:
-        """At most `limit` of the tenant's memories by id, after `cursor`; and the next cursor, if there are more."""
-        names = sorted(name for name in self._records if name[0] == check_id(tenant, "tenant"))
-        start = bisect_right(names, (tenant, cursor)) if cursor else 0
-        page = names[start : start + limit]
-        more = page and start + limit < len(names)
-        return [self._records[name] for name in page], page[-1][1] if more else None
+        if record.job is None:
+            raise NoJob(memory)
+        await self.fail(record.job.key, "it was cancelled")
 
     async def delete(self, tenant: str, memory: str) -> None:
         """Deletes the memory, or the job that makes it, with all files. Raises `MemoryNotFound`."""
         name = check_id(tenant, "tenant"), check_id(memory, "memory")
-        async with self._lock(name):
-            self._get(name)
+        async with self._records.lock(name):
+            record = self._records.of(name)
+            self._retention.forget(*name)
+            if record.job:
+                self._queue.remove(record.job.key)
+                self._retention.replaced(record.job.key)  # its worker may write a file more before it is told
             await asyncio.to_thread(self._store.delete, tenant, memory)
-            await self._set(name, None)
+            await self._records.set(name, None)
+
+    # -- doing jobs ----------------------------------------------------------------------------------------
+
+    async def take(
+        self, runner: str, timeout_s: float, settings: tuple[CatalogConfig, QuotasConfig] | None = None
+    ) -> Job | None:
+        """The next job for `runner`, who has to report `progress`; none after `timeout_s` seconds without one.
+
+        The runner brings the settings of its deployment: this actor outlives deployments, and starts again with
+        those it was first made with.
+        """
+        if settings is not None and settings != (self._config, self._quotas):
+            self._config, self._quotas = settings
+            self._queue.configure(self._config.running_jobs, self._config.waiting_jobs, self._config.lease_s)
+            self._retention.grace_s = self._config.grace_s
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect())
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if (key := self._queue.take(runner)) is not None:
+                record = self._records.of((key.tenant, key.memory))
+                assert record.job is not None, "the queue holds keys of jobs"
+                job = replace(record.job, state="running")
+                await self._records.set((key.tenant, key.memory), replace(record, job=job))
+                return job
+            # A lease that runs out wakes nobody, so it is looked for.
+            left = min(deadline - time.monotonic(), self._config.lease_s / 4)
+            if left <= 0:
+                return None
+            await self._records.change(left)
+
+    async def progress(self, key: MemoryKey, runner: str, done_tokens: int, total_tokens: int) -> None:
+        """Reports how far a job is, and keeps it. Raises `JobEnded`, or `QuotaExceeded` once it is known how long."""
+        name = key.tenant, key.memory
+        record = self._records.get(name)
+        if record is None or record.job is None or record.job.key != key or not self._queue.renew(key, runner):
+            raise JobEnded(key.memory)
+        others = self._records.usage(key.tenant, without=record.job).tokens
+        require("tokens", self._quotas.of(key.tenant).tokens, others + total_tokens)
+        job = replace(record.job, state="running", done_tokens=done_tokens, total_tokens=total_tokens)
+        await self._records.set(name, replace(record, job=job))
+
+    async def publish(self, manifest: Manifest) -> MemoryRecord:
+        """Makes the version of a job ready: writes its manifest. Raises `JobEnded` if it was cancelled meanwhile."""
+        name, key = (manifest.tenant, manifest.memory), _key(manifest)
+        async with self._records.lock(name):
+            known = self._records.get(name)
+            if known and known.manifest == manifest:
+                return known
+            if known is None or known.job is None or known.job.key != key:
+                raise JobEnded(manifest.memory)
+            usage = self._records.usage(manifest.tenant, without=known.job)
+            quota = self._quotas.of(manifest.tenant)
+            kept = known.manifest.bytes if known.manifest else 0
+            require("bytes", quota.bytes, usage.bytes - kept + manifest.bytes)
+            return await self._published(manifest)
+
+    async def fail(self, key: MemoryKey, error: str) -> None:
+        """Gives a job up. Raises `JobEnded` if it was ended meanwhile."""
+        name = key.tenant, key.memory
+        async with self._records.lock(name):
+            known = self._records.get(name)
+            if known is None or known.job is None or known.job.key != key:
+                raise JobEnded(key.memory)
+            self._queue.remove(key)
+            self._retention.replaced(key)
+            status: Literal["ready", "failed"] = "ready" if known.manifest else "failed"
+            await self._records.set(name, replace(known, status=status, job=None, error=error))
+            try:
+                await asyncio.to_thread(self._store.fail, key, error)
+            except OSError as unwritten:  # a full disk, say: after a restart the job is tried again
+                logger.error("that the job of %s failed could not be recorded: %s", key.path, unwritten)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    async def get(self, tenant: str, memory: str) -> MemoryRecord:
+        """The memory as it stands. Raises `MemoryNotFound`."""
+        return self._records.of((check_id(tenant, "tenant"), check_id(memory, "memory")))
+
+    async def read(self, tenant: str, memory: str) -> Manifest:
+        """The present version, which stays whole for at least the grace from now on.
+
+        Raises `MemoryNotFound`, `MemoryNotReady`.
+        """
+        record = await self.get(tenant, memory)
+        if record.manifest is None:
+            raise MemoryNotReady(memory, record.status, record.error)
+        self._retention.read(record.key)
+        return record.manifest
+
+    async def hold(self, key: MemoryKey) -> None:
+        """Somebody reads this version still: it stays whole for another grace."""
+        self._retention.read(key)
+
+    async def read_many(self, tenant: str, memories: Sequence[str], tag: str | None = None) -> list[Manifest]:
+        """As `read`, of these memories and of all ready ones with the tag, by id, each once."""
+        named = dict.fromkeys(memories)
+        if tag is not None:
+            tagged, _ = self._records.page(tenant, None, None, tag)
+            named |= dict.fromkeys(record.memory for record in tagged if record.manifest)
+        return [await self.read(tenant, memory) for memory in named]
+
+    async def list(self, tenant: str, cursor: str | None = None, limit: int = 100, tag: str | None = None) -> Page:
+        """At most `limit` of the tenant's memories by id, after `cursor`; and the next cursor, if there are more."""
+        return self._records.page(check_id(tenant, "tenant"), cursor, limit, tag)
 
     async def wait(self, tenant: str, memory: str, seen_revision: int, timeout_s: float) -> MemoryRecord:
         """The memory as soon as its revision is another than `seen_revision`, or as it is after `timeout_s` seconds.
@@ -126,72 +325,63 @@ class Catalog:
         Raises `MemoryNotFound`, also when the memory is deleted while waiting.
         """
         name = check_id(tenant, "tenant"), check_id(memory, "memory")
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._get(name).revision != seen_revision)
-        except TimeoutError:
-            pass
-        return self._get(name)
+        return await self._records.wait(name, seen_revision, timeout_s)
 
-    async def unfinished(self) -> Jobs:
-        """Jobs that began and neither ended nor failed: those running, and those whose runner is gone."""
-        return [(r.key, r.job) for r in self._records.values() if r.status == "memorizing" and r.job]
+    async def usage(self, tenant: str) -> TenantUsage:
+        """What the tenant has."""
+        return self._records.usage(check_id(tenant, "tenant"))
 
-    def _start(self, name: _Name, failed: MemoryRecord | None, job: JobRecord) -> MemoryKey:
-        key = self._store.new_version(*name)
-        if failed:
-            self._store.discard(failed.key)
-        self._store.begin(key, job)
-        return key
+    async def grant(self, tenant: str, wanted: int) -> tuple[int, float]:
+        """How many of `wanted` requests the tenant may make now, and seconds until it may make another."""
+        per_minute = self._quotas.of(tenant).requests_per_minute
+        return self._rates.grant(tenant, per_minute, wanted) if per_minute else (wanted, 0.0)
 
-    def _restore(self, tenant: str, memory: str) -> None:
-        """The record of a memory as storage has it. One that cannot be read is failed, and says why."""
-        published = self._store.versions(tenant, memory)
-        versions = published or self._store.all_versions(tenant, memory)
-        if not versions:
-            return
-        key = MemoryKey(tenant, memory, versions[-1])
-        self._revision += 1
-        record = MemoryRecord(tenant, memory, key.version, "failed", "", self._revision)
-        try:
-            if published:
-                manifest = self._store.read_manifest(key)
-                record = replace(record, status="ready", created=manifest.created, manifest=manifest)
-            elif job := self._store.job(key):
-                error = self._store.failure(key)
-                status: Literal["memorizing", "failed"] = "memorizing" if error is None else "failed"
-                record = replace(record, status=status, created=job.created, job=job, error=error)
-            else:
-                return  # files of a job that was deleted while it ran
-        except DamagedFile as damage:
-            record = replace(record, error=str(damage))
-        self._records[tenant, memory] = record
+    # -- inside --------------------------------------------------------------------------------------------
 
-    def _get(self, name: _Name) -> MemoryRecord:
-        if name not in self._records:
-            raise MemoryNotFound(name[1])
-        return self._records[name]
+    def _base(self, name: Name, create: bool, expected: str | None) -> Manifest | None:
+        """The version that a change starts from; raises as `reserve` says."""
+        record = self._records.get(name)
+        if create:
+            if record and record.status != "failed":
+                raise MemoryExists(name[1])
+            return None
+        record = self._records.of(name)
+        if record.manifest is None:
+            raise MemoryNotReady(name[1], record.status, record.error)
+        if expected is not None and expected != record.version:
+            raise VersionChanged(name[1], expected, record.version)
+        if record.job:
+            raise JobUnderWay(name[1])
+        return record.manifest
 
-    def _job_record(self, key: MemoryKey) -> MemoryRecord:
-        record = self._records.get((key.tenant, key.memory))
-        if record is None or record.key != key or record.status != "memorizing":
-            raise MemoryNotFound(key.memory)
-        return record
+    async def _published(self, manifest: Manifest) -> MemoryRecord:
+        name, key = (manifest.tenant, manifest.memory), _key(manifest)
+        known = self._records.get(name)
+        await asyncio.to_thread(self._store.publish, manifest)
+        self._queue.remove(key)
+        if known and known.key != key:
+            self._retention.replaced(known.key)
+        return await self._records.set(
+            name, MemoryRecord(*name, key.version, "ready", manifest.created, 0, manifest=manifest)
+        )
 
-    async def _set(self, name: _Name, record: MemoryRecord | None) -> None:
-        self._revision += 1
-        if record is None:
-            del self._records[name]
-        else:
-            self._records[name] = replace(record, revision=self._revision)
-        async with self._changed:
-            self._changed.notify_all()
-
-    def _lock(self, name: _Name) -> asyncio.Lock:
-        return self._locks.setdefault(name, asyncio.Lock())
+    async def _collect(self) -> None:
+        """Deletes versions that nobody needs, for as long as the actor lives."""
+        while True:
+            await asyncio.sleep(max(1.0, min(60.0, self._config.grace_s / 4)))
+            for name in self._retention.due():
+                async with self._records.lock(name):
+                    record = self._records.get(name)
+                    kept = {record.version, record.job.key.version if record.job else ""} if record else set()
+                    await self._retention.collect(name, kept)
 
 
-def catalog(storage_root: str, namespace: str = NAMESPACE) -> "ray.actor.ActorHandle":
+def catalog(
+    storage_root: str,
+    namespace: str = NAMESPACE,
+    config: CatalogConfig | None = None,
+    quotas: QuotasConfig | None = None,
+) -> "ray.actor.ActorHandle":
     """The cluster's catalog, started if there is none; all who use one namespace share it."""
     actor: Any = ray.remote(Catalog)
     return actor.options(
@@ -203,7 +393,7 @@ def catalog(storage_root: str, namespace: str = NAMESPACE) -> "ray.actor.ActorHa
         max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=_CONCURRENT_CALLS,
-    ).remote(storage_root)
+    ).remote(storage_root, config, quotas)
 
 
 def _key(manifest: Manifest) -> MemoryKey:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import EngineConfig, Settings
 
@@ -19,6 +19,14 @@ class MemorizeConfig(Settings):
     )
     device: str = Field("auto", description="torch device of the Memorizer; auto takes cuda where there is one")
     threads: int = Field(0, ge=0, description="torch threads on the CPU; 0 takes torch's default")
+    segment_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="most tokens of one segment, rounded down to windows; none, or more, takes what fits one prompt",
+    )
+    checkpoint_windows: int = Field(
+        64, gt=0, description="windows after which a job's slots are made durable; they are held in RAM until then"
+    )
 
 
 class RecallConfig(Settings):
@@ -27,6 +35,7 @@ class RecallConfig(Settings):
     max_clue_tokens: int = Field(192, gt=0, description="tokens generated for one kind of clue")
     max_clues: int = Field(8, gt=0, description="clues kept of one kind")
     max_answer_tokens: int = Field(256, gt=0, description="tokens of an answer from memory where none is named")
+    question_tokens: int = Field(1024, gt=0, description="tokens kept for a question with its instruction")
     deadline_s: float = Field(30.0, gt=0, description="seconds after which a question goes on without its clues")
 
 
@@ -36,6 +45,17 @@ class KeeperConfig(Settings):
     budget_bytes: int = Field(2 * 2**30, gt=0, description="bytes of memories one node keeps in its object store")
 
 
+class CatalogConfig(Settings):
+    """Jobs that make memories, and versions that have been replaced."""
+
+    running_jobs: int = Field(4, ge=1, description="jobs worked on at a time, in the whole cluster")
+    waiting_jobs: int = Field(256, ge=1, description="jobs that may wait; beyond, requests get 429")
+    lease_s: float = Field(10.0, gt=0, description="seconds without a word from a job's worker before another takes it")
+    grace_s: float = Field(
+        900.0, gt=0, description="seconds a version is kept after it was replaced and after it was last read"
+    )
+
+
 class MemoryConfig(Settings):
     """Everything of the memory pool."""
 
@@ -43,3 +63,20 @@ class MemoryConfig(Settings):
     memorize: MemorizeConfig = MemorizeConfig()
     recall: RecallConfig = RecallConfig()
     keeper: KeeperConfig = KeeperConfig()
+    catalog: CatalogConfig = CatalogConfig()
+
+    @property
+    def group_slots(self) -> int:
+        """Slots that one prompt may hold, the head's included: what is left beside a question and what is written."""
+        written = max(self.recall.max_clue_tokens, self.recall.max_answer_tokens)
+        return self.engine.max_model_len - written - self.recall.question_tokens
+
+    @model_validator(mode="after")
+    def _prompts_hold_slots(self) -> "MemoryConfig":
+        if self.group_slots < 1:
+            raise ValueError(
+                f"engine.max_model_len of {self.engine.max_model_len} tokens leaves no slot beside "
+                f"recall.question_tokens and the larger of recall.max_clue_tokens and recall.max_answer_tokens, "
+                f"which lack {1 - self.group_slots}: raise the one or lower the others"
+            )
+        return self

@@ -1,11 +1,11 @@
-"""vLLM KV connector: serves a memory as the first tokens of a prompt.
+"""vLLM KV connector: serves a group of memory segments as the first tokens of a prompt.
 
-The Recaller's engine is configured with it. A request brings as many placeholder ids as the memory has slots, a
-`cache_salt` (placeholders of two memories look alike to the prefix cache, so without one memory would answer for
-another), and `kv_transfer_params` of `{"memory": MemoryKey.path, "num_memory_tokens": slots}`.
+The Recaller's engine is configured with it. A request brings as many placeholder ids as the group has slots, a
+`cache_salt` (placeholders of two groups look alike to the prefix cache, so without one memory would answer for
+another), and `kv_transfer_params` of `{"memory": SegmentGroup.name, "num_memory_tokens": slots}`.
 
-Loading is synchronous: vLLM's prefix cache then shares a memory's full blocks with every question that comes in the
-same step or later, so a memory is loaded once per engine. The slots in its last, partial block belong to each
+Loading is synchronous: vLLM's prefix cache then shares a group's full blocks with every question that comes in the
+same step or later, so a group is loaded once per engine. The slots in its last, partial block belong to each
 question's own block and are written once per question, from a copy kept rotated. What could be slow (storage, other
 nodes) the Recaller has done before it submits. A load that fails fails its requests only
 (`kv_load_failure_policy: fail`), and the blocks leave the prefix cache.
@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from memory_worker.beacon.rope import Rope
 from memory_worker.loading import CacheLayer, Expected, KeeperClient, MemoryLoader, SlotRange, heads_of_rank
+from memory_worker.messages import SegmentGroup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -77,7 +78,7 @@ class MemoryConnector(KVConnectorBase_V1):
             self._pending.refused.append((memory, block_ids))
         elif num_external_tokens > 0:
             start = memory.slots - num_external_tokens
-            self._pending.ranges.append(SlotRange(memory.memory, memory.slots, start, memory.slots, block_ids))
+            self._pending.ranges.append(SlotRange(memory.group, memory.slots, start, memory.slots, block_ids))
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> MemoryLoads:
         pending, self._pending = self._pending, MemoryLoads()
@@ -100,7 +101,7 @@ class MemoryConnector(KVConnectorBase_V1):
                 self.loader.load(wanted, self._layers, self._device)
             except Exception as error:  # noqa: BLE001  whatever it is, it must fail this load and not the engine
                 cause = getattr(error, "cause", error)  # of a task that failed, without its stack
-                logger.error("loading the memory %s failed: %s: %s", wanted.memory, type(cause).__name__, cause)
+                logger.error("loading the memory %s failed: %s: %s", wanted.group, type(cause).__name__, cause)
                 self.loader.stats.failed += 1
                 self._failed |= set(blocks)
 
@@ -134,18 +135,21 @@ class RecallWorker:
 
 
 def _memory_of(request: "Request") -> SlotRange | str | None:
-    """The whole memory that a request asks for, the reason why it must be refused, or none if it asks for none."""
+    """All slots that a request asks for, the reason why it must be refused, or none if it asks for none."""
     parameters = request.kv_transfer_params or {}
     if "memory" not in parameters and "num_memory_tokens" not in parameters:
         return None
     memory, slots = parameters.get("memory"), parameters.get("num_memory_tokens")
     if not request.cache_salt:
         return "it names a memory but has no cache_salt"
-    if not isinstance(memory, str) or memory.count("/") != 2:
-        return f"its memory {memory!r} is not tenant/memory/version"
+    if not isinstance(memory, str):
+        return f"its memory {memory!r} is no text"
     if not isinstance(slots, int) or not 0 < slots < request.num_prompt_tokens:
         return f"its num_memory_tokens {slots!r} is not between 1 and its {request.num_prompt_tokens} prompt tokens"
-    return SlotRange(memory, slots, 0, slots, ())
+    try:
+        return SlotRange(SegmentGroup.named(memory, slots).name, slots, 0, slots, ())
+    except ValueError as error:
+        return str(error)
 
 
 def _loader(vllm_config: "VllmConfig", block_size: int) -> MemoryLoader:

@@ -96,16 +96,45 @@ class WrongModel(MemoryProblem):
 
 
 class MemoryTooLarge(MemoryProblem):
-    """The memory leaves no room for a question in the engine's context window. Tokens throughout."""
+    """Slots that are read together leave no room for a question in a prompt. Tokens throughout."""
 
-    def __init__(self, memory: str, slots: int, max_model_len: int) -> None:
-        super().__init__(memory, slots, max_model_len)
-        self.memory, self.slots, self.max_model_len = memory, slots, max_model_len
+    def __init__(self, memory: str, slots: int, room: int) -> None:
+        super().__init__(memory, slots, room)
+        self.memory, self.slots, self.room = memory, slots, room
 
     def __str__(self) -> str:
         return (
-            f"the memory {self.memory!r} has {self.slots} slots, too many to be asked within the engine's "
-            f"{self.max_model_len} tokens: raise memory.engine.max_model_len, or memorize at a higher ratio"
+            f"the memory {self.memory!r} has {self.slots} slots to be read together, more than the {self.room} that a "
+            "prompt holds beside a question: raise memory.engine.max_model_len, or memorize it again"
+        )
+
+
+class WindowTooLarge(MemoryProblem):
+    """Not even one window's slots fit a prompt. Tokens throughout."""
+
+    def __init__(self, window: int, ratio: int, slots: int, room: int) -> None:
+        super().__init__(window, ratio, slots, room)
+        self.window, self.ratio, self.slots, self.room = window, ratio, slots, room
+
+    def __str__(self) -> str:
+        return (
+            f"a window of {self.window} tokens at ratio {self.ratio} makes {self.slots} slots with the head, more than "
+            f"the {self.room} that a prompt holds beside a question: memorize at a higher ratio, or raise "
+            "memory.engine.max_model_len"
+        )
+
+
+class MixedMemories(MemoryProblem):
+    """Memories of different memory models or dtypes cannot stand behind one another."""
+
+    def __init__(self, memory: str, other: str) -> None:
+        super().__init__(memory, other)
+        self.memory, self.other = memory, other
+
+    def __str__(self) -> str:
+        return (
+            f"the memories {self.memory!r} and {self.other!r} were encoded by different models or in different dtypes: "
+            "ask them apart, or memorize one of them again"
         )
 
 
@@ -120,4 +149,101 @@ class QuestionTooLong(MemoryProblem):
         return (
             f"the question has {self.tokens} tokens with its instruction, but beside {self.slots} memory slots and "
             f"what is to be written, the engine's {self.max_model_len} tokens leave {self.room}: shorten the question"
+        )
+
+
+class VersionChanged(MemoryProblem):
+    """A change was asked of one version, and another is the newest now, or will be."""
+
+    def __init__(self, memory: str, asked: str, now: str) -> None:
+        super().__init__(memory, asked, now)
+        self.memory, self.asked, self.now = memory, asked, now
+
+    def __str__(self) -> str:
+        return (
+            f"the memory {self.memory!r} is at version {self.now!r} and not {self.asked!r}; read it again, and repeat "
+            "the change if it is still wanted"
+        )
+
+
+class JobUnderWay(MemoryProblem):
+    """The memory is being changed already: one change at a time."""
+
+    def __init__(self, memory: str) -> None:
+        super().__init__(memory)
+        self.memory = memory
+
+    def __str__(self) -> str:
+        return (
+            f"the memory {self.memory!r} is being changed by another request; follow its events, then repeat this one"
+        )
+
+
+class JobEnded(MemoryProblem):
+    """The job that reports was cancelled, deleted, or given to another worker: what it does is in vain."""
+
+    def __init__(self, memory: str) -> None:
+        super().__init__(memory)
+        self.memory = memory
+
+    def __str__(self) -> str:
+        return f"the job of the memory {self.memory!r} was cancelled, or is done by another worker"
+
+
+class NoJob(MemoryProblem):
+    """There is nothing to cancel."""
+
+    def __init__(self, memory: str) -> None:
+        super().__init__(memory)
+        self.memory = memory
+
+    def __str__(self) -> str:
+        return f"the memory {self.memory!r} has no job under way"
+
+
+class DocumentNotFound(MemoryProblem):
+    """The memory has no such document."""
+
+    def __init__(self, memory: str, document: str, present: tuple[str, ...]) -> None:
+        super().__init__(memory, document, present)
+        self.memory, self.document, self.present = memory, document, present
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.present[:20]) + (", …" if len(self.present) > 20 else "")
+        return f"the memory {self.memory!r} has no document {self.document!r}; it has {shown}"
+
+
+class LastDocument(MemoryProblem):
+    """A memory without documents cannot be asked."""
+
+    def __init__(self, memory: str, document: str) -> None:
+        super().__init__(memory, document)
+        self.memory, self.document = memory, document
+
+    def __str__(self) -> str:
+        return f"{self.document!r} is the only document of the memory {self.memory!r}; delete the memory instead"
+
+
+class QueueFull(MemoryProblem):
+    """As many jobs are waiting as may wait."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(waiting)
+        self.waiting = waiting
+
+    def __str__(self) -> str:
+        return f"{self.waiting} jobs are waiting already, which is all that may wait; try again later"
+
+
+class QuotaExceeded(MemoryProblem):
+    """The tenant would have more than its quota allows."""
+
+    def __init__(self, what: str, limit: int, wanted: int) -> None:
+        super().__init__(what, limit, wanted)
+        self.what, self.limit, self.wanted = what, limit, wanted
+
+    def __str__(self) -> str:
+        return (
+            f"this would make {self.wanted:,} {self.what}, and your quota is {self.limit:,}: delete what is no longer "
+            "needed, or ask the operator for more"
         )

@@ -8,30 +8,40 @@ a reader whose `ray.get` fails because the keeper or its node died asks `chunks`
 import asyncio
 import contextlib
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from memory_worker.manifest import FileEntry, Manifest, MemoryShape
-from memory_worker.messages import MemoryKey
+from memory_worker.errors import DamagedMemory, MixedMemories
+from memory_worker.manifest import FileEntry, Manifest, MemoryShape, SegmentEntry
+from memory_worker.messages import MemoryKey, SegmentGroup
 from memory_worker.store import MemoryStore
 
 NAMESPACE = "memorag"
 CHUNK_BYTES = 64 * 2**20
+_READERS = 32  # threads that read from storage
+_READERS_OF_ONE_MEMORY = 4  # of them, so that a memory whose storage hangs does not take them all
+_KEPT_DOCUMENTS = 20_000  # entries of manifests kept, some kilobytes each
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class KeptMemory:
-    """One version of a memory in the object store, in slot order: the head, then each document.
+    """A group of segments in the object store, in slot order: the head, then each segment.
 
     `ray.get(chunks[i])` is a read-only numpy array, in shared memory, of
     `[2, layers, slots[i], kv_heads, head_dim]`: keys before RoPE, then values. Its dtype is float32, or uint16
     holding the bits of a 16-bit `shape.dtype` (`memory_worker.segments.as_torch` makes the tensor).
     """
 
-    key: MemoryKey
+    group: SegmentGroup
     fingerprint: str  # of the memory model that encoded it
     shape: MemoryShape
     chunks: tuple[ray.ObjectRef, ...]
@@ -48,14 +58,15 @@ class KeeperStats:
 
     bytes: int
     budget_bytes: int
-    segments: int
-    hits: int  # segments found in the object store
-    loads: int  # segments read from the durable tier
+    segments: int  # files of them
+    hits: int  # files found in the object store
+    loads: int  # files read from the durable tier
     evictions: int
 
 
 @dataclass(slots=True)
-class _KeptSegment:
+class _KeptFile:
+    shape: MemoryShape
     chunks: list[ray.ObjectRef]
     slots: list[int]
     bytes: int
@@ -63,86 +74,144 @@ class _KeptSegment:
 
 
 class MemoryKeeper:
-    """Keeps segments by their file's digest, so that versions share the documents they have in common.
+    """Keeps segment files by tenant and digest, so that a tenant's versions share the documents they have in common.
 
-    Least recently used segments are let go when a new one would exceed the budget, but none that a call in
-    progress is handing out: a memory larger than the budget is still kept whole while it is asked for, and its
-    bytes stay in the object store for as long as a reader holds the references.
+    Tenants share nothing: how fast an answer comes must not tell what another tenant has asked about.
+
+    Least recently used files are let go when a new one would exceed the budget, but none that a call in progress is
+    handing out: a group larger than the budget is still kept whole while it is asked for, and its bytes stay in the
+    object store for as long as a reader holds the references.
+
+    Versions are immutable, so their manifests are kept too: what is in the object store is handed out without
+    touching storage, however slow that is.
     """
 
     def __init__(self, storage_root: str, budget_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._store = MemoryStore(storage_root)
         self._budget = budget_bytes
         self._chunk_bytes = chunk_bytes
-        self._segments: OrderedDict[str, _KeptSegment] = OrderedDict()  # by digest, least recently used first
-        self._loading: dict[str, asyncio.Task[_KeptSegment]] = {}
+        self._manifests: OrderedDict[MemoryKey, Manifest] = OrderedDict()  # least recently used first
+        self._files: OrderedDict[tuple[str, str], _KeptFile] = OrderedDict()  # by tenant and digest, likewise
+        self._loading: dict[Hashable, asyncio.Task[Any]] = {}
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant/memory
         self._bytes = self._hits = self._loads = self._evictions = 0
 
-    async def chunks(self, key: MemoryKey) -> KeptMemory:
-        """The memory in the object store, loaded if it was not there; calls at the same time load it once.
+    async def chunks(self, group: SegmentGroup) -> KeptMemory:
+        """The group in the object store, loaded as far as it was not there; calls at the same time load it once.
 
-        Raises `MemoryNotFound`, or `DamagedFile` naming the file that is not as it was written.
+        Raises `MemoryNotFound`, `MixedMemories`, `DamagedFile` naming the file that is not as it was written, or
+        `ValueError` for segments that do not exist, that are not all one tenant's, or that have other slots.
         """
-        manifest = await asyncio.to_thread(self._store.read_manifest, key)
-        parts = [(manifest.head, manifest.head_slots), *((d.segment, d.slots) for d in manifest.documents)]
+        if len({part.key.tenant for part in group.ranges}) != 1:
+            raise ValueError(f"{group.name} must name segments of one tenant")
+        manifests = [await self._manifest(part.key) for part in group.ranges]
+        segments = _segments(group, manifests)
+        shape = manifests[0].shape
         with contextlib.ExitStack() as held:
-            segments = []
-            for file, slots in parts:
-                segment = await self._segment(file, slots, manifest)
-                segment.readers += 1
-                held.callback(_release, segment)
-                segments.append(segment)
+            kept = await self._held([(key, file) for key, segment in segments for file in segment.files], held)
+            files = iter(kept)
+            for _, segment in segments:
+                _check(segment, shape, [next(files) for _ in segment.files])
             return KeptMemory(
-                key,
-                manifest.fingerprint,
-                manifest.shape,
-                tuple(chunk for segment in segments for chunk in segment.chunks),
-                tuple(count for segment in segments for count in segment.slots),
+                group,
+                manifests[0].fingerprint,
+                shape,
+                tuple(chunk for file in kept for chunk in file.chunks),
+                tuple(count for file in kept for count in file.slots),
             )
 
     async def stats(self) -> KeeperStats:
-        return KeeperStats(self._bytes, self._budget, len(self._segments), self._hits, self._loads, self._evictions)
+        return KeeperStats(self._bytes, self._budget, len(self._files), self._hits, self._loads, self._evictions)
 
-    async def _segment(self, file: FileEntry, slots: int, manifest: Manifest) -> _KeptSegment:
-        if file.digest in self._segments:
-            self._hits += 1
-            self._segments.move_to_end(file.digest)
-            return self._segments[file.digest]
-        task = self._loading.get(file.digest)
+    async def _manifest(self, key: MemoryKey) -> Manifest:
+        if key not in self._manifests:
+            self._manifests[key] = await self._once(key, partial(self._read_manifest, key))
+            documents = sum(len(manifest.documents) for manifest in self._manifests.values())
+            while documents > _KEPT_DOCUMENTS and len(self._manifests) > 1:
+                documents -= len(self._manifests.popitem(last=False)[1].documents)
+        self._manifests.move_to_end(key)
+        return self._manifests[key]
+
+    async def _read_manifest(self, key: MemoryKey) -> Manifest:
+        async with self._turn(key):
+            return await self._in_thread(partial(self._store.read_manifest, key))
+
+    async def _held(self, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack) -> list[_KeptFile]:
+        """These files, each counted as being read until `held` closes; those that are missing are loaded together."""
+
+        def hold(file: _KeptFile) -> _KeptFile:
+            file.readers += 1
+            held.callback(_release, file)
+            return file
+
+        async def loaded(key: MemoryKey, file: FileEntry) -> _KeptFile:
+            return hold(await self._once(file, partial(self._load, key, file)))
+
+        found: dict[FileEntry, _KeptFile | BaseException] = {}
+        missing: dict[FileEntry, MemoryKey] = {}
+        for key, file in wanted:
+            if kept := self._files.get((key.tenant, file.digest)):
+                self._files.move_to_end((key.tenant, file.digest))
+                self._hits += 1
+                found[file] = hold(kept)
+            else:
+                missing[file] = key
+        loads = await asyncio.gather(*(loaded(k, f) for f, k in missing.items()), return_exceptions=True)
+        found |= zip(missing, loads, strict=True)
+        files = []
+        for _, file in wanted:
+            result = found[file]
+            if isinstance(result, BaseException):
+                raise result
+            files.append(result)
+        return files
+
+    async def _once(self, name: Hashable, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """What `work` returns; calls at the same time share it, and one that gives up leaves it to the others."""
+        task = self._loading.get(name)
         if task is None:
-            task = asyncio.create_task(self._load(file, slots, manifest))
-            self._loading[file.digest] = task
-            task.add_done_callback(lambda _: self._loading.pop(file.digest))
-        return await asyncio.shield(task)  # a caller who gives up does not take the others' load with him
+            task = self._loading[name] = asyncio.create_task(work())
+            task.add_done_callback(lambda _: self._loading.pop(name))
+        return await asyncio.shield(task)
 
-    async def _load(self, file: FileEntry, slots: int, manifest: Manifest) -> _KeptSegment:
-        size = slots * manifest.shape.slot_bytes
-        self._evict(size)
-        self._bytes += size  # while it is read, so that loads at the same time share the budget
-        try:
-            loaded = await asyncio.to_thread(self._read, file, slots, manifest.shape)
-        except BaseException:
-            self._bytes -= size
-            raise
-        self._segments[file.digest] = loaded
-        self._loads += 1
-        return loaded
+    async def _load(self, key: MemoryKey, file: FileEntry) -> _KeptFile:
+        async with self._turn(key):
+            self._evict(file.size)
+            self._bytes += file.size  # while it is read, so that loads at the same time share the budget
+            try:
+                loaded = await self._in_thread(partial(self._read, file))
+            finally:
+                self._bytes -= file.size
+        name = key.tenant, file.digest
+        if name not in self._files:  # the same bytes may have come from another memory meanwhile
+            self._files[name] = loaded
+            self._bytes += loaded.bytes
+            self._loads += 1
+        return self._files[name]
 
-    def _read(self, file: FileEntry, slots: int, shape: MemoryShape) -> _KeptSegment:
+    def _read(self, file: FileEntry) -> _KeptFile:
         segment = self._store.read_segment(file)
-        segment.expect(shape, slots)
-        kept = _KeptSegment([], [], slots * shape.slot_bytes)
+        kept = _KeptFile(segment.shape, [], [], segment.slots * segment.shape.slot_bytes)
         for chunk in segment.chunks(self._chunk_bytes):
             kept.chunks.append(ray.put(chunk))
             kept.slots.append(chunk.shape[2])
         return kept
 
+    def _turn(self, key: MemoryKey) -> asyncio.Semaphore:
+        """To be held while storage is read for this memory."""
+        memory = f"{key.tenant}/{key.memory}"
+        return self._turns.setdefault(memory, asyncio.Semaphore(_READERS_OF_ONE_MEMORY))
+
+    async def _in_thread(self, read: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+
     def _evict(self, coming_bytes: int) -> None:
-        """Lets go of unused segments until `coming_bytes` more fit the budget, as far as that is possible."""
-        for digest in [digest for digest, segment in self._segments.items() if not segment.readers]:
+        """Lets go of unused files until `coming_bytes` more fit the budget, as far as that is possible."""
+        for name in [name for name, file in self._files.items() if not file.readers]:
             if self._bytes + coming_bytes <= self._budget:
                 return
-            self._bytes -= self._segments.pop(digest).bytes
+            self._bytes -= self._files.pop(name).bytes
             self._evictions += 1
 
 
@@ -168,5 +237,33 @@ def local_keeper(storage_root: str, budget_bytes: int, namespace: str = NAMESPAC
     return keeper_on(ray.get_runtime_context().get_node_id(), storage_root, budget_bytes, namespace)
 
 
-def _release(segment: _KeptSegment) -> None:
-    segment.readers -= 1
+def _segments(group: SegmentGroup, manifests: Sequence[Manifest]) -> list[tuple[MemoryKey, SegmentEntry]]:
+    """The head and the segments that the group names, each with the version it is read for."""
+    first = manifests[0]
+    head = SegmentEntry(tokens=first.head_slots, slots=first.head_slots, files=(first.head,))
+    named = [(group.ranges[0].key, head)]
+    for part, manifest in zip(group.ranges, manifests, strict=True):
+        if (manifest.fingerprint, manifest.shape) != (first.fingerprint, first.shape):
+            raise MixedMemories(first.memory, manifest.memory)
+        segments = manifest.segments
+        if not part.first < part.end <= len(segments):
+            raise ValueError(f"{part.key.path} has {len(segments)} segments, so there is no {part.first}-{part.end}")
+        named += [(part.key, segment) for segment in segments[part.first : part.end]]
+    slots = sum(segment.slots for _, segment in named)
+    if slots != group.slots:
+        raise ValueError(f"the request counts {group.slots} slots, but {group.name} has {slots}")
+    return named
+
+
+def _check(segment: SegmentEntry, shape: MemoryShape, files: list[_KeptFile]) -> None:
+    slots = sum(sum(file.slots) for file in files)
+    if slots != segment.slots or any(file.shape != shape for file in files):
+        raise DamagedMemory(
+            segment.files[0].path,
+            f"begins a segment that holds {slots} slots of {files[0].shape}; "
+            f"its manifest says {segment.slots} of {shape}",
+        )
+
+
+def _release(file: _KeptFile) -> None:
+    file.readers -= 1

@@ -1,6 +1,6 @@
 """From the object store into paged KV blocks: what the vLLM connector does in each worker process.
 
-A memory's slots are fetched from the node's MemoryKeeper, their keys rotated to their slots, this rank's heads cut
+A group's slots are fetched from the node's MemoryKeeper, their keys rotated to their slots, this rank's heads cut
 out, and written with the attention backend's own cache writer (its layout is its secret).
 """
 
@@ -18,24 +18,24 @@ from torch import Tensor
 
 from memory_worker.beacon.rope import Rope
 from memory_worker.manifest import MemoryShape
-from memory_worker.messages import MemoryKey
+from memory_worker.messages import SegmentGroup
 from memory_worker.segments import as_torch
 
 if TYPE_CHECKING:
     from memory_worker.keeper import KeptMemory
 
-_TAILS = 64  # memories whose last, partial block stays rotated: each question to them writes it again
+_TAILS = 64  # groups whose last, partial block stays rotated: each question to them writes it again
 
 
 class LoadFailed(Exception):
-    """A memory cannot be put into the cache; the message says why."""
+    """A group of segments cannot be put into the cache; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRange:
-    """Slots `start` to `end` of a memory that has `slots` in all, and the cache blocks of its slot 0 onwards."""
+    """Slots `start` to `end` of a group that has `slots` in all, and the cache blocks of its slot 0 onwards."""
 
-    memory: str  # MemoryKey.path
+    group: str  # SegmentGroup.name
     slots: int
     start: int
     end: int
@@ -46,7 +46,7 @@ class SlotRange:
 class LoadStats:
     """What one worker has loaded since it started."""
 
-    fetched: int = 0  # times a memory was asked of the keeper
+    fetched: int = 0  # times a group was asked of the keeper
     rotated_slots: int = 0
     written_slots: int = 0
     tail_hits: int = 0  # loads served from a tail kept rotated
@@ -72,11 +72,11 @@ class Expected(NamedTuple):
 
 
 class MemoryLoader:
-    """Loads slot ranges of memories. `fetch` returns what the keeper holds, or raises."""
+    """Loads slot ranges of groups. `fetch` returns what the keeper holds, or raises."""
 
     def __init__(
         self,
-        fetch: Callable[[MemoryKey], "KeptMemory"],
+        fetch: Callable[[SegmentGroup], "KeptMemory"],
         rope: Rope,
         expected: Expected,
         *,
@@ -90,7 +90,7 @@ class MemoryLoader:
         self._heads = heads
         self._block_size = block_size
         self._dtype = dtype
-        self._tails: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()  # slots of the memory, its rotated tail
+        self._tails: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()  # slots of the group, its rotated tail
         self.stats = LoadStats()
 
     def load(self, wanted: SlotRange, layers: list[CacheLayer], device: torch.device) -> None:
@@ -111,9 +111,9 @@ class MemoryLoader:
     def _rotated(self, wanted: SlotRange, device: torch.device) -> Iterator[Tensor]:
         """The range in pieces `[2, layers, slots, heads, head_dim]`, keys rotated, in the cache's dtype."""
         tail_start = wanted.slots - wanted.slots % self._block_size
-        kept = self._tails.get(wanted.memory)
+        kept = self._tails.get(wanted.group)
         if wanted.start >= tail_start and kept is not None and kept[0] == wanted.slots:
-            self._tails.move_to_end(wanted.memory)
+            self._tails.move_to_end(wanted.group)
             self.stats.tail_hits += 1
             yield kept[1][:, :, wanted.start - tail_start : wanted.end - tail_start]
             return
@@ -132,7 +132,7 @@ class MemoryLoader:
                 yield piece
             first += count
         if tail and wanted.end == wanted.slots:
-            self._tails[wanted.memory] = wanted.slots, torch.cat(tail, dim=2)
+            self._tails[wanted.group] = wanted.slots, torch.cat(tail, dim=2)
             while len(self._tails) > _TAILS:
                 self._tails.popitem(last=False)
 
@@ -153,7 +153,7 @@ class MemoryLoader:
         return rotated
 
     def _checked(self, wanted: SlotRange) -> "KeptMemory":
-        memory = self._fetch(MemoryKey(*wanted.memory.split("/")))
+        memory = self._fetch(SegmentGroup.named(wanted.group, wanted.slots))
         expected, shape = self._expected, memory.shape
         if memory.total_slots != wanted.slots:
             raise LoadFailed(f"the request counts {wanted.slots} slots, but the memory has {memory.total_slots}")
@@ -196,11 +196,11 @@ class KeeperClient:
             if main:  # vLLM's own handler must stay, or its processes end without cleaning up
                 signal.signal(signal.SIGTERM, handler)
 
-    def fetch(self, key: MemoryKey) -> "KeptMemory":
+    def fetch(self, group: SegmentGroup) -> "KeptMemory":
         """Waits for no longer than `keeper_timeout_s`: the engine stands still meanwhile."""
         from memory_worker.keeper import local_keeper
 
         settings = self._settings
         keeper = local_keeper(settings["storage_root"], settings["keeper_budget_bytes"], settings["namespace"])
-        memory: KeptMemory = ray.get(keeper.chunks.remote(key), timeout=settings["keeper_timeout_s"])
+        memory: KeptMemory = ray.get(keeper.chunks.remote(group), timeout=settings["keeper_timeout_s"])
         return memory

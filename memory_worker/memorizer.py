@@ -1,28 +1,31 @@
 """The Memorizer deployment: texts into segments. The Router asks it; what it writes, the manifest names."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from ray import serve
 
 from cluster.pools import PoolConfig
-from cluster.storage import DamagedFile
+from memory_worker.checkpoint import Begun, CheckpointedSegments, Plan, PlannedDocument, begun, read_slots
 from memory_worker.config import MemoryConfig
-from memory_worker.errors import EmptyDocument
-from memory_worker.manifest import DocumentEntry, FileEntry, MemoryShape
+from memory_worker.errors import EmptyDocument, WindowTooLarge
+from memory_worker.manifest import MemoryShape
 from memory_worker.messages import (
     DocumentSource,
+    MemorizedDocument,
     MemorizeProgress,
     MemorizerDescription,
     MemorizeRequest,
     MemorizeResult,
 )
 from memory_worker.prompts import head_tokens
-from memory_worker.store import MemoryStore, StoredSegment, head_path, segment_path
+from memory_worker.store import MemoryStore, head_path
 
 if TYPE_CHECKING:
     from memory_worker.beacon import BeaconModel
@@ -61,6 +64,12 @@ class Memorizer:
             device=device,
         )
         self._description = _described(config, self._model)
+        wanted = config.memorize.segment_tokens
+        if wanted is not None and wanted < self._model.window:
+            raise ValueError(
+                f"memorize.segment_tokens is {wanted}, less than one window of the memory model, which has "
+                f"{self._model.window} tokens: raise it, or leave it out"
+            )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(config.engine.model)
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
@@ -68,12 +77,14 @@ class Memorizer:
     async def memorize(self, request: MemorizeRequest) -> AsyncIterator[_Step]:
         """Writes the head's and the documents' segments; yields progress after each group, then the result.
 
-        Ending the iteration early stops the work after the group under way and leaves no unfinished file. Raises
-        `UnsupportedRatio`, `EmptyDocument`, or `DamagedFile` if a source is not there.
+        A version whose work was cut short goes on after its last checkpoint, to the same files. Ending the iteration
+        early stops the work after the group under way; what no checkpoint holds yet is done again the next time.
+        Raises `UnsupportedRatio`, `WindowTooLarge`, `EmptyDocument`, or `DamagedFile` naming a source or the given
+        head where it is not as it was written.
         """
         self._model.check_ratio(request.ratio)
-        head, texts = await asyncio.to_thread(self._read, request)
-        steps = self._steps(request, head, texts)
+        job = await asyncio.to_thread(self._prepare, request)
+        steps = self._steps(job)
         try:
             while (step := await self._next(steps)) is not None:
                 yield step
@@ -98,20 +109,50 @@ class Memorizer:
             self._device_error = error
             raise
 
-    def _read(self, request: MemorizeRequest) -> tuple[list[int], list["_Text"]]:
-        """The tokens of the head, and each document's text."""
-        return head_tokens(self._tokenizer, request.language), [self._read_text(d) for d in request.documents]
+    def _prepare(self, request: MemorizeRequest) -> "_Job":
+        """All that storage and tokenizer have for the request."""
+        head = head_tokens(self._tokenizer, request.language)
+        segment_tokens = self._segment_tokens(request.ratio, len(head))
+        texts = tuple(self._read_text(document) for document in request.documents)
+        plan = Plan(
+            fingerprint=self._description.fingerprint,
+            shape=self._description.shape,
+            window=self._model.window,
+            ratio=request.ratio,
+            language=request.language,
+            head_tokens=tuple(head),
+            group_windows=self._config.memorize.group_windows or self._model.group_windows,
+            checkpoint_windows=self._config.memorize.checkpoint_windows,
+            segment_tokens=segment_tokens,
+            documents=tuple(
+                PlannedDocument(
+                    id=text.id, tokens=len(text.tokens), digest=hashlib.sha256(text.tokens.tobytes()).hexdigest()
+                )
+                for text in texts
+            ),
+        )
+        start = begun(self._store, request.key, plan, request.head)
+        if start is None and request.head:
+            given = self._store.read_segment(request.head)
+            given.expect(plan.shape, len(head))
+            start = Begun(request.head, read_slots([given]))
+        return _Job(request, plan, texts, start)
+
+    def _segment_tokens(self, ratio: int, head_slots: int) -> int:
+        """Most tokens of a segment: whole windows, as many as configured or as fit a prompt."""
+        window, room = self._model.window, self._config.group_slots
+        fitting = (room - head_slots) // (window // ratio)
+        if fitting < 1:
+            raise WindowTooLarge(window, ratio, head_slots + window // ratio, room)
+        wanted = self._config.memorize.segment_tokens
+        return window * (fitting if wanted is None else min(fitting, wanted // window))
 
     def _read_text(self, document: DocumentSource) -> "_Text":
-        try:
-            source = self._store.storage.record(document.path)
-        except FileNotFoundError:
-            raise DamagedFile(document.path, "is missing") from None
-        text = self._store.storage.read(source).to_pybytes().decode()
-        tokens = [token for piece in _pieces(text) for token in self._encode(piece)]
-        if not tokens:
+        text = self._store.storage.read(document.source.stored).to_pybytes().decode()
+        tokens = np.concatenate([np.array(self._encode(piece), np.int32) for piece in _pieces(text)])
+        if not len(tokens):
             raise EmptyDocument(document.id)
-        return _Text(document.id, FileEntry.of(source), len(text), tokens)
+        return _Text(document.id, len(text), tokens)
 
     def _encode(self, text: str) -> list[int]:
         """What looks like a special token in a text is read as plain characters."""
@@ -120,67 +161,67 @@ class Memorizer:
         )
         return tokens
 
-    def _steps(self, request: MemorizeRequest, head: list[int], texts: list["_Text"]) -> Generator[_Step, None, None]:
+    def _steps(self, job: "_Job") -> Generator[_Step, None, None]:
         """The work itself, one group of windows at a time; to be run and closed in the torch thread."""
-        key, shape = request.key, self._description.shape
-        total = sum(len(text.tokens) for text in texts)
-        yield MemorizeProgress(0, total)
-        head_slots = self._model.compress(head, ratio=request.ratio, head=len(head))
-        with self._store.write_segment(head_path(key), shape) as head_segment:
-            head_segment.append(head_slots.keys, head_slots.values)
-        done = 0
-        open_segments: dict[int, tuple[StoredSegment, ExitStack]] = {}
-        entries: dict[int, DocumentEntry] = {}
-        with ExitStack() as unfinished:  # closed with the exception that ends the work: no half segment appears
-            for group in self._model.compress_documents(
-                [text.tokens for text in texts],
-                ratio=request.ratio,
-                memory=head_slots,
-                group_windows=self._config.memorize.group_windows,
-            ):
-                for part in group:
-                    text = texts[part.document]
-                    if part.document not in open_segments:
-                        file = unfinished.enter_context(ExitStack())
-                        path = segment_path(key, text.id)
-                        open_segments[part.document] = file.enter_context(self._store.write_segment(path, shape)), file
-                    segment, file = open_segments[part.document]
-                    window_slots = self._model.window // request.ratio
-                    segment.append(part.slots.keys, part.slots.values, window_slots=window_slots)
-                    done += part.tokens
-                    if part.last:
-                        file.close()
-                        del open_segments[part.document]
-                        entries[part.document] = text.entry(segment)
-                yield MemorizeProgress(done, total)
+        import torch
+
+        from memory_worker.beacon import Slots
+
+        plan = job.plan
+        start = job.start or self._with_new_head(job)
+        segments = CheckpointedSegments(self._store, job.request.key, plan, start)
+        yield MemorizeProgress(segments.done_tokens, plan.tokens)
+        memories = [start.head_slots] * len(segments.remaining)
+        if start.unfinished is not None:
+            memories[0] = Slots.concat([start.head_slots, start.unfinished])
+        for group in self._model.compress_documents(
+            [torch.from_numpy(job.texts[s.document].tokens[s.start : s.end]) for s in segments.remaining],
+            ratio=plan.ratio,
+            memory=memories,
+            group_windows=plan.group_windows,
+        ):
+            for part in group:
+                segments.add(part.document, part.tokens, part.slots)
+            segments.flush()
+            yield MemorizeProgress(segments.done_tokens, plan.tokens)
+        segments.flush(everything=True)
         yield MemorizeResult(
             model=self._description.model,
-            fingerprint=self._description.fingerprint,
-            shape=shape,
-            head_tokens=tuple(head),
-            head=head_segment.entry,
-            documents=tuple(entries[index] for index in range(len(texts))),
+            fingerprint=plan.fingerprint,
+            shape=plan.shape,
+            head_tokens=plan.head_tokens,
+            head=start.head,
+            documents=tuple(
+                MemorizedDocument(text.id, text.characters, entries)
+                for text, entries in zip(job.texts, segments.by_document(), strict=True)
+            ),
         )
+
+    def _with_new_head(self, job: "_Job") -> Begun:
+        plan = job.plan
+        slots = self._model.compress(plan.head_tokens, ratio=plan.ratio, head=len(plan.head_tokens))
+        with self._store.write_segment(head_path(job.request.key), plan.shape) as head:
+            head.append(slots.keys, slots.values)
+        return Begun(head.entry, slots)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Text:
+    """A document on its way into segments."""
+
+    id: str
+    characters: int
+    tokens: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    """A document on its way into a segment."""
+class _Job:
+    """A request with what was read for it."""
 
-    id: str
-    source: FileEntry
-    characters: int
-    tokens: list[int]
-
-    def entry(self, segment: StoredSegment) -> DocumentEntry:
-        return DocumentEntry(
-            id=self.id,
-            characters=self.characters,
-            tokens=len(self.tokens),
-            slots=segment.slots,
-            source=self.source,
-            segment=segment.entry,
-        )
+    request: MemorizeRequest
+    plan: Plan
+    texts: tuple[_Text, ...]
+    start: Begun | None  # none where the head is still to be encoded
 
 
 def _described(config: MemoryConfig, model: "BeaconModel") -> MemorizerDescription:

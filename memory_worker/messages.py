@@ -1,12 +1,15 @@
 """What goes in and out of the memory pool's deployments and actors."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from memory_worker.manifest import DocumentEntry, FileEntry, JobRecord, Manifest, MemoryShape
+from memory_worker.manifest import FileEntry, JobRecord, Manifest, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]
+
+_RANGE = re.compile(r"([^/+:]+)/([^/+:]+)/([^/+:]+):(\d{1,9})-(\d{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,44 @@ class MemoryKey:
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentRange:
+    """Consecutive segments of one version, counted over all its documents in order."""
+
+    key: MemoryKey
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentGroup:
+    """Segments read together behind one head, that of the first range's version: as many as one prompt holds."""
+
+    ranges: tuple[SegmentRange, ...]
+    slots: int  # head included
+
+    @property
+    def name(self) -> str:
+        """Names exactly these segments, such as `acme/book/v000001-5f3a9c01:0-3+acme/log/v000002-…:0-1`."""
+        return "+".join(f"{r.key.path}:{r.first}-{r.end}" for r in self.ranges)
+
+    @classmethod
+    def named(cls, name: str, slots: int) -> "SegmentGroup":
+        """The group of that `name`. Raises `ValueError` for a text that names none."""
+        ranges = []
+        for part in name.split("+"):
+            if not (match := _RANGE.fullmatch(part)):
+                raise ValueError(f"{name[:200]!r} does not name segments as tenant/memory/version:first-end")
+            tenant, memory, version, first, end = match.groups()
+            ranges.append(SegmentRange(MemoryKey(tenant, memory, version), int(first), int(end)))
+        return cls(tuple(ranges), slots)
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentSource:
     """A document's text, already durable, waiting to be memorized."""
 
     id: str
-    path: str  # UTF-8 text file, relative to the storage root
+    source: FileEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +75,7 @@ class MemorizeRequest:
     documents: tuple[DocumentSource, ...]
     ratio: int
     language: Language  # of the head
+    head: FileEntry | None = None  # of the version that is changed: read and used as it is; none makes and writes one
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +87,15 @@ class MemorizeProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorizedDocument:
+    """One document's segments, all written."""
+
+    id: str
+    characters: int
+    segments: tuple[SegmentEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MemorizeResult:
     """From `Memorizer.memorize`, last: all that the manifest has to know of the encoding."""
 
@@ -58,7 +104,27 @@ class MemorizeResult:
     shape: MemoryShape
     head_tokens: tuple[int, ...]
     head: FileEntry
-    documents: tuple[DocumentEntry, ...]  # in the order of the request
+    documents: tuple[MemorizedDocument, ...]  # in the order of the request
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """From `Catalog.reserve`: where the sources of a version that is to be made are put, before its job begins."""
+
+    key: MemoryKey
+    base: Manifest | None  # the version that is changed; none when a memory is created
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """From the `Catalog`: a version in the making."""
+
+    key: MemoryKey
+    record: JobRecord
+    base: Manifest | None = None  # the version that is changed
+    state: Literal["queued", "running"] = "queued"
+    done_tokens: int = 0
+    total_tokens: int = 0  # 0 until known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +138,22 @@ class MemoryRecord:
     created: str  # ISO 8601, UTC
     revision: int  # another number after every change
     manifest: Manifest | None = None  # when ready
-    job: JobRecord | None = None  # what it is being made from, until it is ready
-    done_tokens: int = 0  # of the job
-    total_tokens: int = 0  # 0 until known
-    error: str | None = None  # when failed
+    job: Job | None = None  # what is being made of it now; a ready memory may have one too
+    error: str | None = None  # why the last job failed, until the next begins
 
     @property
-    def key(self) -> "MemoryKey":
+    def key(self) -> MemoryKey:
         return MemoryKey(self.tenant, self.memory, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """From the `Catalog`: what one tenant has, jobs under way counted in."""
+
+    memories: int
+    tokens: int
+    bytes: int  # of slots, and of the texts of jobs
+    jobs: int  # queued or running
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +169,9 @@ class MemorizerDescription:
 
 @dataclass(frozen=True, slots=True)
 class RecallRequest:
-    """To `Recaller.recall`: clues of these kinds for one question, from one version of a memory."""
+    """To `Recaller.recall`: clues of these kinds for one question, from one group of segments."""
 
-    key: MemoryKey
-    slots: int  # of the whole memory, head included
+    group: SegmentGroup
     question: str  # empty for key points
     kinds: tuple[ClueKind, ...]
     language: Language
@@ -108,8 +181,7 @@ class RecallRequest:
 class MemoryAnswerRequest:
     """To `Recaller.answer`: an answer from memory alone."""
 
-    key: MemoryKey
-    slots: int
+    group: SegmentGroup
     question: str
     language: Language
     max_tokens: int | None  # None takes the configured default

@@ -1,6 +1,6 @@
 """The Recaller deployment: clues, or an answer, from a memory. The Router calls it through a handle.
 
-It is a vLLM engine whose prompts begin with a memory's slots; `memory_worker.connector` puts them there.
+It is a vLLM engine whose prompts begin with a group of memory segments; `memory_worker.connector` puts them there.
 """
 
 import asyncio
@@ -24,8 +24,9 @@ from memory_worker.beacon.checkpoint import fingerprint
 from memory_worker.clues import ClueLines
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
+from memory_worker.groups import memories_of
 from memory_worker.keeper import KeptMemory, local_keeper
-from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, MemoryKey, RecallRequest, RecallUsage
+from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from memory_worker.prompts import question_tokens
 
 logger = logging.getLogger("ray.serve")
@@ -35,7 +36,7 @@ _CLUE_TOKENS_PER_PIECE = 8  # clues are read a line at a time; fewer pieces, and
 
 
 class Recaller(EngineServer):
-    """Answers from memory. Every request waits until the keeper of this node has the memory in the object store."""
+    """Answers from memory. Every request waits until the keeper of this node has its group in the object store."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
@@ -47,7 +48,7 @@ class Recaller(EngineServer):
         secret: bytes,
         cores: str | None = None,
     ) -> None:
-        """`secret` keeps the prefix cache's entries of different memories apart; it never leaves the servers."""
+        """`secret` keeps the prefix cache's entries of different groups apart; it never leaves the servers."""
         self._config = config
         self._secret = secret
         budget = config.keeper.budget_bytes
@@ -68,14 +69,14 @@ class Recaller(EngineServer):
     async def recall(self, request: RecallRequest) -> AsyncGenerator[Clue | RecallUsage, None]:
         """All kinds at once; each clue the moment its line is complete, `RecallUsage` last.
 
-        Raises `MemoryNotFound`, `DamagedFile`, `MemoryTooLarge`, `QuestionTooLong`, or `EngineFailed` when the
-        engine gives up a second time. Closing the iterator stops the engine's work on it.
+        Raises `MemoryNotFound`, `MixedMemories`, `DamagedFile`, `MemoryTooLarge`, `QuestionTooLong`, or
+        `EngineFailed` when the engine gives up a second time. Closing the iterator stops the engine's work on it.
         """
         prompts: dict[ClueKind, _Prompt] = {}
         for kind in request.kinds:
             question = question_tokens(self.tokenizer, kind, request.question, request.language)
             prompts[kind] = self._prompt(request, question, self._config.recall.max_clue_tokens)
-        memory = await self._kept(request.key, request.slots)
+        memory = await self._kept(request.group)
         arrived: asyncio.Queue[Clue | asyncio.Task[int]] = asyncio.Queue()
         tasks: list[asyncio.Task[int]] = []
         for kind, prompt in prompts.items():
@@ -101,7 +102,7 @@ class Recaller(EngineServer):
         max_tokens = request.max_tokens or self._config.recall.max_answer_tokens
         question = question_tokens(self.tokenizer, "answer", request.question, request.language)
         prompt = self._prompt(request, question, max_tokens)
-        async with aclosing(self._generate(prompt, await self._kept(request.key, request.slots))) as pieces:
+        async with aclosing(self._generate(prompt, await self._kept(request.group))) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -134,8 +135,8 @@ class Recaller(EngineServer):
                     self.stream(
                         prompt.token_ids,
                         max_tokens=prompt.max_tokens,
-                        cache_salt=self._salt(memory.key),
-                        kv_transfer_params={"memory": memory.key.path, "num_memory_tokens": memory.total_slots},
+                        cache_salt=self._salt(memory.group),
+                        kv_transfer_params={"memory": memory.group.name, "num_memory_tokens": memory.total_slots},
                         stream_interval=stream_interval,
                     )
                 ) as pieces:
@@ -146,30 +147,28 @@ class Recaller(EngineServer):
             except EngineFailed as error:
                 if started or last_try:
                     raise
-                logger.warning("recalling from the memory %s is tried again: %s", memory.key.path, error)
-            memory = await self._kept(memory.key, memory.total_slots)
+                logger.warning("recalling from %s is tried again: %s", memories_of(memory.group), error)
+            memory = await self._kept(memory.group)
 
     def _prompt(self, request: RecallRequest | MemoryAnswerRequest, question: list[int], max_tokens: int) -> "_Prompt":
-        limit = self._config.engine.max_model_len
-        room = limit - request.slots - max_tokens
+        limit, slots = self._config.engine.max_model_len, request.group.slots
+        room = limit - slots - max_tokens
         if room < 1:
-            raise MemoryTooLarge(request.key.memory, request.slots, limit)
+            raise MemoryTooLarge(memories_of(request.group), slots, limit - max_tokens - 1)
         if len(question) > room:
-            raise QuestionTooLong(len(question), room, request.slots, limit)
-        return _Prompt([self._placeholder] * request.slots + question, max_tokens)
+            raise QuestionTooLong(len(question), room, slots, limit)
+        return _Prompt([self._placeholder] * slots + question, max_tokens)
 
-    async def _kept(self, key: MemoryKey, slots: int) -> KeptMemory:
-        """The memory, in this node's object store for as long as the result is held."""
+    async def _kept(self, group: SegmentGroup) -> KeptMemory:
+        """The group, in this node's object store for as long as the result is held."""
         try:
-            memory: KeptMemory = await self._keeper.chunks.remote(key)
+            memory: KeptMemory = await self._keeper.chunks.remote(group)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        if memory.total_slots != slots:
-            raise ValueError(f"the request counts {slots} slots, but {key.path} has {memory.total_slots}")
         return memory
 
-    def _salt(self, key: MemoryKey) -> str:
-        return hmac.new(self._secret, key.path.encode(), hashlib.sha256).hexdigest()
+    def _salt(self, group: SegmentGroup) -> str:
+        return hmac.new(self._secret, group.name.encode(), hashlib.sha256).hexdigest()
 
 
 def _fingerprint(model: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Segment files: the unrotated keys and values of one document (or of the head) as Arrow IPC.
+"""Segment files: the unrotated keys and values of consecutive windows of a segment (or of the head) as Arrow IPC.
 
 One record batch per window, one row each: `slots`, and `keys`, `values` as raw little-endian bytes of
 `[layers, slots, kv_heads, head_dim]`, so that a layer's slots lie together and a loader only copies. Shape and
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from memory_worker.arrow_footer import require_plain
 from memory_worker.errors import DamagedMemory
 from memory_worker.manifest import MemoryShape, SlotDtype
 
@@ -48,7 +49,7 @@ class Window:
 
 
 class SegmentWriter:
-    """Writes one segment into a binary sink, window by window; `close` finishes the file."""
+    """Writes one segment file into a binary sink, window by window; `close` finishes it."""
 
     def __init__(self, sink: IO[bytes] | RawIOBase, shape: MemoryShape) -> None:
         self._shape = shape
@@ -79,7 +80,7 @@ class SegmentWriter:
 
 
 class Segment:
-    """A segment read from a buffer, which its windows are views of.
+    """A segment file read from a buffer, which its windows are views of.
 
     Raises `DamagedMemory` where the bytes are not a segment; everything is checked before anything is handed out.
     """
@@ -87,15 +88,18 @@ class Segment:
     def __init__(self, buffer: pa.Buffer, path: str) -> None:
         self.path = path
         try:
+            require_plain(memoryview(buffer))
             reader = pa.ipc.open_file(buffer)
             self.shape = _shape(reader.schema, path)
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
             for batch in batches:
                 batch.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DamagedMemory(path, f"is not a readable Arrow file ({str(error).splitlines()[0]})") from error
         self._windows = [self._window(batch) for batch in batches]
         self.slots = sum(window.slots for window in self._windows)
+        if self.slots * self.shape.slot_bytes > buffer.size:  # keys and values that are the same bytes
+            raise DamagedMemory(path, f"has {buffer.size} bytes, and claims {self.slots} slots of {self.shape}")
 
     @property
     def windows(self) -> list[Window]:
@@ -124,7 +128,7 @@ class Segment:
             yield _joined(run)
 
     def tensors(self) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Keys and values of the whole segment, `[layers, kv_heads, slots, head_dim]`, copied."""
+        """Keys and values of the whole file, `[layers, kv_heads, slots, head_dim]`, copied."""
         whole = _joined(self._windows) if self._windows else _empty(self.shape)
         keys, values = as_torch(whole, self.shape.dtype).transpose(2, 3).contiguous()
         return keys, values
@@ -132,6 +136,8 @@ class Segment:
     def _window(self, batch: pa.RecordBatch) -> Window:
         if batch.num_rows != 1:
             raise DamagedMemory(self.path, f"has a record batch of {batch.num_rows} rows instead of 1")
+        if any(column.null_count for column in batch.columns):  # validation does not ask whether there may be any
+            raise DamagedMemory(self.path, "has a record batch in which something is null")
         slots = batch.column(0)[0].as_py()
         shape = (self.shape.layers, slots, self.shape.kv_heads, self.shape.head_dim)
         parts = []

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 
 from memory_worker.beacon import BeaconModel
 from memory_worker.embedded import ensure_embedded_model
-from memory_worker.messages import MemoryKey
+from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.store import MemoryStore
 from tests.memory_worker.recalling import (
     Reference,
     Slots,
     connector_config,
     engine,
+    group,
     ray_of_its_own,
     recalled,
     request,
@@ -56,7 +57,7 @@ def main(folder: Path) -> None:
         ask = [(name, question) for i, question in enumerate(questions) for name in [list(SLOTS)[i % len(SLOTS)]]]
         caches = {name: reference.cache(parts) for name, parts in memories.items()}
         right = [reference.continued(copy.deepcopy(caches[name]), q, NEW_TOKENS) for name, q in ask]
-        requests = [request(key(name), SLOTS[name], question, NEW_TOKENS) for name, question in ask]
+        requests = [request(stored(name), question, NEW_TOKENS) for name, question in ask]
 
         with engine(embedded, connector_config(store), block_size=BLOCK) as llm:
             answers = recalled(llm, requests)
@@ -64,7 +65,8 @@ def main(folder: Path) -> None:
             answers = recalled(llm, requests)
             seen["warm"] = {"right": same(answers, right), "loads": worker(llm)}
             seen["twins"] = twins(llm, reference, caches, questions[0])
-            seen["unsalted"] = recalled(llm, [request(key("small"), 20, questions[0], 4, salt=False)])
+            seen["composed"] = composed(llm, reference, memories, questions)
+            seen["unsalted"] = recalled(llm, [request(stored("small"), questions[0], 4, salt=False)])
             seen["failures"] = failures(llm, store, requests, right)
         # 24 blocks hold 768 tokens: too few for all memories and questions at once.
         tight = {"block_size": BLOCK, "num_gpu_blocks_override": 24, "max_model_len": 512, "disable_log_stats": False}
@@ -92,6 +94,11 @@ def main(folder: Path) -> None:
 
 def key(memory: str) -> MemoryKey:
     return MemoryKey("tests", memory, "v000001-00000000")
+
+
+def stored(memory: str) -> SegmentGroup:
+    """All of it; the twin has as many slots as the memory it is a twin of."""
+    return group(key(memory), 2, SLOTS.get(memory, SLOTS["unaligned"]))
 
 
 def memorized(model: Path, slots: int, chance: random.Random) -> list[Slots]:
@@ -122,22 +129,52 @@ def preemptions(llm: Any) -> int:
 def twins(llm: Any, reference: Reference, caches: Any, question: list[int]) -> dict[str, Any]:
     """The same question to two memories of as many slots, one after the other and both at once."""
     names = ("unaligned", "twin")
-    asked = [request(key(name), SLOTS["unaligned"], question, NEW_TOKENS) for name in names]
+    asked = [request(stored(name), question, NEW_TOKENS) for name in names]
     right = [reference.continued(copy.deepcopy(caches[name]), question, NEW_TOKENS) for name in names]
     apart = [recalled(llm, [one])[0] for one in asked]
     return {"differ": right[0] != right[1], "apart": same(apart, right), "together": same(recalled(llm, asked), right)}
 
 
+def composed(llm: Any, reference: Reference, memories: dict[str, list[Slots]], questions: Any) -> dict[str, int]:
+    """Segments of several memories behind the head of the first: whole memories, and parts in another order."""
+    made = [
+        (("unaligned", 0, 2), ("twin", 0, 2)),
+        (("twin", 1, 2), ("small", 0, 1), ("aligned", 0, 2)),
+        (("twin", 1, 2), ("small", 1, 2), ("aligned", 0, 2)),
+    ]
+    asked, right = [], []
+    for number, ranges in enumerate(made):
+        parts = [memories[ranges[0][0]][0]]
+        for name, first, end in ranges:
+            parts += memories[name][1 + first : 1 + end]
+        slots = sum(keys.shape[2] for keys, _ in parts)
+        one = SegmentGroup(tuple(SegmentRange(key(name), first, end) for name, first, end in ranges), slots)
+        for question in (questions[0], questions[number + 1]):
+            asked.append(request(one, question, NEW_TOKENS))
+            right.append(reference.continued(reference.cache(parts), question, NEW_TOKENS))
+    before = worker(llm)["fetched"]
+    answers = recalled(llm, asked)
+    return {
+        "right": same(answers, right),
+        "different": len({tuple(tokens) for tokens in right}),
+        "fetched": int(worker(llm)["fetched"] - before),
+    }
+
+
 def failures(llm: Any, store: MemoryStore, requests: list[Any], right: list[Any]) -> dict[str, Any]:
-    """A memory that is not there, one with other slots than asked for, one of another shape; others go on."""
+    """A memory that is not there, one with other slots than asked for, one of another shape …; others go on."""
     question = [5, 6, 7]
     odd = torch.randn(4, 2, 40, 32), torch.randn(4, 2, 40, 32)  # 32 dimensions a head; the engine has 64
     store_slots(store, key("odd"), [odd, odd])
     late = [(torch.randn(4, 2, n, 64), torch.randn(4, 2, n, 64)) for n in (3, 47)]
-    missing = request(key("late"), 50, question, 4)
-    bad = [missing, request(key("small"), 21, question, 4), request(key("odd"), 80, question, 4)]
-    bad.append(request(key("nonsense"), 1000, [], 4))  # nothing beside the memory
-    bad.append(request(MemoryKey("tests", "bad/key", "x"), 8, question, 4))
+    missing = request(group(key("late"), 1, 50), question, 4)
+    bad = [missing, request(group(key("small"), 2, 21), question, 4), request(group(key("odd"), 1, 80), question, 4)]
+    bad.append(request(group(key("nonsense"), 1, 1000), [], 4))  # nothing beside the memory
+    bad.append(request(group(MemoryKey("tests", "bad/key", "x"), 1, 8), question, 4))
+    bad.append(request(SegmentGroup((SegmentRange(key("small"), 1, 3),), 20), question, 4))
+    foreign = MemoryKey("others", "small", "v000001-00000000")
+    store_slots(store, foreign, late)
+    bad.append(request(SegmentGroup((SegmentRange(key("small"), 0, 2), SegmentRange(foreign, 0, 1)), 67), question, 4))
     llm.reset_prefix_cache()
     answers = recalled(llm, [*bad, *requests])
     store_slots(store, key("late"), late)
@@ -159,7 +196,7 @@ def goldens(folder: Path, store: MemoryStore) -> dict[str, bool]:
                 store, name, [(keys[:, :, :split], values[:, :, :split]), (keys[:, :, split:], values[:, :, split:])]
             )
             right.append(expected[f"{case}.greedy"].tolist())
-            asked.append(request(name, keys.shape[2], expected[f"{case}.question"].tolist(), len(right[-1])))
+            asked.append(request(group(name, 1, keys.shape[2]), expected[f"{case}.question"].tolist(), len(right[-1])))
         return {case: answer == r for case, answer, r in zip(cases, recalled(llm, asked), right, strict=True)}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import ray
 import torch
 
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, now
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.recaller import recall_engine_kwargs
 from memory_worker.store import MemoryStore, head_path, segment_path
 
@@ -41,13 +41,13 @@ def store_slots(store: MemoryStore, key: MemoryKey, parts: Sequence[Slots], fing
     keys = parts[0][0]
     dtype: Any = str(keys.dtype).removeprefix("torch.")
     shape = MemoryShape(layers=keys.shape[0], kv_heads=keys.shape[1], head_dim=keys.shape[3], dtype=dtype)
-    paths = [head_path(key), *(segment_path(key, f"doc{index}") for index in range(1, len(parts)))]
+    paths = [head_path(key), *(segment_path(key, f"doc{index}", 0, 0) for index in range(1, len(parts)))]
     entries = []
     for path, (part_keys, part_values) in zip(paths, parts, strict=True):
         with store.write_segment(path, shape) as segment:
             segment.append(part_keys, part_values, window_slots=64)
         entries.append(segment.entry)
-    nothing = FileEntry.of(store.storage.write(f"{key.path}/passages.parquet", b""))
+    nothing = FileEntry.of(store.storage.write(f"{key.path}/nothing", b""))
     manifest = Manifest(
         tenant=key.tenant,
         memory=key.memory,
@@ -61,15 +61,24 @@ def store_slots(store: MemoryStore, key: MemoryKey, parts: Sequence[Slots], fing
         head_tokens=tuple(range(keys.shape[2])),
         head=entries[0],
         documents=tuple(
-            DocumentEntry(id=f"doc{i}", characters=1, tokens=1, slots=part[0].shape[2], source=nothing, segment=entry)
+            DocumentEntry(
+                id=f"doc{i}",
+                characters=1,
+                source=nothing,
+                segments=(SegmentEntry(tokens=1, slots=part[0].shape[2], files=(entry,)),),
+                passages=nothing,
+                passage_count=0,
+            )
             for i, (part, entry) in enumerate(zip(parts[1:], entries[1:], strict=True), 1)
         ),
-        passages=nothing,
-        passage_count=0,
-        index=(),
     )
     store.publish(manifest)
     return manifest
+
+
+def group(key: MemoryKey, documents: int, slots: int) -> SegmentGroup:
+    """All of a version that `store_slots` stored."""
+    return SegmentGroup((SegmentRange(key, 0, documents),), slots)
 
 
 def connector_config(store: MemoryStore, **changes: Any) -> dict[str, Any]:
@@ -123,14 +132,14 @@ def engine(model: Path, connector: dict[str, Any], **options: Any) -> Iterator[A
         cleanup_dist_env_and_memory()
 
 
-def request(key: MemoryKey, slots: int, question: list[int], max_tokens: int, salt: bool = True) -> tuple[Any, Any]:
+def request(group: SegmentGroup, question: list[int], max_tokens: int, salt: bool = True) -> tuple[Any, Any]:
     """Prompt and sampling parameters as the Recaller submits them, but without stopping."""
     from vllm import SamplingParams
 
-    prompt: dict[str, Any] = {"prompt_token_ids": [PLACEHOLDER] * slots + question}
+    prompt: dict[str, Any] = {"prompt_token_ids": [PLACEHOLDER] * group.slots + question}
     if salt:
-        prompt["cache_salt"] = key.path
-    asked = {"memory": key.path, "num_memory_tokens": slots}
+        prompt["cache_salt"] = group.name
+    asked = {"memory": group.name, "num_memory_tokens": group.slots}
     params = SamplingParams(
         temperature=0,
         max_tokens=max_tokens,

@@ -1,16 +1,22 @@
 """Small memories in a store, for the tests of whatever reads them."""
 
-from collections.abc import Mapping
+import os
+import resource
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, now
-from memory_worker.messages import MemoryKey
-from memory_worker.store import MemoryStore, head_path, segment_path
+from memory_worker.groups import segment_groups
+from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.messages import MemoryKey, SegmentGroup
+from memory_worker.store import MemoryStore, head_path, passages_path, segment_path
 
 SHAPE = MemoryShape(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")
 HEAD_SLOTS = 5
 WINDOW_SLOTS = 16
+Seeded = tuple[int, int]  # slots, and the seed of their numbers
 
 
 def random_slots(shape: MemoryShape, slots: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,39 +36,90 @@ def write_segment(store: MemoryStore, path: str, slots: int, seed: int, shape: M
 def store_memory(
     store: MemoryStore,
     key: MemoryKey,
-    documents: Mapping[str, tuple[int, int]],
+    documents: Mapping[str, Seeded | Sequence[Seeded]],
     shape: MemoryShape = SHAPE,
     publish: bool = True,
+    file_windows: int | None = None,
+    fingerprint: str = "f" * 64,
 ) -> Manifest:
-    """A whole version with random slots; `documents` gives the slots and the seed of each."""
-    entries = tuple(
-        DocumentEntry(
-            id=name,
-            characters=4,
-            tokens=slots * 4,
-            slots=slots,
-            source=store.write_source(key, name, "text"),
-            segment=write_segment(store, segment_path(key, name), slots, seed, shape),
+    """A whole version with random slots: each document of one segment, or of several.
+
+    Segments are cut into files of `file_windows`; none makes each one file.
+    """
+    entries = []
+    for name, given in documents.items():
+        seeded = [given] if isinstance(given[0], int) else given
+        passages = store.storage.write(passages_path(key, name), b"passages")
+        entries.append(
+            DocumentEntry(
+                id=name,
+                characters=4,
+                source=store.write_source(key, name, "text"),
+                segments=tuple(
+                    _stored(store, key, name, i, each, shape, file_windows) for i, each in enumerate(seeded)
+                ),
+                passages=FileEntry.of(passages),
+                passage_count=1,
+            )
         )
-        for name, (slots, seed) in documents.items()
-    )
     manifest = Manifest(
         tenant=key.tenant,
         memory=key.memory,
         version=key.version,
         created=now(),
         model="tiny",
-        fingerprint="f" * 64,
+        fingerprint=fingerprint,
         ratio=4,
         language="en",
         shape=shape,
         head_tokens=tuple(range(HEAD_SLOTS)),
         head=write_segment(store, head_path(key), HEAD_SLOTS, 0, shape),
-        documents=entries,
-        passages=FileEntry.of(store.storage.write(f"{key.path}/passages.parquet", b"passages")),
-        passage_count=1,
-        index=(FileEntry.of(store.storage.write(f"{key.path}/index/flat.faiss", b"index")),),
+        documents=tuple(entries),
     )
     if publish:
         store.publish(manifest)
     return manifest
+
+
+def whole(*manifests: Manifest) -> SegmentGroup:
+    """All segments of these versions, read together."""
+    (group,) = segment_groups(manifests, 2**40)
+    return group
+
+
+def _stored(
+    store: MemoryStore,
+    key: MemoryKey,
+    document: str,
+    index: int,
+    seeded: Seeded,
+    shape: MemoryShape,
+    file_windows: int | None,
+) -> SegmentEntry:
+    slots, seed = seeded
+    keys, values = random_slots(shape, slots, seed)
+    step = file_windows * WINDOW_SLOTS if file_windows else slots
+    files = []
+    for start in range(0, slots, step):
+        with store.write_segment(segment_path(key, document, index, start // WINDOW_SLOTS), shape) as file:
+            part = slice(start, start + step)
+            file.append(keys[:, :, part], values[:, :, part], window_slots=WINDOW_SLOTS)
+        files.append(file.entry)
+    return SegmentEntry(tokens=slots * 4, slots=slots, files=tuple(files))
+
+
+def in_little_memory(work: Callable[[], None]) -> bool:
+    """Whether `work` ends without an exception in a child of this process, which may take 256 MiB more than it has."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (has + (256 << 20),) * 2)
+            work()
+            status = 0
+        except BaseException:  # noqa: BLE001  (the child must not go on as a second test run)
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0

@@ -8,13 +8,15 @@ import ray
 import torch
 
 from memory_worker.beacon import Rope
+from memory_worker.connector import _memory_of
 from memory_worker.loading import CacheLayer, Expected, LoadFailed, MemoryLoader, SlotRange, heads_of_rank
 from memory_worker.manifest import MemoryShape
-from memory_worker.messages import MemoryKey
+from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 
 CONFIG = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 10000.0}
 BLOCK = 16
 LAYERS, KV_HEADS, HEAD_DIM = 2, 4, 16
+NAME = "t/m/v:0-3"
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,8 @@ class Keeper:
         )
         self.asked = 0
 
-    def fetch(self, key: MemoryKey) -> Any:
-        assert key == MemoryKey("t", "m", "v")
+    def fetch(self, group: SegmentGroup) -> Any:
+        assert group.name == NAME and group.ranges == (SegmentRange(MemoryKey("t", "m", "v"), 0, 3),)
         self.asked += 1
         return self.memory
 
@@ -99,7 +101,7 @@ def chunks_are_their_own_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wanted(slots: int, start: int = 0, first_block: int = 3) -> SlotRange:
     blocks = tuple(first_block + 2 * i for i in range(-(-slots // BLOCK)))
-    return SlotRange("t/m/v", slots, start, slots, blocks)
+    return SlotRange(NAME, slots, start, slots, blocks)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -143,6 +145,37 @@ def test_a_range_from_the_middle_is_rotated_to_its_own_slots() -> None:
 def test_a_memory_that_does_not_fit_the_engine_is_refused(changes: Any, slots: int, message: str) -> None:
     with pytest.raises(LoadFailed, match=message):
         Keeper(40).loader(**changes).load(wanted(slots), Cache(KV_HEADS).layers, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("salt", "memory", "slots", "reason"),
+    [
+        (None, NAME, 8, "has no cache_salt"),
+        ("", NAME, 8, "has no cache_salt"),
+        ("s", None, 8, "is no text"),
+        ("s", "t/m/v", 8, "does not name segments"),
+        ("s", "t/m/v:0", 8, "does not name segments"),
+        ("s", "t/../m/v:0-1", 8, "does not name segments"),
+        ("s", f"{NAME}+", 8, "does not name segments"),
+        ("s", f"{NAME}+u/m:0-1", 8, "does not name segments"),
+        ("s", NAME, 20, "not between 1 and its 20 prompt tokens"),
+        ("s", NAME, 0, "not between 1 and"),
+        ("s", NAME, "8", "not between 1 and"),
+    ],
+)
+def test_a_request_that_names_no_group_is_refused_with_its_reason(
+    salt: Any, memory: Any, slots: Any, reason: str
+) -> None:
+    asked = {"memory": memory, "num_memory_tokens": slots}
+    request: Any = SimpleNamespace(kv_transfer_params=asked, cache_salt=salt, num_prompt_tokens=20)
+    assert reason in str(_memory_of(request))
+
+
+def test_a_group_of_several_memories_is_asked_by_its_name() -> None:
+    name = f"{NAME}+t/other/v000002-00000000:4-17"
+    asked = {"memory": name, "num_memory_tokens": 8}
+    request: Any = SimpleNamespace(kv_transfer_params=asked, cache_salt="s", num_prompt_tokens=20)
+    assert _memory_of(request) == SlotRange(name, 8, 0, 8, ())
 
 
 def test_a_chunk_of_another_shape_is_refused() -> None:

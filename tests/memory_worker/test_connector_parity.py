@@ -47,13 +47,17 @@ def test_two_memories_of_as_many_slots_never_answer_for_each_other(seen) -> None
     assert seen["twins"] == {"differ": True, "apart": 2, "together": 2}
 
 
+def test_segments_of_several_memories_behind_one_head_are_answered_as_by_transformers(seen) -> None:
+    assert seen["composed"] == {"right": 6, "different": 6, "fetched": 3}
+
+
 def test_a_request_without_a_salt_is_refused(seen) -> None:
     assert seen["unsalted"] == ["error"]
 
 
 def test_a_load_that_fails_fails_its_own_request_only_and_can_be_tried_again(seen) -> None:
-    # missing, wrong slot count, wrong shape, nothing beside the memory, malformed name
-    assert seen["failures"] == {"answers": ["error"] * 5, "others": QUESTIONS, "retried": 4}
+    # missing, wrong slot count, wrong shape, nothing beside it, malformed name, no such segment, another tenant's
+    assert seen["failures"] == {"answers": ["error"] * 7, "others": QUESTIONS, "retried": 4}
 
 
 def test_a_memory_of_another_model_is_refused(seen) -> None:

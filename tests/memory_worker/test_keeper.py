@@ -1,7 +1,9 @@
 """One keeper per node holds its own copies, within its budget, and loses nothing that storage has."""
 
 import asyncio
+import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,32 +15,41 @@ import torch
 from ray.cluster_utils import Cluster
 
 from cluster.storage import DamagedFile
-from memory_worker.errors import DamagedMemory, MemoryNotFound
+from memory_worker.errors import DamagedMemory, MemoryNotFound, MixedMemories
 from memory_worker.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import Manifest
+from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.segments import as_torch
 from memory_worker.store import MemoryStore
 from tests.memory_worker.actors import kill_and_await_restart
-from tests.memory_worker.stored import HEAD_SLOTS, SHAPE, random_slots, store_memory
+from tests.memory_worker.stored import HEAD_SLOTS, SHAPE, Seeded, random_slots, store_memory, whole
 
 SLOT = SHAPE.slot_bytes
 HEAD = HEAD_SLOTS * SLOT
 
 
+NODE = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
+
+
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[list[str]]:
-    """Two nodes; the ids of the first, which this process is on, and the second."""
-    node = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
+def cluster() -> Iterator[Cluster]:
+    """Two nodes; this process is on the first."""
     with tempfile.TemporaryDirectory(prefix="keep", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)  # else every Ray on this machine would find this cluster
         Path(folder, "ray").mkdir()
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        second = cluster.add_node(**node)
+        cluster.add_node(**NODE)
         cluster.wait_for_nodes()
-        yield [ray.get_runtime_context().get_node_id(), second.node_id]
+        yield cluster
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(cluster: Cluster) -> list[str]:
+    """Their ids."""
+    return [ray.get_runtime_context().get_node_id(), *(node.node_id for node in cluster.worker_nodes)]
 
 
 @pytest.fixture
@@ -52,8 +63,9 @@ class Kept:
     def __init__(self, node: str, store: MemoryStore, budget: int) -> None:
         self.actor = keeper_on(node, store.storage.root, budget, f"test-{uuid.uuid4().hex}")
 
-    def chunks(self, key: MemoryKey) -> KeptMemory:
-        return ray.get(self.actor.chunks.remote(key))
+    def chunks(self, group: SegmentGroup | Manifest) -> KeptMemory:
+        group = whole(group) if isinstance(group, Manifest) else group
+        return ray.get(self.actor.chunks.remote(group), timeout=60)
 
     def stats(self) -> KeeperStats:
         return ray.get(self.actor.stats.remote())
@@ -72,7 +84,7 @@ def kept(nodes: list[str], store: MemoryStore) -> Iterator[Any]:
         ray.kill(keeper.actor)
 
 
-def whole(memory: KeptMemory) -> torch.Tensor:
+def slots_of(memory: KeptMemory) -> torch.Tensor:
     """`[2, layers, kv_heads, slots, head_dim]`, read here."""
     arrays = ray.get(list(memory.chunks))
     assert all(not array.flags.writeable for array in arrays)
@@ -80,125 +92,232 @@ def whole(memory: KeptMemory) -> torch.Tensor:
     return torch.cat([as_torch(array, memory.shape.dtype) for array in arrays], dim=2).transpose(2, 3)
 
 
-def expected(documents: dict[str, tuple[int, int]]) -> torch.Tensor:
-    parts = [(HEAD_SLOTS, 0), *documents.values()]
+def expected(*seeded: Seeded) -> torch.Tensor:
+    """A head and these segments."""
+    parts = [(HEAD_SLOTS, 0), *seeded]
     return torch.cat([torch.stack(random_slots(SHAPE, slots, seed)) for slots, seed in parts], dim=3)
 
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_memory_is_handed_out_in_slot_order(kept: Any, store: MemoryStore, node: int) -> None:
     documents = {"b": (40, 1), "a": (3, 2), "c": (16, 3)}
-    key = store.new_version("acme", "book")
-    manifest = store_memory(store, key, documents)
+    manifest = store_memory(store, store.new_version("acme", "book"), documents)
     keeper = kept(node=node)
-    memory = keeper.chunks(key)
-    assert (memory.key, memory.shape, memory.fingerprint) == (key, SHAPE, manifest.fingerprint)
+    memory = keeper.chunks(manifest)
+    assert (memory.group, memory.shape, memory.fingerprint) == (whole(manifest), SHAPE, manifest.fingerprint)
     assert memory.total_slots == manifest.slots == 64
-    assert torch.equal(whole(memory), expected(documents))
+    assert torch.equal(slots_of(memory), expected(*documents.values()))
     assert keeper.stats() == KeeperStats(64 * SLOT, 2**20, segments=4, hits=0, loads=4, evictions=0)
-    assert keeper.chunks(key).chunks == memory.chunks
+    assert keeper.chunks(manifest).chunks == memory.chunks
     assert keeper.stats() == KeeperStats(64 * SLOT, 2**20, segments=4, hits=4, loads=4, evictions=0)
+
+
+def test_groups_of_several_memories_and_of_parts_of_them(kept: Any, store: MemoryStore) -> None:
+    """Each segment of several files; a group's head is that of its first range."""
+    book, log = (store.new_version("acme", name) for name in ("book", "log"))
+    books = store_memory(store, book, {"a": [(40, 1), (20, 2)], "b": (33, 3)}, file_windows=1)
+    logs = store_memory(store, log, {"c": [(50, 4), (7, 5)]}, file_windows=2)
+    keeper = kept()
+    memory = keeper.chunks(whole(books, logs))
+    assert torch.equal(slots_of(memory), expected((40, 1), (20, 2), (33, 3), (50, 4), (7, 5)))
+    assert keeper.stats().loads == 1 + 3 + 2 + 3 + 2 + 1
+    parts = SegmentGroup((SegmentRange(log, 1, 2), SegmentRange(book, 1, 3)), HEAD_SLOTS + 7 + 20 + 33)
+    assert torch.equal(slots_of(keeper.chunks(parts)), expected((7, 5), (20, 2), (33, 3)))
+    assert keeper.stats().loads == 12
+
+
+def test_what_makes_no_group_is_refused(kept: Any, store: MemoryStore) -> None:
+    keys = [MemoryKey(tenant, name, "v000001-00000000") for tenant in ("acme", "evil") for name in ("a", "b", "c")]
+    for key in keys:
+        shape = SHAPE.model_copy(update={"dtype": "float16"}) if key.memory == "c" else SHAPE
+        store_memory(store, key, {"d": (10, 1)}, shape=shape, fingerprint=key.memory.replace("c", "a") * 64)
+    keeper = kept()
+    for others, slots, error, message in [
+        (keys[:1] + keys[3:4], 25, ValueError, "segments of one tenant"),
+        (keys[:2], 25, MixedMemories, "'a' and 'b' were encoded by different models"),
+        (keys[:3:2], 25, MixedMemories, "'a' and 'c' were encoded by different models or in different dtypes"),
+        (keys[:1], 16, ValueError, "counts 16 slots, but acme/a/v000001-00000000:0-1 has 15"),
+    ]:
+        with pytest.raises(error, match=message):
+            keeper.chunks(SegmentGroup(tuple(SegmentRange(key, 0, 1) for key in others), slots))
+    for first, end in [(0, 2), (1, 2), (1, 1), (1, 0)]:
+        with pytest.raises(ValueError, match=f"has 1 segments, so there is no {first}-{end}"):
+            keeper.chunks(SegmentGroup((SegmentRange(keys[0], first, end),), 15))
+    assert keeper.stats().loads == 0
 
 
 def test_versions_share_the_documents_they_have_in_common(kept: Any, store: MemoryStore) -> None:
     first, second = (MemoryKey("acme", "book", f"v00000{n}-00000000") for n in (1, 2))
     old = store_memory(store, first, {"one": (40, 1)})
     new = store_memory(store, second, {"two": (16, 2)}, publish=False)
-    store.publish(new.model_copy(update={"documents": old.documents + new.documents}))
+    new = new.model_copy(update={"documents": old.documents + new.documents})
+    store.publish(new)
     keeper = kept()
-    memories = [keeper.chunks(first), keeper.chunks(second)]
+    memories = [keeper.chunks(old), keeper.chunks(new)]
     assert memories[1].chunks[:2] == memories[0].chunks and keeper.stats().loads == 3
-    assert torch.equal(whole(memories[1]), expected({"one": (40, 1), "two": (16, 2)}))
+    assert torch.equal(slots_of(memories[1]), expected((40, 1), (16, 2)))
+
+
+def test_tenants_share_nothing_that_an_answers_speed_could_tell(kept: Any, store: MemoryStore) -> None:
+    ours, theirs = (store_memory(store, store.new_version(t, "book"), {"one": (40, 1)}) for t in ("acme", "other"))
+    assert ours.documents[0].segments[0].files[0].digest == theirs.documents[0].segments[0].files[0].digest
+    keeper = kept()
+    first = keeper.chunks(ours)
+    second = keeper.chunks(theirs)
+    assert not set(first.chunks) & set(second.chunks)
+    assert (keeper.stats().loads, keeper.stats().hits) == (4, 0)
 
 
 async def test_calls_at_the_same_time_load_once(kept: Any, store: MemoryStore) -> None:
-    keys = [store.new_version("acme", name) for name in ("m1", "m2")]
-    for seed, key in enumerate(keys):
-        store_memory(store, key, {"one": (40, 10 + seed)})
+    manifests = [
+        store_memory(store, store.new_version("acme", name), {"one": (40, 10 + seed)})
+        for seed, name in enumerate(("m1", "m2"))
+    ]
     keeper = kept()
-    memories = await asyncio.gather(*(keeper.actor.chunks.remote(key) for key in keys * 20))
-    assert {m.chunks for m in memories if m.key == keys[0]} == {memories[0].chunks}
+    memories = await asyncio.gather(*(keeper.actor.chunks.remote(whole(m)) for m in manifests * 20))
+    assert {m.chunks for m in memories if m.group == whole(manifests[0])} == {memories[0].chunks}
     assert keeper.stats().loads == 3  # the two heads have the same bytes
 
 
 def test_least_recently_used_segments_go_first(kept: Any, store: MemoryStore) -> None:
-    keys = {name: store.new_version("acme", name) for name in "abc"}
-    for seed, (name, key) in enumerate(keys.items()):
-        store_memory(store, key, {name: (100, 20 + seed)})
+    memories = {
+        name: store_memory(store, store.new_version("acme", name), {name: (100, 20 + seed)})
+        for seed, name in enumerate("abc")
+    }
     keeper = kept(budget=HEAD + 250 * SLOT)
     for name in "abac":
-        keeper.chunks(keys[name])
+        keeper.chunks(memories[name])
     stats = keeper.stats()
     assert (stats.evictions, stats.segments, stats.bytes) == (1, 3, HEAD + 200 * SLOT)
-    keeper.chunks(keys["a"])
+    keeper.chunks(memories["a"])
     assert keeper.stats().loads == stats.loads  # b went, a stayed
-    keeper.chunks(keys["b"])
+    keeper.chunks(memories["b"])
     assert keeper.stats().loads == stats.loads + 1
 
 
 def test_a_memory_beyond_the_budget_is_still_whole(kept: Any, store: MemoryStore) -> None:
-    documents = {"one": (400, 30), "two": (300, 31)}
-    large, small = store.new_version("acme", "large"), store.new_version("acme", "small")
-    store_memory(store, large, documents)
-    store_memory(store, small, {"s": (10, 32)})
+    large = store_memory(store, store.new_version("acme", "large"), {"one": (400, 30), "two": (300, 31)})
+    small = store_memory(store, store.new_version("acme", "small"), {"s": (10, 32)})
     keeper = kept(budget=100 * SLOT)
     keeper.chunks(small)
     memory = keeper.chunks(large)
-    assert torch.equal(whole(memory), expected(documents))
+    assert torch.equal(slots_of(memory), expected((400, 30), (300, 31)))
     assert keeper.stats().bytes == HEAD + 700 * SLOT
     keeper.chunks(small)
     assert keeper.stats().bytes <= 100 * SLOT
-    assert torch.equal(whole(memory), expected(documents)), "what a reader holds stays readable after eviction"
+    assert torch.equal(slots_of(memory), expected((400, 30), (300, 31))), "what is held stays readable after eviction"
 
 
 def test_the_keeper_owns_its_copies(kept: Any, store: MemoryStore, nodes: list[str]) -> None:
     """A first caller on the other node asks, reads and dies; a keeper that itself dies comes back empty."""
-    key = store.new_version("acme", "book")
-    store_memory(store, key, {"one": (40, 1)})
-    keeper = kept()
+    manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1)})
+    keeper, group = kept(), whole(manifest)
 
     @ray.remote(num_cpus=0)
     class Caller:
         def read(self, keeper: Any) -> int:
-            self.memory = ray.get(keeper.chunks.remote(key))
+            self.memory = ray.get(keeper.chunks.remote(group))
             return sum(array.shape[2] for array in ray.get(list(self.memory.chunks)))
 
     caller = Caller.remote()
     assert ray.get(caller.read.remote(keeper.actor)) == 45
     ray.kill(caller)
-    assert torch.equal(whole(keeper.chunks(key)), expected({"one": (40, 1)}))
+    assert torch.equal(slots_of(keeper.chunks(group)), expected((40, 1)))
     assert keeper.stats().loads == 2
     kill_and_await_restart(keeper.actor)
-    assert torch.equal(whole(keeper.chunks(key)), expected({"one": (40, 1)}))
+    assert torch.equal(slots_of(keeper.chunks(group)), expected((40, 1)))
     assert keeper.stats().hits == 0
 
 
 def test_damage_and_absence_are_errors_and_nothing_stays_behind(kept: Any, store: MemoryStore, tmp_path: Path) -> None:
-    key = store.new_version("acme", "book")
-    manifest = store_memory(store, key, {"one": (40, 1)}, publish=False)
+    manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1)}, publish=False)
     keeper = kept()
     with pytest.raises(MemoryNotFound):
-        keeper.chunks(key)
+        keeper.chunks(manifest)
     store.publish(manifest)
-    path = tmp_path / manifest.documents[0].segment.path
+    path = tmp_path / manifest.segments[0].files[0].path
     good = path.read_bytes()
     path.unlink()
     with pytest.raises(DamagedFile, match="is missing"):
-        keeper.chunks(key)
+        keeper.chunks(manifest)
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(DamagedFile, match="does not match its SHA-256"):
-        keeper.chunks(key)
+        keeper.chunks(manifest)
     assert keeper.stats().bytes == HEAD
     path.unlink()
     path.write_bytes(good)
-    assert keeper.chunks(key).total_slots == 45
+    assert keeper.chunks(manifest).total_slots == 45
 
-    lying = store.new_version("acme", "lying")
-    made = store_memory(store, lying, {"one": (30, 2)}, publish=False)
-    document = made.documents[0].model_copy(update={"slots": 31})
-    store.publish(made.model_copy(update={"documents": (document,)}))
+    made = store_memory(store, store.new_version("acme", "lying"), {"one": (30, 2)}, publish=False)
+    segment = made.segments[0].model_copy(update={"slots": 31})
+    document = made.documents[0].model_copy(update={"segments": (segment,)})
+    lying = made.model_copy(update={"documents": (document,)})
+    store.publish(lying)
     with pytest.raises(DamagedMemory, match="holds 30 slots"):
         keeper.chunks(lying)
+
+
+def test_what_is_kept_is_handed_out_while_storage_is_gone(kept: Any, store: MemoryStore, tmp_path: Path) -> None:
+    manifests = [
+        store_memory(store, store.new_version("acme", name), {"one": [(40, 1), (9, seed)]}, file_windows=1)
+        for seed, name in enumerate(("a", "b"), 2)
+    ]
+    keeper = kept()
+    for manifest in manifests:
+        keeper.chunks(manifest)
+    loads = keeper.stats().loads
+    (tmp_path / "acme").rename(tmp_path / "gone")
+    assert torch.equal(slots_of(keeper.chunks(whole(*manifests))), expected((40, 1), (9, 2), (40, 1), (9, 3)))
+    part = SegmentGroup((SegmentRange(whole(manifests[1]).ranges[0].key, 1, 2),), HEAD_SLOTS + 9)
+    assert torch.equal(slots_of(keeper.chunks(part)), expected((9, 3)))
+    assert keeper.stats().loads == loads
+    other = store.new_version("acme", "c")
+    with pytest.raises(MemoryNotFound):
+        keeper.chunks(SegmentGroup((SegmentRange(other, 0, 1),), 9))
+
+
+def test_a_memory_whose_storage_hangs_holds_up_no_other(kept: Any, store: MemoryStore, tmp_path: Path) -> None:
+    """A file that nobody writes to in place of each segment: to open it waits for ever, in the kernel."""
+    ready, cold, hangs = (store.new_version("acme", name) for name in ("ready", "cold", "hangs"))
+    ready_manifest = store_memory(store, ready, {"one": (40, 1)})
+    cold_manifest = store_memory(store, cold, {"one": (30, 2)})
+    hanging = store_memory(store, hangs, {f"d{i}": (10, 10 + i) for i in range(40)})
+    keeper = kept()
+    keeper.chunks(ready_manifest)
+    for file in (hanging.head, *(file for segment in hanging.segments for file in segment.files)):
+        path = tmp_path / file.path
+        path.unlink()
+        os.mkfifo(path)
+    asked = [
+        keeper.actor.chunks.remote(SegmentGroup((SegmentRange(hangs, first, first + 1),), HEAD_SLOTS + 10))
+        for first in range(40)
+    ]
+    assert ray.wait(asked, timeout=2)[0] == []
+    began = time.monotonic()
+    for _ in range(20):
+        assert torch.equal(slots_of(keeper.chunks(ready_manifest)), expected((40, 1)))
+    assert torch.equal(slots_of(keeper.chunks(cold_manifest)), expected((30, 2)))
+    assert time.monotonic() - began < 5
+    assert ray.wait(asked, timeout=0)[0] == []
+
+
+def test_a_node_that_is_lost_takes_no_memory_with_it(
+    kept: Any, store: MemoryStore, cluster: Cluster, nodes: list[str]
+) -> None:
+    manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1), "two": (20, 2)})
+    third = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    lost = Kept(third.node_id, store, 2**20)
+    memory = lost.chunks(manifest)
+    cluster.remove_node(third)
+    with pytest.raises(ray.exceptions.RayError):
+        lost.chunks(manifest)
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(list(memory.chunks), timeout=60)
+    for node in (0, 1):
+        keeper = kept(node=node)
+        assert torch.equal(slots_of(keeper.chunks(manifest)), expected((40, 1), (20, 2)))
+        assert keeper.stats().loads == 3
 
 
 def test_one_keeper_a_node(nodes: list[str], store: MemoryStore) -> None:
@@ -216,10 +335,9 @@ def test_one_keeper_a_node(nodes: list[str], store: MemoryStore) -> None:
 
 
 async def test_a_caller_who_gives_up_leaves_the_load_to_the_others(store: MemoryStore, nodes: list[str]) -> None:
-    key = store.new_version("acme", "book")
-    store_memory(store, key, {"one": (4000, 1)})
+    manifest = store_memory(store, store.new_version("acme", "book"), {"one": (4000, 1)})
     keeper = MemoryKeeper(store.storage.root, 2**20)
-    first, second = (asyncio.create_task(keeper.chunks(key)) for _ in range(2))
+    first, second = (asyncio.create_task(keeper.chunks(whole(manifest))) for _ in range(2))
     async with asyncio.timeout(10):
         while not keeper._loading:  # noqa: ASYNC110  what is waited for is private to the keeper
             await asyncio.sleep(0)

@@ -1,6 +1,7 @@
 """The Memorizer writes what the memory model computes, shares itself among jobs, and leaves nothing half done."""
 
 import asyncio
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from pydantic import ValidationError
 from ray import serve
 
 from cluster.config import EngineConfig
@@ -18,19 +20,21 @@ from cluster.storage import DamagedFile
 from memory_worker.beacon import BeaconModel, Slots, UnsupportedRatio
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.embedded import ensure_embedded_model
-from memory_worker.errors import EmptyDocument
+from memory_worker.errors import DamagedMemory, EmptyDocument, WindowTooLarge
 from memory_worker.keeper import local_keeper
-from memory_worker.manifest import FileEntry, Manifest, now
+from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.memorizer import Memorizer, _pieces, memorizer_application
 from memory_worker.messages import (
     DocumentSource,
+    MemorizedDocument,
     MemorizeProgress,
     MemorizeRequest,
     MemorizeResult,
     MemoryKey,
 )
 from memory_worker.segments import as_torch
-from memory_worker.store import MemoryStore, source_path
+from memory_worker.store import MemoryStore, checkpoint_path
+from tests.memory_worker.stored import whole
 
 TEXTS = {
     "sea": "The lighthouse keeper counted nineteen ships before the fog came down.\n" * 60,
@@ -44,7 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> MemoryConfig:
     folder = ensure_embedded_model(tmp_path_factory.mktemp("model"))
     return MemoryConfig(
         engine=EngineConfig(model=str(folder)),
-        memorize=MemorizeConfig(dtype="float32", group_windows=1, threads=1, device="cpu"),
+        memorize=MemorizeConfig(dtype="float32", group_windows=1, threads=1, device="cpu", checkpoint_windows=8),
     )
 
 
@@ -70,9 +74,12 @@ def memorizer(config: MemoryConfig, storage_root: str) -> Memorizer:
 
 def request_for(store: MemoryStore, texts: dict[str, str], ratio: int = 4) -> MemorizeRequest:
     key = store.new_version("acme", "book")
-    for name, text in texts.items():
-        store.write_source(key, name, text)
-    return MemorizeRequest(key, tuple(DocumentSource(n, source_path(key, n)) for n in texts), ratio, "en")
+    documents = tuple(DocumentSource(name, store.write_source(key, name, text)) for name, text in texts.items())
+    return MemorizeRequest(key, documents, ratio, "en")
+
+
+def digests(documents: tuple[MemorizedDocument, ...]) -> list[list[tuple[str, ...]]]:
+    return [[tuple(file.digest for file in segment.files) for segment in d.segments] for d in documents]
 
 
 async def finished(memorizer: Memorizer, request: MemorizeRequest) -> tuple[list[MemorizeProgress], MemorizeResult]:
@@ -101,17 +108,18 @@ async def test_segments_are_what_the_model_computes(
     assert [d.id for d in result.documents] == list(TEXTS)
     for document in result.documents:
         tokens = memorizer._tokenizer.encode(TEXTS[document.id], add_special_tokens=False)
-        assert (document.characters, document.tokens) == (len(TEXTS[document.id]), len(tokens))
-        segment = store.read_segment(document.segment)
-        assert document.slots == segment.slots == -(-len(tokens) // ratio)
-        assert [w.slots for w in segment.windows[:-1]] == [model.window // ratio] * (len(segment.windows) - 1)
+        (segment,) = document.segments
+        assert (document.characters, segment.tokens) == (len(TEXTS[document.id]), len(tokens))
+        files = [store.read_segment(file) for file in segment.files]
+        assert segment.slots == sum(file.slots for file in files) == -(-len(tokens) // ratio)
+        windows = [window.slots for file in files for window in file.windows]
+        assert windows[:-1] == [model.window // ratio] * (len(windows) - 1)
         expected = model.compress(tokens, ratio=ratio, memory=head)
-        keys, values = segment.tensors()
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*(file.tensors() for file in files), strict=True))
         torch.testing.assert_close(keys, expected.keys, atol=1e-4, rtol=0)
         torch.testing.assert_close(values, expected.values, atol=1e-4, rtol=0)
-        assert store.storage.read(document.source.stored).to_pybytes().decode() == TEXTS[document.id]
 
-    total = sum(d.tokens for d in result.documents)
+    total = sum(segment.tokens for d in result.documents for segment in d.segments)
     assert {p.total_tokens for p in progress} == {total}
     done = [p.done_tokens for p in progress]
     assert done[0] == 0 and done[-1] == total and done == sorted(set(done)) and len(done) > 3
@@ -136,13 +144,12 @@ async def test_a_job_that_is_given_up_stops_and_leaves_no_half_segment(
 
     async def run() -> None:
         async for step in memorizer.memorize(request):
-            if isinstance(step, MemorizeProgress) and step.done_tokens > 1000:
+            if isinstance(step, MemorizeProgress) and step.done_tokens > 5000:
                 started.set()
 
     started = asyncio.Event()
     job = asyncio.create_task(run())
     await started.wait()
-    assert any(name.endswith(".tmp") for name in files_of(store, request.key))
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
@@ -150,7 +157,11 @@ async def test_a_job_that_is_given_up_stops_and_leaves_no_half_segment(
     await finished(memorizer, request_for(store, {"next": TEXTS["note"]}))
     assert time.monotonic() - began < 10
     left = files_of(store, request.key) - before
-    assert {Path(name).name for name in left} <= {"head.arrow", "first.arrow"}
+    assert not any(name.endswith(".tmp") for name in left)
+    written = json.loads(store.storage.read_unverified(checkpoint_path(request.key)).to_pybytes())["segments"]
+    assert sum(segment["tokens"] for segment in written) < 100_000
+    for file in (file for segment in written for file in segment["files"]):
+        store.read_segment(FileEntry.model_validate(file))
 
 
 async def test_what_cannot_be_memorized_is_said(memorizer: Memorizer, store: MemoryStore) -> None:
@@ -159,11 +170,84 @@ async def test_what_cannot_be_memorized_is_said(memorizer: Memorizer, store: Mem
         await finished(memorizer, request)
     with pytest.raises(UnsupportedRatio, match="ratio 3 does not divide the window"):
         await finished(memorizer, replace(request, ratio=3))
-    gone = replace(request, documents=(DocumentSource("one", f"{request.key.path}/source/gone.txt"),))
-    with pytest.raises(DamagedFile, match=r"gone.txt' is missing"):
-        await finished(memorizer, gone)
+    good = request.documents[0].source
+    for path, size, message in [
+        (f"{request.key.path}/source/gone.txt", good.size, r"gone.txt' is missing"),
+        (good.path, good.size + 1, "has 4 bytes instead of 5"),
+    ]:
+        source = FileEntry(path=path, size=size, digest=good.digest)
+        with pytest.raises(DamagedFile, match=message):
+            await finished(memorizer, replace(request, documents=(DocumentSource("one", source),)))
+    other = FileEntry.of(store.storage.write(f"{request.key.path}/source/one.txt", b"tent"))
+    store.storage.write(other.path, b"text")
+    with pytest.raises(DamagedFile, match=r"one.txt' does not match its SHA-256"):
+        await finished(memorizer, replace(request, documents=(DocumentSource("one", other),)))
     assert not any(name.endswith((".arrow", ".tmp")) for name in files_of(store, request.key))
     await memorizer.check_health()
+
+
+async def test_the_head_of_the_version_that_is_changed_is_used_as_it_is(
+    memorizer: Memorizer, store: MemoryStore
+) -> None:
+    first = request_for(store, {"note": TEXTS["note"], "sea": TEXTS["sea"]})
+    _, made = await finished(memorizer, first)
+    second = replace(request_for(store, {"sea": TEXTS["sea"]}), head=made.head)
+    _, changed = await finished(memorizer, second)
+    assert changed.head == made.head
+    assert not any(name.endswith("head.arrow") for name in files_of(store, second.key))
+    _, alone = await finished(memorizer, request_for(store, {"sea": TEXTS["sea"]}))
+    assert digests(changed.documents) == digests(alone.documents)
+
+    store.storage.write(made.head.path, store.storage.read(made.head.stored).to_pybytes()[:-1] + b"x")
+    with pytest.raises(DamagedFile, match=made.head.path):
+        await finished(memorizer, replace(request_for(store, {"sea": "text"}), head=made.head))
+    no_head = made.documents[0].segments[0].files[0]
+    with pytest.raises(DamagedMemory, match=f"{no_head.path}.* holds 1 slots"):
+        await finished(memorizer, replace(request_for(store, {"sea": "text"}), head=no_head))
+
+
+async def test_a_long_document_becomes_segments_that_each_fit_a_prompt(
+    config: MemoryConfig, model: BeaconModel, store: MemoryStore
+) -> None:
+    """Each encoded after the head alone, as if it were a document of its own."""
+    head = len(Memorizer(config, store.storage.root)._prepare(request_for(store, TEXTS)).plan.head_tokens)
+    written = max(config.recall.max_clue_tokens, config.recall.max_answer_tokens)
+    for spare, windows, wanted in [(0, 3, None), (127, 3, None), (128, 4, None), (128, 2, 1030), (0, 3, 10**9)]:
+        length = head + 3 * model.window // 4 + spare + written + config.recall.question_tokens
+        changed = config.model_copy(
+            update={
+                "engine": config.engine.model_copy(update={"max_model_len": length}),
+                "memorize": config.memorize.model_copy(update={"segment_tokens": wanted}),
+            }
+        )
+        memorizer = Memorizer(changed, store.storage.root)
+        _, result = await finished(memorizer, request_for(store, {"sea": TEXTS["sea"] * 5, "note": TEXTS["note"]}))
+        long, note = result.documents
+        most = windows * model.window
+        tokens = memorizer._encode(TEXTS["sea"] * 5)
+        assert [s.tokens for s in long.segments] == [min(most, len(tokens) - at) for at in range(0, len(tokens), most)]
+        assert all(head + segment.slots <= changed.group_slots for segment in long.segments)
+        assert len(note.segments) == 1
+    memory = Slots(*store.read_segment(result.head).tensors())
+    for number, segment in enumerate(long.segments):
+        expected = model.compress(tokens[number * most : (number + 1) * most], ratio=4, memory=memory)
+        files = [store.read_segment(file).tensors() for file in segment.files]
+        torch.testing.assert_close(torch.cat([keys for keys, _ in files], dim=2), expected.keys, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.cat([v for _, v in files], dim=2), expected.values, atol=1e-4, rtol=0)
+
+
+async def test_settings_that_leave_no_room_are_errors(config: MemoryConfig, store: MemoryStore) -> None:
+    small = config.memorize.model_copy(update={"segment_tokens": 511})
+    with pytest.raises(ValueError, match=r"segment_tokens is 511, less than one window .* has 512 tokens"):
+        Memorizer(config.model_copy(update={"memorize": small}), store.storage.root)
+    narrow = config.model_copy(update={"engine": config.engine.model_copy(update={"max_model_len": 1024 + 256 + 150})})
+    memorizer = Memorizer(narrow, store.storage.root)
+    with pytest.raises(WindowTooLarge, match=r"a window of 512 tokens at ratio 2 makes .* slots with the head"):
+        await finished(memorizer, request_for(store, TEXTS, ratio=2))
+    await finished(memorizer, request_for(store, {"note": "x"}, ratio=16))
+    with pytest.raises(ValidationError, match=r"1280 tokens leaves no slot .* lack 1: raise"):
+        MemoryConfig(engine=EngineConfig(model="m", max_model_len=1280))
+    assert MemoryConfig(engine=EngineConfig(model="m", max_model_len=1281)).group_slots == 1
 
 
 async def test_special_tokens_in_a_text_are_plain_characters(memorizer: Memorizer, store: MemoryStore) -> None:
@@ -228,7 +312,7 @@ async def test_served_from_text_to_kept_memory(
     with pytest.raises(UnsupportedRatio):
         async for _ in streaming.memorize.remote(replace(request, ratio=5)):
             pass
-    assert not any(name.endswith(("long.arrow", ".tmp")) for name in files_of(store, long.key))
+    assert not any(name.endswith(".tmp") for name in files_of(store, long.key))
     assert (await handle.describe.remote()).fingerprint == result.fingerprint == model.fingerprint
 
     nothing = FileEntry.of(store.storage.write(f"{request.key.path}/passages.parquet", b""))
@@ -240,20 +324,26 @@ async def test_served_from_text_to_kept_memory(
         created=now(),
         ratio=4,
         language="en",
-        passages=nothing,
-        passage_count=0,
-        index=(),
-        **{
-            name: getattr(result, name)
-            for name in ("model", "fingerprint", "shape", "head_tokens", "head", "documents")
-        },
+        documents=tuple(
+            DocumentEntry(
+                id=document.id,
+                characters=document.characters,
+                source=source.source,
+                segments=document.segments,
+                passages=nothing,
+                passage_count=0,
+            )
+            for document, source in zip(result.documents, request.documents, strict=True)
+        ),
+        **{name: getattr(result, name) for name in ("model", "fingerprint", "shape", "head_tokens", "head")},
     )
     store.publish(manifest)
-    kept = await local_keeper(store.storage.root, 2**30).chunks.remote(key)
+    kept = await local_keeper(store.storage.root, 2**30).chunks.remote(whole(manifest))
     arrays = await asyncio.gather(*kept.chunks)
     slots = [as_torch(array, kept.shape.dtype).transpose(2, 3) for array in arrays]
     memory = Slots.concat([Slots(*pair) for pair in slots])
     assert len(memory) == manifest.slots == kept.total_slots
-    expected = [store.read_segment(file).tensors() for file in (result.head, *(d.segment for d in result.documents))]
+    files = [result.head, *(file for segment in manifest.segments for file in segment.files)]
+    expected = [store.read_segment(file).tensors() for file in files]
     assert torch.equal(memory.keys, torch.cat([keys for keys, _ in expected], dim=2))
     assert torch.equal(memory.values, torch.cat([values for _, values in expected], dim=2))

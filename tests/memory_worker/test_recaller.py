@@ -20,11 +20,19 @@ from memory_worker.config import KeeperConfig, MemoryConfig, RecallConfig
 from memory_worker.embedded import ensure_embedded_model
 from memory_worker.errors import MemoryNotFound, MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper import local_keeper
-from memory_worker.messages import Clue, MemoryAnswerRequest, MemoryKey, RecallRequest, RecallUsage
+from memory_worker.messages import (
+    Clue,
+    MemoryAnswerRequest,
+    MemoryKey,
+    RecallRequest,
+    RecallUsage,
+    SegmentGroup,
+    SegmentRange,
+)
 from memory_worker.prompts import head_tokens, question_tokens
 from memory_worker.recaller import recaller_application
 from memory_worker.store import MemoryStore
-from tests.memory_worker.recalling import NAMESPACE, Reference, ray_of_its_own, store_slots
+from tests.memory_worker.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 
 KEY = MemoryKey("tests", "book", "v000001-00000000")
 RECALL = RecallConfig(max_clue_tokens=96, max_clues=3)
@@ -70,14 +78,15 @@ class Deployed:
         self.handle = serve.run(application, name="recaller", route_prefix=None)
 
     def request(self, question: str = QUESTION, key: MemoryKey = KEY, **changes: Any) -> RecallRequest:
-        return RecallRequest(key, changes.get("slots", self.slots), question, changes.get("kinds", KINDS), "en")
+        asked = changes.get("group", group(key, 1, changes.get("slots", self.slots)))
+        return RecallRequest(asked, question, changes.get("kinds", KINDS), "en")
 
     async def recall(self, request: RecallRequest) -> list[Clue | RecallUsage]:
         return [item async for item in self.handle.options(stream=True).recall.remote(request)]
 
-    def expected(self, kind: Any, question: str) -> list[str]:
+    def expected(self, kind: Any, question: str, parts: Any = None) -> list[str]:
         prompt = question_tokens(self.tokenizer, kind, question, "en")
-        tokens = self.reference.continued(self.reference.cache(self.parts), prompt, RECALL.max_clue_tokens)
+        tokens = self.reference.continued(self.reference.cache(parts or self.parts), prompt, RECALL.max_clue_tokens)
         if self.tokenizer.eos_token_id in tokens:
             tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
         lines = ClueLines(RECALL.max_clues)
@@ -128,7 +137,7 @@ async def test_key_points_need_no_question(deployed: Deployed) -> None:
 
 
 async def test_an_answer_from_memory_streams(deployed: Deployed) -> None:
-    request = MemoryAnswerRequest(KEY, deployed.slots, QUESTION, "en", max_tokens=12)
+    request = MemoryAnswerRequest(group(KEY, 1, deployed.slots), QUESTION, "en", max_tokens=12)
     items = [item async for item in deployed.handle.options(stream=True).answer.remote(request)]
     end = items.pop()
     assert isinstance(end, Finished) and end.completion_tokens <= 12
@@ -140,7 +149,9 @@ async def test_an_answer_from_memory_streams(deployed: Deployed) -> None:
 
 async def test_closing_the_stream_ends_the_work_in_the_engine(deployed: Deployed) -> None:
     await deployed.idle()
-    request = MemoryAnswerRequest(KEY, deployed.slots, "Why?", "en", max_tokens=MAX_MODEL_LEN - deployed.slots - 200)
+    request = MemoryAnswerRequest(
+        group(KEY, 1, deployed.slots), "Why?", "en", max_tokens=MAX_MODEL_LEN - deployed.slots - 200
+    )
     stream = deployed.handle.options(stream=True).answer.remote(request)
     assert isinstance(await anext(stream), TextDelta)
     assert (await deployed.handle.stats.remote()).requests == 1
@@ -158,6 +169,21 @@ async def test_what_cannot_be_asked_is_a_clear_error(deployed: Deployed) -> None
     with pytest.raises(ValueError, match="counts 10 slots"):
         await deployed.recall(deployed.request(slots=10))
     assert (await deployed.handle.stats.remote()).alive
+
+
+async def test_several_memories_are_asked_together(deployed: Deployed) -> None:
+    second = MemoryKey("tests", "second", "v000001-00000000")
+    store_slots(deployed.store, second, deployed.parts, deployed.fingerprint)
+    text = deployed.parts[1]
+    both = SegmentGroup((SegmentRange(KEY, 0, 1), SegmentRange(second, 0, 1)), deployed.slots + text[0].shape[2])
+    items = await deployed.recall(deployed.request(group=both, kinds=("span",)))
+    parts = [*deployed.parts, text]
+    assert [i.text for i in items if isinstance(i, Clue)] == deployed.expected("span", QUESTION, parts)
+    with pytest.raises(MemoryTooLarge, match="'book, second' has 2000 slots"):
+        await deployed.recall(deployed.request(group=SegmentGroup(both.ranges, 2000)))
+    foreign = SegmentGroup((SegmentRange(MemoryKey("others", "book", KEY.version), 0, 1), *both.ranges), 100)
+    with pytest.raises(ValueError, match="segments of one tenant"):
+        await deployed.recall(deployed.request(group=foreign))
 
 
 async def test_a_keeper_that_died_is_not_noticed(deployed: Deployed) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import random
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from memory_worker.errors import DamagedMemory
 from memory_worker.manifest import MemoryShape
 from memory_worker.segments import Segment, SegmentWriter, as_torch
 from memory_worker.store import MemoryStore
-from tests.memory_worker.stored import SHAPE, random_slots
+from tests.memory_worker.stored import SHAPE, in_little_memory, random_slots
 
 
 def segment_bytes(shape: MemoryShape, slots: int, *, window_slots: int = 16) -> bytes:
@@ -84,10 +86,15 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     assert store.storage.files("") == []
 
 
-def arrow_file(schema: pa.Schema, *columns: list) -> bytes:
+def arrow_file(
+    schema: pa.Schema, *columns: list, metadata: dict | None = None, batches: int = 1, **options: object
+) -> bytes:
     sink = io.BytesIO()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema))
+    arrays = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        for _ in range(batches):
+            writer.write_batch(batch, custom_metadata=metadata)
     return sink.getvalue()
 
 
@@ -98,6 +105,28 @@ def schema_of(**metadata: str) -> pa.Schema:
 
 
 WINDOW = bytes(SHAPE.slot_bytes // 2)
+ROW = [1], [WINDOW], [WINDOW]
+NAMES = pa.array(["a"]).dictionary_encode()
+OLD = pa.ipc.MetadataVersion.V4
+
+
+def with_blocks(*changed: tuple[int, tuple[int, int, int]]) -> bytes:
+    """A file of two windows whose footer says something else: to which of its blocks offset, head and body are added.
+
+    A block is where the footer says that a record batch lies: offset, bytes of its head, bytes of its body.
+    """
+    data = bytearray(arrow_file(schema_of(), *ROW, batches=2))
+    messages = [m.start() for m in re.finditer(rb"\xff{4}", data) if m.start() % 8 == 0]  # schema, two windows, the end
+    heads = [8 + struct.unpack_from("<i", data, place + 4)[0] for place in messages]
+    blocks = [(messages[n], heads[n], messages[n + 1] - messages[n] - heads[n]) for n in (1, 2)]
+    places = [data.index(struct.pack("<qi4xq", *block)) for block in blocks]
+    for number, added in changed:
+        block = (old + new for old, new in zip(blocks[number], added, strict=True))
+        struct.pack_into("<qi4xq", data, places[number], *block)
+    return bytes(data)
+
+
+SPAN = len(arrow_file(schema_of(), *ROW, batches=2)) - len(arrow_file(schema_of(), *ROW)) - 24  # from window to window
 
 
 @pytest.mark.parametrize(
@@ -117,6 +146,18 @@ WINDOW = bytes(SHAPE.slot_bytes // 2)
         (arrow_file(schema_of(), [2**62], [WINDOW], [WINDOW]), "bytes of keys"),
         (arrow_file(schema_of(), [0], [b""], [b""]), "bytes of keys for 0 slots"),
         (arrow_file(schema_of(), [1, 1], [WINDOW] * 2, [WINDOW] * 2), "2 rows"),
+        *((arrow_file(schema_of(), *ROW[:n], [None], *ROW[n + 1 :]), "is null") for n in range(3)),
+        (arrow_file(schema_of(), *ROW, compression="zstd"), "compressed"),
+        (arrow_file(schema_of(), *ROW, compression="lz4"), "compressed"),
+        (arrow_file(schema_of(), *ROW, metadata={"ARROW:experimental_compression": "zstd"}), "compressed"),
+        (arrow_file(schema_of(), *ROW, metadata_version=OLD), "not a record batch of the present format"),
+        (arrow_file(pa.schema([("x", NAMES.type)]), NAMES), "dictionaries"),
+        (with_blocks((1, (-SPAN, 0, 0))), "outside the file, or within another"),
+        (with_blocks((0, (SPAN, 0, 0))), "outside the file, or within another"),
+        (with_blocks((1, (0, 0, SPAN))), "outside the file"),
+        (with_blocks((1, (0, 1 << 30, 0))), "outside the file"),
+        (with_blocks((0, (0, 0, -8))), "another length than its footer says"),
+        (with_blocks((0, (0, -8, 8))), "another length than its footer says"),
     ],
 )
 def test_what_is_no_segment_is_refused(data: bytes, reason: str) -> None:
@@ -143,3 +184,31 @@ def test_no_damage_crashes_the_reader() -> None:
         except DamagedMemory:
             refused += 1
     assert refused > 200
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_bomb_does_not_go_off(codec: str) -> None:
+    """Two times 512 MiB of zeros, which compressed are some kilobytes or megabytes."""
+    zeros = pa.py_buffer(np.zeros(512 << 20, np.uint8))
+    offsets = pa.py_buffer(np.array([0, zeros.size], np.int64))
+    part = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, zeros])
+    bomb = arrow_file(schema_of(), [zeros.size // len(WINDOW)], part, part, compression=codec)
+    assert len(bomb) < 8 << 20
+    del zeros, part
+
+    def open_it() -> None:
+        with pytest.raises(DamagedMemory, match="compressed"):
+            Segment(pa.py_buffer(bomb), "bomb")
+
+    assert in_little_memory(open_it)
+
+
+def test_keys_and_values_that_are_the_same_bytes_are_refused() -> None:
+    """Else a file could become slots of nearly twice its size."""
+    window = WINDOW * 100
+    data = bytearray(arrow_file(schema_of(), [100], [window], [b""]))
+    # The message lists its buffers: validity and data of slots; validity, offsets and data of keys, and of values.
+    keys = data.index(struct.pack("<q", len(window))) - 8 - 16  # where offsets, then data lie: two numbers each
+    data[keys + 48 : keys + 80] = data[keys : keys + 32]
+    with pytest.raises(DamagedMemory, match="claims 100 slots"):
+        Segment(pa.py_buffer(bytes(data)), "twice")

@@ -1,5 +1,6 @@
 """A version exists once its manifest does; whatever is damaged, missing or misnamed is a clear error."""
 
+import errno
 import json
 import pickle
 import random
@@ -12,7 +13,7 @@ from memory_worker import errors
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
 from memory_worker.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.messages import MemoryKey
-from memory_worker.store import MemoryStore, check_id, head_path, segment_path, source_path
+from memory_worker.store import MemoryStore, check_id, head_path, passages_path, segment_path, source_path
 from tests.memory_worker.stored import store_memory
 
 
@@ -29,15 +30,17 @@ def test_a_version_is_published_and_read_back(store: MemoryStore) -> None:
         store.read_manifest(key)
     store.publish(manifest)
     assert store.read_manifest(key) == manifest and store.current("acme", "book") == key
-    assert manifest.slots == 5 + 43 and manifest.documents[1].segment.path == segment_path(key, "two")
+    assert manifest.slots == 5 + 43
+    assert manifest.documents[1].segments[0].files[0].path == segment_path(key, "two", 0, 0)
     assert store.tenants() == ["acme"] and store.memories("acme") == ["book"]
     assert sorted(Path(p).relative_to(key.path).as_posix() for p in store.storage.files(key.path)) == [
         "head.arrow",
-        "index/flat.faiss",
+        "manifest.backup.json",
         "manifest.json",
-        "passages.parquet",
-        "segments/one.arrow",
-        "segments/two.arrow",
+        "passages/one.parquet",
+        "passages/two.parquet",
+        "segments/one/0000-000000.arrow",
+        "segments/two/0000-000000.arrow",
         "source/one.txt",
         "source/two.txt",
     ]
@@ -76,10 +79,40 @@ def test_a_deleted_memory_is_gone_and_a_cut_short_deletion_is_finished(store: Me
     assert not (tmp_path / "acme/book").exists() and store.current("acme", "other")
 
 
+@pytest.mark.parametrize("late", [1, 3, 100])
+def test_a_memory_is_deleted_while_a_worker_still_writes(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    """Its file appears when all others of the folder are gone already: the folder is not empty then."""
+    key = store.new_version("acme", "book")
+    store_memory(store, key, {"one": (3, 1)}, publish=False)
+    times = 0
+
+    def racing(path: str) -> None:
+        nonlocal times
+        if times < late:
+            times += 1
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        delete_folder(path)
+
+    delete_folder = store.storage.delete_folder
+    monkeypatch.setattr(store.storage, "delete_folder", racing)
+    if late < 100:
+        store.delete("acme", "book")
+        assert not (tmp_path / "acme/book").exists()
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            store.delete("acme", "book")
+        assert store.memories("acme") == [], "it is deleted all the same, and swept away later"
+
+
 def test_jobs_and_failures_are_kept(store: MemoryStore) -> None:
     key = store.new_version("acme", "book")
     assert store.job(key) is None and store.failure(key) is None
-    job = JobRecord(documents=(JobDocument(id="one", characters=9),), ratio=4, language="zh", title="题目")
+    source = store.write_source(key, "one", "text of it")
+    job = JobRecord(
+        documents=(JobDocument(id="one", characters=9, source=source),), ratio=4, language="zh", title="题目"
+    )
     store.begin(key, job)
     store.fail(key, "the model ran out of memory")
     assert store.job(key) == job and store.failure(key) == "the model ran out of memory"
@@ -110,12 +143,52 @@ def test_bad_ids_are_refused_everywhere(store: MemoryStore, id: str) -> None:
         lambda: store.read_manifest(MemoryKey("acme", "book", id)),
         lambda: store.delete("acme", id),
         lambda: source_path(good, id),
-        lambda: segment_path(good, id),
+        lambda: segment_path(good, id, 0, 0),
+        lambda: passages_path(good, id),
         lambda: head_path(MemoryKey(id, "book", good.version)),
         lambda: store.write_source(good, id, "text"),
     ):
         with pytest.raises(InvalidId, match=r"is not a .* id: use 1 to 128 of the letters"):
             attempt()
+
+
+def test_old_versions_go_and_what_newer_ones_refer_to_stays(store: MemoryStore, tmp_path: Path) -> None:
+    first, second = (store.new_version("acme", "book"), None)
+    old = store_memory(store, first, {"one": (40, 1), "two": (3, 2)})
+    second = store.new_version("acme", "book")
+    new = store_memory(store, second, {"two": (5, 3)}, publish=False)
+    store.publish(new.model_copy(update={"documents": (old.documents[0], new.documents[0]), "head": old.head}))
+    third = store.new_version("acme", "book")
+    store.write_source(third, "three", "a version in the making")
+    assert store.collect("acme", "book", {second.version, third.version}) == [first.version]
+    assert store.versions("acme", "book") == [second.version]
+    read_whole(store, second)
+    left = {Path(path).relative_to(first.path).as_posix() for path in store.storage.files(first.path)}
+    assert left == {"head.arrow", "passages/one.parquet", "segments/one/0000-000000.arrow", "source/one.txt"}
+    assert store.storage.files(third.path)
+    for name in ("manifest.json", "manifest.backup.json"):
+        (tmp_path / second.path / name).write_text("damaged")
+    with pytest.raises(DamagedMemory):
+        store.collect("acme", "book", {second.version})
+    assert store.storage.files(third.path), "nothing is deleted where it is not known what is needed"
+
+
+def test_a_manifest_has_a_backup(store: MemoryStore, tmp_path: Path) -> None:
+    key = store.new_version("acme", "book")
+    manifest = store_memory(store, key, {"one": (3, 1)})
+    path = tmp_path / key.path / "manifest.json"
+    good = path.read_bytes()
+    for harm in (b"", good[:-9], good.replace(b"acme", b"evil"), None):
+        path.unlink() if harm is None else path.write_bytes(harm)
+        assert store.read_manifest(key) == manifest and path.read_bytes() == good
+    path.unlink()
+    assert store.versions("acme", "book") == []
+    assert store.finish_publishing(key) and store.versions("acme", "book") == [key.version]
+    failed = store.new_version("acme", "book")
+    unfinished = store_memory(store, failed, {"one": (3, 1)})
+    (tmp_path / failed.path / "manifest.json").unlink()
+    store.fail(failed, "cancelled")
+    assert unfinished and not store.finish_publishing(failed)
 
 
 def rewritten(path: Path, **changes: object) -> None:
@@ -130,9 +203,10 @@ def test_manifests_that_are_not_what_they_should_be(store: MemoryStore, tmp_path
     key = store.new_version("acme", "book")
     store_memory(store, key, {"one": (3, 1)})
     path = tmp_path / key.path / "manifest.json"
+    (tmp_path / key.path / "manifest.backup.json").unlink()
     good = path.read_bytes()
     for change, reason in (
-        ({"format": 2}, "has format version 2; this version of the server reads 1"),
+        ({"format": 1}, "has format version 1; this version of the server reads 2"),
         ({"ratio": "x"}, "ratio: Input should be a valid integer"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"tenant": "evil"}, "is the manifest of another memory"),
@@ -160,9 +234,9 @@ def test_manifests_that_are_not_what_they_should_be(store: MemoryStore, tmp_path
 def read_whole(store: MemoryStore, key: MemoryKey) -> Manifest:
     """Reads all that a version is made of."""
     manifest = store.read_manifest(key)
-    for segment in (manifest.head, *(document.segment for document in manifest.documents)):
+    for segment in (manifest.head, *(file for s in manifest.segments for file in s.files)):
         store.read_segment(segment).tensors()
-    for file in (manifest.passages, *manifest.index, *(document.source for document in manifest.documents)):
+    for file in manifest.files:
         store.storage.read(file.stored)
     return manifest
 
@@ -171,8 +245,9 @@ def test_every_changed_byte_of_every_file_is_noticed(store: MemoryStore, tmp_pat
     key = store.new_version("acme", "book")
     manifest = store_memory(store, key, {"one": (40, 1)})
     chance = random.Random(0)
+    (tmp_path / key.path / "manifest.backup.json").unlink()
     files = store.storage.files(key.path)
-    assert len(files) == 6 and read_whole(store, key) == manifest
+    assert len(files) == 5 and read_whole(store, key) == manifest
     for name in files:
         path = tmp_path / name
         good = path.read_bytes()
@@ -209,6 +284,10 @@ def test_every_changed_byte_of_every_file_is_noticed(store: MemoryStore, tmp_pat
         errors.MemoryNotReady("book", "failed", "no space left"),
         errors.DamagedMemory("t/m/v/manifest.json", "is not a manifest"),
         errors.WrongModel("book", "a" * 64, "b" * 64),
+        errors.VersionChanged("book", "v000001-0", "v000002-0"),
+        errors.DocumentNotFound("book", "one", ("two",)),
+        errors.LastDocument("book", "one"),
+        errors.QueueFull(3),
     ],
     ids=lambda error: type(error).__name__,
 )
