@@ -17,9 +17,10 @@ def resolve_citations(text: str, sources: Sequence[Source]) -> tuple[Citation, .
     """
     mentioned = dict.fromkeys(int(number) for group in _NUMBERS.findall(text) for number in re.findall(r"\d+", group))
     return tuple(
-        Citation(n, sources[n - 1].document, sources[n - 1].start, sources[n - 1].end)
+        Citation(n, source.memory, source.document, source.start, source.end)
         for n in mentioned
         if 1 <= n <= len(sources)
+        for source in [sources[n - 1]]
     )
 
 

@@ -28,13 +28,18 @@ class Generator(EngineServer):
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta | Generation, None]:
         """Streams the answer, then its `Generation`. Closing the iterator aborts it in the engine.
 
+        Only requests with the same `cache_salt` share what the engine's prefix cache holds.
         Raises `QuestionTooLong`, or `GenerationFailed` if the engine gives the request up.
         """
         prompt = await self._budget.prompt(request)
         pieces: list[str] = []
         interval = 1 if request.stream else prompt.max_tokens
         outputs = self.stream(
-            prompt.token_ids, max_tokens=prompt.max_tokens, stop=prompt.stop, stream_interval=interval
+            prompt.token_ids,
+            max_tokens=prompt.max_tokens,
+            cache_salt=request.cache_salt,
+            stop=prompt.stop,
+            stream_interval=interval,
         )
         try:
             async with aclosing(outputs):

@@ -8,6 +8,7 @@ from typing import Literal
 class Source:
     """A passage given to the generator; its place among those used, from 1, is the `n` that answers cite."""
 
+    memory: str
     document: str
     start: int  # characters
     end: int
@@ -24,6 +25,7 @@ class GenerateRequest:
     sources: tuple[Source, ...]
     language: Literal["en", "zh"]
     max_tokens: int | None  # None takes the configured default
+    cache_salt: str  # of the tenant: one tenant's prompts must not be seen in another's response times
     stream: bool = True  # False sends no TextDeltas, only the Generation: fewer messages where nobody watches
 
 
@@ -32,6 +34,7 @@ class Citation:
     """`[n]` in the answer, resolved: the passage's document and character offsets."""
 
     n: int
+    memory: str
     document: str
     start: int
     end: int

@@ -14,7 +14,11 @@ from generator_worker.prompts import Prompt, PromptBudget
 
 
 class RemoteGenerator:
-    """Answers from an OpenAI-compatible endpoint, over its chat completions."""
+    """Answers from an OpenAI-compatible endpoint, over its chat completions.
+
+    `cache_salt` is not sent: OpenAI's protocol has no such field, and endpoints may refuse what they do not know.
+    Whether tenants share a prefix cache is for the endpoint to say; to it they are all one user, with one key.
+    """
 
     def __init__(self, config: GeneratorConfig) -> None:
         from openai import AsyncOpenAI

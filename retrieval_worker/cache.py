@@ -9,11 +9,18 @@ Value = TypeVar("Value")
 
 
 class SharedCache(Generic[Value]):
-    """At most `capacity` values. A value that could not be made is not kept, so that the next caller tries again."""
+    """Values of at most `capacity` in all; each weighs what `weigh` says, or 1.
 
-    def __init__(self, capacity: int) -> None:
+    A value that could not be made is not kept, so that the next caller tries again. One that is heavier than the
+    capacity is given to those who wait for it and not kept.
+    """
+
+    def __init__(self, capacity: int, weigh: Callable[[Value], int] | None = None) -> None:
         self._capacity = capacity
+        self._weigh = weigh
         self._tasks: OrderedDict[Hashable, asyncio.Future[Value]] = OrderedDict()
+        self._weights: dict[Hashable, int] = {}  # of the values that are made
+        self._total = 0
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._tasks
@@ -26,12 +33,22 @@ class SharedCache(Generic[Value]):
         task = self._tasks.get(key)
         if task is None:
             task = self._tasks[key] = asyncio.ensure_future(make())
-            task.add_done_callback(lambda done: self._drop_failed(key, done))
-            if len(self._tasks) > self._capacity:
-                self._tasks.popitem(last=False)
+            task.add_done_callback(lambda done: self._made(key, done))
         self._tasks.move_to_end(key)
         return await asyncio.shield(task)
 
-    def _drop_failed(self, key: Hashable, task: "asyncio.Future[Value]") -> None:
-        if (task.cancelled() or task.exception() is not None) and self._tasks.get(key) is task:
+    def _made(self, key: Hashable, task: "asyncio.Future[Value]") -> None:
+        if task.cancelled() or task.exception() is not None:
             del self._tasks[key]
+            return
+        weight = 1 if self._weigh is None else self._weigh(task.result())
+        if weight > self._capacity:
+            del self._tasks[key]
+            return
+        self._weights[key] = weight
+        self._total += weight
+        while self._total > self._capacity:
+            # What is still being made weighs nothing yet, and stays: others would make it a second time.
+            oldest = next(each for each in self._tasks if each in self._weights)
+            self._total -= self._weights.pop(oldest)
+            del self._tasks[oldest]

@@ -36,6 +36,9 @@ class IndexConfig(Settings):
     nprobe: int = Field(16, gt=0, description="IVF lists searched")
     gpu: Literal["auto", "never"] = Field("auto", description="auto searches on a GPU where FAISS finds one")
     cached_indexes: int = Field(64, gt=0, description="indexes one Retriever keeps open")
+    cached_files_mib: int = Field(
+        512, ge=0, description="MiB of passage files one Retriever keeps read, for the next version of their memory"
+    )
 
 
 class SearchConfig(Settings):

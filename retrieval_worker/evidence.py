@@ -10,33 +10,31 @@ from retrieval_worker.sentences import sentences
 
 
 @dataclass(frozen=True, slots=True)
-class PassageSentences:
+class Sentences:
     """The sentences of one passage, with their vectors."""
 
-    passage: Passage
     slices: list[tuple[int, int]]  # in the passage's text
     vectors: np.ndarray  # float32 [sentences, dimension], rows of unit length
 
 
-def sentence_texts(passage: Passage) -> tuple[list[tuple[int, int]], list[str]]:
-    """Slices of the passage's sentences, and the sentences."""
-    slices = sentences(passage.text)
-    return slices, [passage.text[start:end] for start, end in slices]
+def sentence_texts(text: str) -> tuple[list[tuple[int, int]], list[str]]:
+    """Slices of the sentences of a passage's text, and the sentences."""
+    slices = sentences(text)
+    return slices, [text[start:end] for start, end in slices]
 
 
-def choose(candidates: Iterable[PassageSentences], targets: np.ndarray, count: int) -> list[Evidence]:
+def choose(candidates: Iterable[tuple[Passage, Sentences]], targets: np.ndarray, count: int) -> list[Evidence]:
     """The `count` sentences with the highest score, best first; of overlapping or equal ones only the best.
 
     A sentence's score is the mean of its cosine similarities to `targets` `[question (and answer), dimension]`.
     """
     scored = []
-    for candidate in candidates:
+    for passage, candidate in candidates:
         similarity = candidate.vectors @ targets.T  # [sentences, targets]
         for (start, end), score in zip(candidate.slices, similarity.mean(axis=1).tolist(), strict=True):
-            passage = candidate.passage
-            text = passage.text[start:end]
-            scored.append(Evidence(passage.document, passage.start + start, passage.start + end, text, score))
-    scored.sort(key=lambda found: (-found.score, found.document, found.start))
+            where = (passage.memory, passage.document, passage.start + start, passage.start + end)
+            scored.append(Evidence(*where, passage.text[start:end], score))
+    scored.sort(key=lambda found: (-found.score, found.memory, found.document, found.start))
     chosen: list[Evidence] = []
     for found in scored:
         if len(chosen) == count:
@@ -47,5 +45,5 @@ def choose(candidates: Iterable[PassageSentences], targets: np.ndarray, count: i
 
 
 def _same(one: Evidence, other: Evidence) -> bool:
-    overlap = one.document == other.document and one.start < other.end and other.start < one.end
-    return overlap or one.text == other.text
+    same_document = (one.memory, one.document) == (other.memory, other.document)
+    return one.text == other.text or (same_document and one.start < other.end and other.start < one.end)

@@ -32,7 +32,8 @@ class EmbedderDescription:
 class Passage:
     """One retrieval chunk: `text` is exactly the source's characters `start` to `end`."""
 
-    id: int  # its row in the index, from 0
+    id: int  # its row in the searched `Index`, from 0: parts one after another
+    memory: str
     document: str
     start: int  # characters (Unicode code points)
     end: int
@@ -50,18 +51,18 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class DocumentText:
-    """A document whose text is already durable."""
+    """A document whose text is already durable, as UTF-8."""
 
     id: str
-    path: str  # UTF-8 text file, relative to the storage root
+    source: StoredFile
 
 
 @dataclass(frozen=True, slots=True)
 class IndexRequest:
-    """To `Retriever.index`: index documents into `<folder>/passages.parquet` and `<folder>/index/`."""
+    """To `Retriever.index`: cut and embed one document into the passage file at `path`."""
 
-    folder: str  # of the memory version, relative to the storage root
-    documents: tuple[DocumentText, ...]
+    document: DocumentText
+    path: str  # relative to the storage root
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,27 @@ class IndexProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """A finished index: the last item from `Retriever.index`, and the handle that searches name it by."""
+class IndexedDocument:
+    """The last item from `Retriever.index`: the passage file, vectors included."""
 
     passages: StoredFile
-    files: tuple[StoredFile, ...]
     passage_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPart:
+    """One document of an `Index`."""
+
+    memory: str
+    document: str
+    passages: StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What one search runs over: the documents of one version, or of several memories of one tenant."""
+
+    parts: tuple[IndexPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +111,7 @@ class EvidenceRequest:
 class Evidence:
     """A sentence of a passage: `text` is exactly the source's characters `start` to `end`."""
 
+    memory: str
     document: str
     start: int
     end: int

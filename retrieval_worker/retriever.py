@@ -1,4 +1,4 @@
-"""The `Retriever` deployment: documents into indexes, texts into ranked passages, passages into evidence.
+"""The `Retriever` deployment: documents into passage files, texts into ranked passages, passages into evidence.
 
 Called by the Router and the job that memorizes; it calls the `Embedder`. `retrieval_applications` makes both.
 """
@@ -6,23 +6,22 @@ Called by the Router and the job that memorizes; it calls the `Embedder`. `retri
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from typing import ParamSpec, TypeVar
 
-import numpy as np
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.pools import PoolConfig
-from cluster.storage import DamagedFile, Storage
+from cluster.storage import DamagedFile, Storage, StoredFile
 from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedder import Embedder
-from retrieval_worker.errors import DamagedIndex
-from retrieval_worker.evidence import PassageSentences, choose, sentence_texts
-from retrieval_worker.index import PassageIndex
+from retrieval_worker.errors import DamagedIndex, EmbedderFailed
+from retrieval_worker.evidence import Sentences, choose, sentence_texts
 from retrieval_worker.messages import (
     EmbedderDescription,
     Embeddings,
@@ -30,21 +29,23 @@ from retrieval_worker.messages import (
     EvidenceRequest,
     Hit,
     Index,
+    IndexedDocument,
     IndexProgress,
     IndexRequest,
     Passage,
 )
-from retrieval_worker.passages import PassageFile, cut, write_passages
+from retrieval_worker.open_index import IndexShelf
+from retrieval_worker.passage_file import Piece, read_passages, write_passages
+from retrieval_worker.passages import cut
+from retrieval_worker.vectors import PassageVectors
 
 logger = logging.getLogger(__name__)
 
 _BATCHES_IN_FLIGHT = 4  # enough for several Embedder replicas, and bounds what an index job holds
+_STORAGE_THREADS = 8
 
-
-@dataclass(frozen=True, slots=True)
-class _OpenIndex:
-    passages: PassageFile
-    index: PassageIndex
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Retriever:
@@ -54,46 +55,59 @@ class Retriever:
         self._config = config
         self._storage = Storage(storage_root)
         self._embedder = embedder
-        self._open_indexes: SharedCache[_OpenIndex] = SharedCache(config.index.cached_indexes)
-        self._sentences: SharedCache[PassageSentences] = SharedCache(config.search.cached_evidence_passages)
+        # Each has threads of its own: while storage hangs, open indexes are searched.
+        self._storage_threads = ThreadPoolExecutor(_STORAGE_THREADS, "storage")
+        self._search_threads = ThreadPoolExecutor(thread_name_prefix="search")
+        self._shelf = IndexShelf(config.index, self._storage, self._storage_threads, self.describe)
+        self._sentences: SharedCache[Sentences] = SharedCache(config.search.cached_evidence_passages)
 
-    async def index(self, request: IndexRequest) -> AsyncIterator[IndexProgress | Index]:
-        """Cuts, embeds and indexes documents; progress after each batch, at last the `Index`.
+    async def index(self, request: IndexRequest) -> AsyncIterator[IndexProgress | IndexedDocument]:
+        """Cuts and embeds a document into its passage file; progress after each batch, at last the record.
 
-        Raises `DamagedFile` where a document is missing or not UTF-8.
+        A file that is there already, of this text by this embedder, is taken as it is. Raises `DamagedFile` where
+        the text is missing, damaged or not UTF-8, `EmbedderFailed` where its vectors are of no use.
         """
-        passages = await self._cut(request)
-        yield IndexProgress(0, len(passages))
-        description: EmbedderDescription = await self._embedder.describe.remote()
-        parts = [_nothing(description)]
-        async for part in self._embed_all([passage.text for passage in passages]):
-            parts.append(part)
-            yield IndexProgress(sum(len(each.dense) for each in parts), len(passages))
-        built = await asyncio.to_thread(PassageIndex.build, _joined(parts), self._config.index)
-        files = await asyncio.to_thread(built.save, self._storage, f"{request.folder}/index")
-        path = f"{request.folder}/passages.parquet"
-        stored = await asyncio.to_thread(write_passages, self._storage, path, passages, _fingerprint(description))
-        yield Index(stored, files, len(passages))
+        embedder = await self.describe()
+        finished = await _in(self._storage_threads, self._finished, request, embedder)
+        if finished is not None:
+            yield IndexProgress(finished.passage_count, finished.passage_count)
+            yield finished
+            return
+        text = await _in(self._storage_threads, self._read_text, request.document.source)
+        pieces = await self._cut(text, embedder.max_tokens)
+        done, parts = 0, []
+        yield IndexProgress(done, len(pieces))
+        async for batch in self._embed_all([piece.text for piece in pieces]):
+            parts.append(PassageVectors.of(batch))
+            if not parts[-1].finite:
+                raise EmbedderFailed(embedder.model)
+            done += len(batch.dense)
+            yield IndexProgress(done, len(pieces))
+        write = partial(write_passages, source=request.document.source, embedder=embedder)
+        vectors = PassageVectors.joined(parts, embedder)
+        stored = await _in(self._storage_threads, write, self._storage, request.path, pieces, vectors)
+        yield IndexedDocument(stored, len(pieces))
 
     async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[list[list[Hit]]]:
         """For each text the passages, best first: one ranking by similarity, one more by sparse weights if there are.
 
-        Raises `DamagedIndex` if the passages are not intact; a damaged FAISS file is made again from them.
+        Raises `DamagedIndex`, which names the file, if one cannot be searched. An index that is open is searched
+        whatever has become of its files.
         """
         embedding = asyncio.ensure_future(_result(self._embedder.embed.remote(list(texts), query=True)))
         try:
-            opened = await self._opened(index)
+            opened = await self._shelf.open(index)
             queries = await embedding
         finally:
             embedding.cancel()
         wanted = hits or self._config.search.hits_per_query
 
         def search_all() -> list[list[list[tuple[int, float]]]]:
-            return [opened.index.search(queries, row, wanted) for row in range(len(texts))]
+            return [opened.search.search(queries, row, wanted) for row in range(len(texts))]
 
         return [
-            [[Hit(opened.passages[row], score) for row, score in ranking] for ranking in rankings]
-            for rankings in await asyncio.to_thread(search_all)
+            [[Hit(opened.passage(id), score) for id, score in ranking] for ranking in rankings]
+            for rankings in await _in(self._search_threads, search_all)
         ]
 
     async def evidence(self, request: EvidenceRequest) -> list[Evidence]:
@@ -122,37 +136,44 @@ class Retriever:
         description: EmbedderDescription = await self._embedder.describe.remote()
         return description
 
-    async def _cut(self, request: IndexRequest) -> list[Passage]:
-        """The passages of all documents, none with more tokens than the embedder reads."""
-        limit = (await self._embedder.describe.remote()).max_tokens
+    def _finished(self, request: IndexRequest, embedder: EmbedderDescription) -> IndexedDocument | None:
+        """What an earlier run of the same request has written, if it can be used."""
+        try:
+            stored = self._storage.record(request.path)
+            found = read_passages(self._storage, stored, embedder)
+        except FileNotFoundError:
+            return None
+        except DamagedIndex as damage:
+            logger.warning("%s is written anew: it %s", request.path, damage.reason)
+            return None
+        return IndexedDocument(stored, len(found.passages)) if found.source == request.document.source.digest else None
+
+    async def _cut(self, text: str, limit: int) -> list[Piece]:
+        """The passages of a text, none with more than `limit` tokens, which is what the embedder reads."""
         settings = self._config.passages
-        passages: list[Passage] = []
-        for document in request.documents:
-            text = await asyncio.to_thread(self._read_text, document.path)
-            todo = deque(await asyncio.to_thread(cut, text, settings.max_characters, settings.overlap_characters))
-            counts = deque(await self._count([text[start:end] for start, end in todo]))
-            while todo:
-                (start, end), tokens = todo.popleft(), counts.popleft()
-                if tokens > limit and end - start > 1:
-                    # Its tail would go unseen (dense scripts): cut again, to the share that fits.
-                    size = max(1, min((end - start) * limit // tokens, end - start - 1))
-                    smaller = [(start + a, start + b) for a, b in cut(text[start:end], size)]
-                    todo.extendleft(reversed(smaller))
-                    counts.extendleft(reversed(await self._count([text[a:b] for a, b in smaller])))
-                    continue
-                passages.append(Passage(len(passages), document.id, start, end, text[start:end], tokens))
-        return passages
+        todo = deque(await asyncio.to_thread(cut, text, settings.max_characters, settings.overlap_characters))
+        counts = deque(await self._count([text[start:end] for start, end in todo]))
+        pieces: list[Piece] = []
+        while todo:
+            (start, end), tokens = todo.popleft(), counts.popleft()
+            if tokens > limit and end - start > 1:
+                # Its tail would go unseen (dense scripts): cut again, to the share that fits.
+                size = max(1, min((end - start) * limit // tokens, end - start - 1))
+                smaller = [(start + a, start + b) for a, b in cut(text[start:end], size)]
+                todo.extendleft(reversed(smaller))
+                counts.extendleft(reversed(await self._count([text[a:b] for a, b in smaller])))
+                continue
+            pieces.append(Piece(start, end, text[start:end], tokens))
+        return pieces
 
     async def _count(self, texts: list[str]) -> list[int]:
         return list(await self._embedder.count_tokens.remote(texts)) if texts else []
 
-    def _read_text(self, path: str) -> str:
+    def _read_text(self, source: StoredFile) -> str:
         try:
-            return bytes(self._storage.read_unverified(path)).decode()
-        except FileNotFoundError:
-            raise DamagedFile(path, "is missing") from None
+            return bytes(self._storage.read(source)).decode()
         except UnicodeDecodeError as error:
-            raise DamagedFile(path, f"is not UTF-8 at byte {error.start}") from None
+            raise DamagedFile(source.path, f"is not UTF-8 at byte {error.start}") from None
 
     async def _embed_all(self, texts: list[str]) -> AsyncIterator[Embeddings]:
         """Embeds texts in order, some batches ahead of the one that is yielded."""
@@ -170,42 +191,20 @@ class Retriever:
             for left in running:
                 left.cancel()
 
-    async def _opened(self, index: Index) -> _OpenIndex:
-        key = (index.passages.digest, tuple(file.digest for file in index.files))
-        return await self._open_indexes.get(key, lambda: self._open(index))
-
-    async def _open(self, index: Index) -> _OpenIndex:
-        try:
-            passages = await asyncio.to_thread(PassageFile, self._storage, index.passages)
-        except DamagedFile as error:
-            raise DamagedIndex(error.path, error.reason) from error
-        description: EmbedderDescription = await self._embedder.describe.remote()
-        try:
-            if passages.embedder != _fingerprint(description):
-                raise DamagedFile(index.passages.path, f"was indexed with embedder {passages.embedder}")
-            opened = await asyncio.to_thread(PassageIndex.load, self._storage, index.files, self._config.index)
-        except DamagedFile as error:
-            logger.warning("index beside %s is rebuilt in memory: %s", index.passages.path, error)
-            parts = [_nothing(description)]
-            async for part in self._embed_all(passages.texts):
-                parts.append(part)
-            opened = await asyncio.to_thread(PassageIndex.build, _joined(parts), self._config.index)
-        return _OpenIndex(passages, opened)
-
-    async def _sentences_of(self, index: Index, ids: Sequence[int]) -> list[PassageSentences]:
-        opened = await self._opened(index)
-        digest = index.passages.digest
-        return await asyncio.gather(
-            *(
-                self._sentences.get((digest, row), partial(self._embed_sentences, opened.passages[row]))
-                for row in dict.fromkeys(ids)
-            )
+    async def _sentences_of(self, index: Index, ids: Sequence[int]) -> list[tuple[Passage, Sentences]]:
+        opened = await self._shelf.open(index)
+        passages = [opened.passage(id) for id in dict.fromkeys(ids)]
+        # Known by file and row, which are the same in the next version; the file's path begins with the tenant.
+        made = (
+            self._sentences.get(opened.place(passage.id), partial(self._embed_sentences, passage.text))
+            for passage in passages
         )
+        return list(zip(passages, await asyncio.gather(*made), strict=True))
 
-    async def _embed_sentences(self, passage: Passage) -> PassageSentences:
-        slices, texts = sentence_texts(passage)
+    async def _embed_sentences(self, text: str) -> Sentences:
+        slices, texts = sentence_texts(text)
         vectors: Embeddings = await self._embedder.embed.remote(texts)
-        return PassageSentences(passage, slices, vectors.dense)
+        return Sentences(slices, vectors.dense)
 
 
 def retrieval_applications(
@@ -224,16 +223,8 @@ async def _result(response: "object") -> Embeddings:
     return embeddings
 
 
-def _fingerprint(description: EmbedderDescription) -> str:
-    """Names the vector space of an embedder wherever its checkpoint lies."""
-    return f"{description.model.rstrip('/').rpartition('/')[2]}:{description.dimension}"
-
-
-def _nothing(description: EmbedderDescription) -> Embeddings:
-    return Embeddings(np.zeros((0, description.dimension), np.float32), [] if description.has_sparse else None)
-
-
-def _joined(parts: list[Embeddings]) -> Embeddings:
-    """Parts as one. Without sparse weights in the first, there are none."""
-    sparse = None if parts[0].sparse is None else [row for part in parts for row in part.sparse or []]
-    return Embeddings(np.concatenate([part.dense for part in parts]), sparse)
+async def _in(
+    threads: Executor, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """As `asyncio.to_thread`, in threads of one's own."""
+    return await asyncio.get_running_loop().run_in_executor(threads, partial(function, *args, **kwargs))

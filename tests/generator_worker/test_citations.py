@@ -3,7 +3,11 @@ import pytest
 from generator_worker.citations import resolve_citations
 from generator_worker.messages import Citation, Source
 
-SOURCES = (Source("a", 0, 10, "one"), Source("b", 5, 9, "two"), Source("a", 40, 60, "three"))
+SOURCES = (
+    Source("shelf", "a", 0, 10, "one"),
+    Source("shelf", "b", 5, 9, "two"),
+    Source("other shelf", "a", 40, 60, "three"),
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,7 @@ SOURCES = (Source("a", 0, 10, "one"), Source("b", 5, 9, "two"), Source("a", 40, 
     ],
 )
 def test_numbers_in_brackets_become_their_passages(text, numbers):
+    cited = [(n, SOURCES[n - 1]) for n in numbers]
     assert resolve_citations(text, SOURCES) == tuple(
-        Citation(n, SOURCES[n - 1].document, SOURCES[n - 1].start, SOURCES[n - 1].end) for n in numbers
+        Citation(n, s.memory, s.document, s.start, s.end) for n, s in cited
     )

@@ -23,14 +23,18 @@ from generator_worker.messages import GenerateRequest, Generation, Source
 from generator_worker.remote import RemoteGenerator
 from memory_worker.embedded import ensure_embedded_model
 from tests.cluster.tiny_engine import ray_session, tiny_engine
+from tests.generator_worker.watched import WatchedGenerator
 
 KEY = "correct horse"
 REQUEST = GenerateRequest(
     task="answer",
     question="Who opened the gate?",
-    sources=tuple(Source("book", 80 * i, 80 * i + 70, f"Passage {i} tells of the gate. " * 3, i) for i in range(4)),
+    sources=tuple(
+        Source("shelf", "book", 80 * i, 80 * i + 70, f"Passage {i} tells of the gate. " * 3, i) for i in range(4)
+    ),
     language="en",
     max_tokens=24,
+    cache_salt="tenant",
 )
 
 
@@ -72,7 +76,9 @@ def endpoint(session, model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(endpoint, model):
     config = GeneratorConfig(engine=tiny_engine(model), max_answer_tokens=40)
-    app = generator_application(config, PoolConfig(cpus_per_replica=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generator_worker.local.Generator", WatchedGenerator)
+        app = generator_application(config, PoolConfig(cpus_per_replica=1))
     return serve.run(app, name="local", route_prefix=None).options(stream=True)
 
 
@@ -113,6 +119,15 @@ async def test_our_own_engine_streams_an_answer(local):
     assert deltas > 2 and end.sources == REQUEST.sources and end.finish_reason in ("stop", "length")
     assert 0 < end.completion_tokens <= 24 and end.prompt_tokens > 100
     assert (await local.options(stream=False).describe.remote()).remote is False
+
+
+async def test_tenants_share_no_prefix_cache(local):
+    cached = []
+    for salt in ("one", "one", "another", "one"):
+        await _collect(local, replace(REQUEST, cache_salt=salt))
+        cached.append(await local.options(stream=False).cached_tokens.remote())
+    first, again, other, later = cached
+    assert first == other == 0 and again == later > 100
 
 
 async def test_what_does_not_fit_is_left_out_and_said(local):

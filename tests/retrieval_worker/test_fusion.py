@@ -7,7 +7,7 @@ from retrieval_worker.messages import Hit, Passage
 
 
 def hit(id: int, tokens: int = 10) -> Hit:
-    return Hit(Passage(id, "d", id, id + 1, "x", tokens), 0.5)
+    return Hit(Passage(id, "m", "d", id, id + 1, "x", tokens), 0.5)
 
 
 def ids(hits):

@@ -5,9 +5,7 @@ import time
 
 import pytest
 
-from cluster.storage import DamagedFile, Storage, StoredFile
-from retrieval_worker.messages import Passage
-from retrieval_worker.passages import PassageFile, cut, write_passages
+from retrieval_worker.passages import cut
 from retrieval_worker.sentences import detect_language, sentences
 
 ENGLISH = "Mr. Darcy bowed. “Are you sure?” said she.\n\nThe gate was opened at 9.30 p.m.; nobody came!\n"
@@ -85,15 +83,3 @@ def test_sentences_of_both_languages():
     ]
     assert read("你好。我很好！然后走了。") == ["你好。", "我很好！", "然后走了。"]
     assert (detect_language("They met Wang 王 at noon"), detect_language("他在 Paris 住了三年")) == ("en", "zh")
-
-
-def test_passage_file_round_trip_and_damage(tmp_path):
-    storage = Storage(str(tmp_path))
-    passages = [Passage(i, "书", i, i + 2, "é😀", 3) for i in range(5)]
-    stored = write_passages(storage, "t/m/v/passages.parquet", passages, "minilm:384")
-    again = PassageFile(storage, stored)
-    assert again[0:5] == passages and again[3] == passages[3] and again.embedder == "minilm:384"
-    with pytest.raises(IndexError):
-        again[5]
-    with pytest.raises(DamagedFile):
-        PassageFile(storage, StoredFile(stored.path, stored.size, "0" * 64))
