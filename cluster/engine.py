@@ -164,7 +164,7 @@ def engine_application(
         accelerator_config=None if on_gpu else {"kind": "cpu"},
         placement_group_config={"bundles": _bundles(engine, pool)},
         runtime_env={"env_vars": {**_QUIET, **_cpu_environment(engine, pool), **(env_vars or {})}},
-        deployment_config={**options, "health_check_period_s": 5, "health_check_timeout_s": 30},
+        deployment_config=options,
         log_engine_metrics=False,
         engine_kwargs=kwargs,
     )

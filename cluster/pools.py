@@ -40,6 +40,11 @@ class PoolConfig(Settings):
             "max_ongoing_requests": self.max_ongoing_requests,
             # Serve's proxy logs each HTTP request; a line more at every hop behind it tells nothing and costs time.
             "logging_config": {"enable_access_log": False},
+            # How soon a replica that died is replaced; how long one that is only busy is believed.
+            "health_check_period_s": 1.0,
+            "health_check_timeout_s": 30.0,
+            # A replica that is replaced finishes what it is at, for so long.
+            "graceful_shutdown_timeout_s": 30.0,
         }
         if self.min_replicas == self.max_replicas:
             options["num_replicas"] = self.max_replicas

@@ -26,8 +26,15 @@ class CreateMemory(_Request):
 
     id: Id | None = Field(None, description="made from the title, or at random, where it is left out")
     title: str | None = Field(None, max_length=512)
+    tags: list[Id] = Field([], max_length=32, description="questions may be asked of all memories with a tag")
     ratio: int | None = Field(None, description="tokens per slot; must divide the memory model's window")
     documents: list[DocumentIn] = Field(min_length=1)
+
+
+class PutDocument(_Request):
+    """The text of a document that is added to a memory, or replaces the one of that id."""
+
+    text: str
 
 
 class Question(_Request):
@@ -38,6 +45,13 @@ class Question(_Request):
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most")
     stream: bool = Field(False, description="server-sent events clue, passage, token and done")
     language: Language | None = Field(None, description="of the prompts; the text's own where it is left out")
+
+
+class QuestionToMany(Question):
+    """A question about several memories at once: those named, and those with the tag."""
+
+    memories: list[Id] = Field([], max_length=256, description="ids of memories")
+    tag: Id | None = None
 
 
 class CluesQuery(_Request):
@@ -71,17 +85,30 @@ class ProgressOut(BaseModel):
     """How far a memory in the making is."""
 
     status: Status
+    state: Literal["queued", "running"]
     done_tokens: int
     total_tokens: int
     tokens_per_second: float
     seconds_left: float | None
 
 
+class JobOut(BaseModel):
+    """A version in the making: how far it is."""
+
+    kind: Literal["create", "put", "repair"]
+    state: Literal["queued", "running"]
+    version: str
+    documents: list[str]
+    done_tokens: int
+    total_tokens: int
+
+
 class MemoryOut(BaseModel):
-    """One memory."""
+    """One memory. `job` is what is being made of it now; `error` is why the last job failed."""
 
     id: str
     title: str | None = None
+    tags: list[str] = []
     status: Status
     version: str
     kind: str
@@ -92,6 +119,7 @@ class MemoryOut(BaseModel):
     bytes: int
     documents: list[DocumentOut]
     created: str
+    job: JobOut | None = None
     error: str | None = None
 
 
@@ -108,6 +136,7 @@ class ClueOut(BaseModel):
 class PassageOut(BaseModel):
     """`text` is exactly the document's characters `start` to `end`; `n` is what the answer cites it by."""
 
+    memory: str
     document: str
     start: int
     end: int
@@ -117,6 +146,7 @@ class PassageOut(BaseModel):
 
 class CitationOut(BaseModel):
     n: int
+    memory: str
     document: str
     start: int
     end: int
@@ -125,6 +155,7 @@ class CitationOut(BaseModel):
 class EvidenceOut(BaseModel):
     """A sentence that supports question and answer, chosen by the embedder, whatever the model wrote."""
 
+    memory: str
     document: str
     start: int
     end: int
@@ -150,9 +181,19 @@ class Timings(BaseModel):
     total: float = 0.0
 
 
-class Answer(BaseModel):
-    memory: str
+class MemoryVersion(BaseModel):
+    """A version that was asked."""
+
+    id: str
     version: str
+
+
+class Answer(BaseModel):
+    """`memory` and `version` are null where several memories were asked; `memories` names all."""
+
+    memory: str | None
+    version: str | None
+    memories: list[MemoryVersion]
     task: Task
     answer: str
     citations: list[CitationOut]
@@ -178,6 +219,17 @@ class PassagesOut(BaseModel):
     version: str
     passages: list[PassageOut]
     timings_ms: Timings
+
+
+class UsageOut(BaseModel):
+    """What the caller's tenant has, and may have; null is unlimited."""
+
+    tenant: str
+    memories: int
+    tokens: int
+    bytes: int
+    jobs: int
+    quota: dict[str, int | None]
 
 
 class Health(BaseModel):

@@ -3,18 +3,21 @@
 `build` is what every way of deploying shares; `deploy` is what `memorag up` runs.
 """
 
-import secrets
+import hashlib
+import ipaddress
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memory_worker.embedded import ensure_embedded_model, is_trained
-from serving.config import EMBEDDED, Profile, ProfileError
+from serving.config import EMBEDDED, Profile, ProfileError, load_profile
 from serving.local_ray import new_ray_folder, start_ray, stop_ray
 
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
     from ray.serve import Application
+
+    from serving.daemon import ServerOptions
 
 APPLICATION = "memorag"
 
@@ -25,6 +28,15 @@ class Running:
 
     address: str  # http://host:port
     ray_folder: Path | None  # of a Ray that was started here
+
+    def redeploy(self, options: "ServerOptions") -> None:
+        """Takes up the profile of `options` replica by replica. Raises `ProfileError` for one that cannot be used.
+
+        What Ray itself was started with stays as it is: the settings under `ray`.
+        """
+        profile = load_profile(options.profile)
+        require_safe(profile, options.host)
+        _run(with_models(profile, models_folder(options.storage)), options.storage)
 
     def stop(self) -> None:
         """Ends Serve and, where it was started here, Ray, with all that they left on disk."""
@@ -44,6 +56,7 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
     `storage` is a folder or a `pyarrow.fs` URI; port 0 takes a free one. `ray_folder` is where a local Ray keeps
     its sockets and logs; none makes a temporary one.
     """
+    require_safe(profile, host)
     profile = with_models(profile, models_folder(storage))
     if profile.ray.address == "local":
         ray_folder = ray_folder or new_ray_folder()
@@ -58,11 +71,17 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
     running = Running(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(build(profile, memories_root(storage)), name=APPLICATION, route_prefix="/")
+        _run(profile, storage)
     except BaseException:
         running.stop()
         raise
     return running
+
+
+def _run(profile: Profile, storage: str) -> None:
+    from ray import serve
+
+    serve.run(build(profile, memories_root(storage)), name=APPLICATION, route_prefix="/")
 
 
 def build(profile: Profile, storage_root: str) -> "Application":
@@ -73,12 +92,15 @@ def build(profile: Profile, storage_root: str) -> "Application":
     from retrieval_worker.retriever import retrieval_applications
     from serving.ingress import ingress_deployment
     from serving.router import router_deployment
+    from serving.secret import server_secret
 
     pools, memory = profile.pools, profile.memory
     _, retriever = retrieval_applications(profile.retrieval, pools.retrieval, storage_root=storage_root)
+    secret = server_secret(storage_root)
     router = router_deployment(profile).bind(
         profile,
         storage_root,
+        secret,
         untrained(profile),
         memorizer_application(memory, pools.memory, storage_root),
         recaller_application(
@@ -86,13 +108,38 @@ def build(profile: Profile, storage_root: str) -> "Application":
             pools.memory,
             storage_root=storage_root,
             namespace=profile.ray.namespace,
-            # Prefix-cache keys need a secret that lives as long as the engines: a fresh one per deployment.
-            secret=secrets.token_bytes(32),
+            secret=secret,
         ),
         retriever,
         generator_application(profile.generator, pools.generator),
     )
-    return ingress_deployment(profile).bind(router)
+    return _versioned(ingress_deployment(profile, storage_root).bind(router), repr(profile))
+
+
+def _versioned(application: "Application", settings: str = "") -> "Application":
+    """`application`, each deployment's version made of its arguments and `settings`: what is as it was keeps running.
+
+    Left to itself, Serve takes every deployment of a second `serve.run` for a new one, and replaces them all.
+    """
+    from ray.serve import Application
+
+    deployment = application._bound_deployment
+    named = {str(i): argument for i, argument in enumerate(deployment.init_args)} | deployment.init_kwargs
+    plain = {name: value for name, value in named.items() if not isinstance(value, Application)}
+    deployment._version = hashlib.sha256(f"{plain!r} {settings}".encode()).hexdigest()[:16]
+    for argument in named.values():
+        if isinstance(argument, Application):
+            _versioned(argument)
+    return application
+
+
+def require_safe(profile: Profile, host: str) -> None:
+    """Raises `ProfileError` where anybody on the network could call a server that asks for no key."""
+    if profile.auth.mode == "off" and not _is_loopback(host):
+        raise ProfileError(
+            f"auth.mode is off, which is for loopback only, but {host} can be reached from elsewhere: set auth.mode to "
+            "keys and make one with 'memorag keys create TENANT', or listen at 127.0.0.1"
+        )
 
 
 def with_models(profile: Profile, folder: Path) -> Profile:
@@ -126,6 +173,13 @@ def memories_root(storage: str) -> str:
 def models_folder(storage: str) -> Path:
     """Where models that are made here are kept: below a local storage, else in the user's cache."""
     return (Path.home() / ".cache" / "memorag" if "://" in storage else Path(storage).resolve()) / "models"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # any other name may mean any address
 
 
 def _free_port(host: str) -> int:

@@ -1,55 +1,74 @@
 """ASGI middleware that refuses request bodies beyond a size, before and while they arrive."""
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ProblemError
 
 
 class BodyLimit:
-    """Answers 413 when `Content-Length` says too much, or more than `limit_bytes` has arrived."""
+    """Answers 413 when `Content-Length` says too much, or more has arrived than may.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    That is `json_bytes` of what is held in memory, and `upload_bytes` of what goes to disk: all but JSON, on the two
+    routes that take files.
+    """
+
+    def __init__(self, app: ASGIApp, json_bytes: int, upload_bytes: int) -> None:
         self._app = app
-        self._limit = limit_bytes
+        self._json = json_bytes
+        self._upload = upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(send)
+        headers = Headers(scope=scope)
+        limit = self._upload if _is_upload(scope, headers.get("content-type", "")) else self._json
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            await self._refuse(send, limit)
             return
-        received, started = 0, False
+        received, started, refused = 0, False, False
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._limit:
+            if received > limit:
                 raise _TooLarge
             return message
 
         async def watched(message: Message) -> None:
-            nonlocal started
+            nonlocal started, refused
+            if not started and received > limit:  # who read the body made another refusal of `_TooLarge`
+                started = refused = True
+                await self._refuse(send, limit)
             started = True
-            await send(message)
+            if not refused:
+                await send(message)
 
         try:
             await self._app(scope, counted, watched)
         except _TooLarge:
             if started:
                 raise
-            await self._refuse(send)
+            await self._refuse(send, limit)
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, send: Send, limit: int) -> None:
         problem = ProblemError(
-            413, f"the request is larger than {self._limit:,} bytes; send less, or raise limits.body_bytes"
+            413,
+            f"the request is larger than {limit:,} bytes; send less, or raise limits.body_bytes for JSON, "
+            "limits.upload_bytes for files",
         )
         body = problem.json_bytes()
         headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+def _is_upload(scope: Scope, kind: str) -> bool:
+    takes_files = scope["method"] == "PUT" or scope["path"] == "/v1/memories"
+    return takes_files and bool(kind) and "json" not in kind.partition(";")[0].lower()
 
 
 class _TooLarge(Exception):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from serving.commands_keys import app as keys_app
 from serving.commands_show import Output
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ app = typer.Typer(
 )
 memories_app = typer.Typer(help="List the memories of a server; show or delete one.")
 app.add_typer(memories_app, name="memories")
+documents_app = typer.Typer(help="Add, replace and delete the documents of a memory.", no_args_is_help=True)
+app.add_typer(documents_app, name="documents")
+app.add_typer(keys_app, name="keys")
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
@@ -135,6 +139,7 @@ def memorize(
     ],
     id: Annotated[str | None, typer.Option(help="Id of the memory; otherwise the server chooses.")] = None,
     title: Annotated[str | None, typer.Option(help="Title for people.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to ask it by, with others; may be repeated.")] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; otherwise the profile's.")] = None,
     storage: Storage = _STORAGE,
     url: Url = None,
@@ -144,7 +149,7 @@ def memorize(
     out = Output(as_json)
     with _errors(out), _client(storage, url) as client:
         progress = out.progress_lines() if not out.on_terminal else True
-        memory = client.memorize(*files, id=id, title=title, ratio=ratio, progress=progress)
+        memory = client.memorize(*files, id=id, title=title, tags=tag or (), ratio=ratio, progress=progress)
         out.memory(memory.info)
 
 
@@ -206,6 +211,15 @@ def memories_show(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, as
         out.memory(memory.info)
 
 
+@memories_app.command("cancel")
+def memories_cancel(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, as_json: Json = False) -> None:
+    """Cancel what is being made of a memory."""
+    out = Output(as_json)
+    with _errors(out), _memory(storage, url, id) as memory:
+        memory.cancel()
+        out.result({"cancelled": id}, f"cancelled the job of {id}")
+
+
 @memories_app.command("delete")
 def memories_delete(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, as_json: Json = False) -> None:
     """Delete one memory."""
@@ -213,6 +227,93 @@ def memories_delete(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, 
     with _errors(out), _client(storage, url) as client:
         client.delete(id)
         out.result({"deleted": id}, f"deleted {id}")
+
+
+@app.command("export")
+def export_memory(
+    id: MemoryId,
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="Archive to write.")],
+    storage: Storage = _STORAGE,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Write a memory to one file, which any server with the same memory model imports."""
+    out = Output(as_json)
+    with _errors(out), _memory(storage, url, id) as memory:
+        with out.waiting(f"exporting {id}"):
+            memory.export(file)
+        size = file.stat().st_size
+        out.result({"memory": id, "file": str(file), "bytes": size}, f"wrote {file} ({size:,} bytes)")
+
+
+@app.command("import")
+def import_memory(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Archive that export wrote.")],
+    id: Annotated[str | None, typer.Option(help="Id of the memory; otherwise that in the archive.")] = None,
+    storage: Storage = _STORAGE,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Make a memory of an archive."""
+    out = Output(as_json)
+    with _errors(out), _client(storage, url) as client:
+        with out.waiting(f"importing {file}"):
+            memory = client.import_archive(file, id)
+        out.memory(memory.info)
+
+
+@documents_app.command("put")
+def documents_put(
+    id: MemoryId,
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="txt, md, html, pdf or docx.")],
+    document: Annotated[str | None, typer.Option("--as", help="Id of the document; otherwise the file's name.")] = None,
+    if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
+    storage: Storage = _STORAGE,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Add a document to a memory, or replace it, and wait until questions see it."""
+    out = Output(as_json)
+    with _errors(out), _memory(storage, url, id) as memory:
+        progress = out.progress_lines() if not out.on_terminal else True
+        memory.documents.put(document or file.name, path=file, if_match=if_match, progress=progress)
+        out.memory(memory.info)
+
+
+@documents_app.command("delete")
+def documents_delete(
+    id: MemoryId,
+    document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="Id of the document.")],
+    if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
+    storage: Storage = _STORAGE,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a document from a memory; no question sees it any more."""
+    out = Output(as_json)
+    with _errors(out), _memory(storage, url, id) as memory:
+        out.memory(memory.documents.delete(document, if_match=if_match).info)
+
+
+@app.command()
+def reload(
+    profile: Annotated[str | None, typer.Option(help="Profile to take up; otherwise its own again.")] = None,
+    storage: Storage = _STORAGE,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the new replicas.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Have a running server take up a changed profile, replica by replica, without losing a request."""
+    out = Output(as_json)
+    with _errors(out):
+        from serving import daemon
+        from serving.config import load_profile
+
+        if profile:
+            load_profile(profile)
+            profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
+        with out.waiting("reloading"):
+            state = daemon.reload(storage.expanduser().resolve(), profile, timeout_s=timeout)
+        out.result({"profile": state.profile, "address": state.address}, f"reloaded with profile {state.profile}")
 
 
 @app.command()
@@ -236,7 +337,7 @@ def main() -> None:
 @contextmanager
 def _errors(out: Output) -> Iterator[None]:
     """Expected errors as one message and exit code 1."""
-    from serving.client import MemoRAGError
+    from serving.client_errors import MemoRAGError
     from serving.daemon import DaemonError
 
     try:

@@ -7,7 +7,7 @@ print(book.ask("How many times is the gate opened?").text)
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,27 +17,12 @@ from urllib.parse import quote
 import httpx
 import httpx_sse
 
+from serving.client_errors import MemoRAGError, ServerUnreachable, check, problem_error
+from serving.progress import OnProgress, shown
+
 Task = Literal["memorag", "memory", "rag", "summarize"]
-OnProgress = Callable[[Mapping[str, Any]], None]
 _RECONNECTS = 5
 _RECONNECT_S = 0.05  # doubled with every attempt
-
-
-class MemoRAGError(Exception):
-    """The server refused or failed; `status` is its HTTP status, 0 where there was no answer at all."""
-
-    def __init__(
-        self, detail: str, *, title: str = "", status: int = 0, problem: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.title = title
-        self.status = status
-        self.problem = dict(problem or {})  # the whole problem+json, for instance the passages already found
-
-
-class ServerUnreachable(MemoRAGError):
-    """Nothing answers at the address, or it stopped in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +67,7 @@ class MemoRAG:
         text: str | None = None,
         id: str | None = None,
         title: str | None = None,
+        tags: Sequence[str] = (),
         ratio: int | None = None,
         progress: bool | OnProgress | None = None,
     ) -> "Memory":
@@ -94,11 +80,12 @@ class MemoRAG:
             raise ValueError("give either the paths of files or text=, and not both")
         fields = {k: v for k, v in {"id": id, "title": title, "ratio": ratio}.items() if v is not None}
         if text is not None:
-            created = self._json("POST", "/v1/memories", json={**fields, "documents": [{"text": text}]})
+            body = {**fields, "tags": list(tags), "documents": [{"text": text}]}
+            created = self._json("POST", "/v1/memories", json=body)
         else:
             with ExitStack() as stack:
                 files = [("files", (Path(p).name, stack.enter_context(Path(p).open("rb")))) for p in paths]
-                data = {name: str(value) for name, value in fields.items()}
+                data = {name: str(value) for name, value in fields.items()} | {"tags": list(tags)}
                 created = self._json("POST", "/v1/memories", files=files, data=data)
         memory = Memory(self, created)
         memory.wait(progress=progress)
@@ -108,20 +95,49 @@ class MemoRAG:
         """The memory of that id. Raises `MemoRAGError` with status 404 where there is none."""
         return Memory(self, self._json("GET", _path(id)))
 
-    def memories(self) -> Iterator["Memory"]:
-        """All memories, page by page."""
+    def memories(self, tag: str | None = None) -> Iterator["Memory"]:
+        """All memories, or those with a tag, page by page."""
         cursor: str | None = None
         while True:
-            page = self._json("GET", "/v1/memories", params={"cursor": cursor} if cursor else None)
+            page = self._json("GET", "/v1/memories", params=_given({"cursor": cursor, "tag": tag}))
             yield from (Memory(self, info) for info in page["memories"])
             cursor = page["next_cursor"]
             if cursor is None:
                 return
 
+    def ask(
+        self,
+        question: str,
+        *,
+        memories: Sequence[str] = (),
+        tag: str | None = None,
+        task: Task = "memorag",
+        max_tokens: int | None = None,
+        language: str | None = None,
+    ) -> Answer:
+        """The answer from several memories at once: those named, and those with the tag."""
+        body = {"question": question, "memories": list(memories), "tag": tag, "task": task, "max_tokens": max_tokens}
+        return Answer.of(self._json("POST", "/v1/answer", json=_given(body | {"language": language})))
+
+    def import_archive(self, path: str | Path, id: str | None = None) -> "Memory":
+        """Makes a memory of a file that `Memory.export` wrote; under its own id, or `id`.
+
+        Raises `MemoRAGError`: 409 where another model encoded it, or the id is taken; 422 where it is not whole.
+        """
+        with Path(path).open("rb") as file:
+            headers = {"Content-Type": "application/x-tar"}
+            return Memory(
+                self, self._json("POST", "/v1/memories", params=_given({"id": id}), content=file, headers=headers)
+            )
+
+    def usage(self) -> dict[str, Any]:
+        """What the caller has, and may have."""
+        return self._json("GET", "/v1/usage")
+
     def delete(self, id: str) -> None:
         """Deletes a memory, whatever its state."""
         with self._reachable():
-            _check(self._http.delete(_path(id)))
+            check(self._http.delete(_path(id)))
 
     def ready(self) -> dict[str, Any]:
         """What `/readyz` says. Raises where a pool does not answer."""
@@ -139,18 +155,18 @@ class MemoRAG:
 
     def _json(self, method: str, path: str, **arguments: Any) -> Any:
         with self._reachable():
-            return _check(self._http.request(method, path, **arguments)).json()
+            return check(self._http.request(method, path, **arguments)).json()
 
     def _stream(self, method: str, path: str, **arguments: Any) -> Iterator[Event]:
         """The events of a response; an `error` event is raised."""
         with self._reachable(), httpx_sse.connect_sse(self._http, method, path, **arguments) as source:
             if source.response.is_error:
                 source.response.read()
-            _check(source.response)
+            check(source.response)
             for event in source.iter_sse():
                 data = json.loads(event.data)
                 if event.event == "error":
-                    raise _error(data)
+                    raise problem_error(data)
                 yield Event(event.event, data)
 
     @contextmanager
@@ -190,11 +206,29 @@ class Memory:
         self.info = self._client._json("GET", _path(self.id))
         return self
 
+    @property
+    def busy(self) -> bool:
+        """Whether it is being made or changed, as of the last reading."""
+        return self.info.get("job") is not None
+
+    @property
+    def documents(self) -> "Documents":
+        """Its documents, to add, replace and delete."""
+        return Documents(self._client, self)
+
+    def cancel(self) -> None:
+        """Ends the job that makes or changes the memory. Raises `MemoRAGError` with status 409 where there is none."""
+        with self._client._reachable():
+            check(self._client._http.delete(_path(self.id, "job")))
+
     def wait(self, *, progress: bool | OnProgress | None = None) -> "Memory":
-        """Returns when the memory is ready. Raises `MemoRAGError` if it failed. Outlives broken connections."""
-        with _shown(self.id, progress) as show:
+        """Returns when the memory is ready and no job is under way; outlives broken connections.
+
+        Raises `MemoRAGError` if the job failed.
+        """
+        with shown(self.id, progress) as show:
             broken = 0  # connections since the last event
-            while self.status == "memorizing":
+            while self.busy:
                 try:
                     for event in self._client._stream("GET", _path(self.id, "events")):
                         broken = 0
@@ -207,11 +241,11 @@ class Memory:
                         raise
                 else:
                     self.refresh()
-                if self.status == "memorizing":
+                if self.busy:
                     broken = min(broken + 1, _RECONNECTS)
                     time.sleep(_RECONNECT_S * 2**broken)
-        if self.status == "failed":
-            raise MemoRAGError(f"memory {self.id!r} failed: {self.info.get('error')}", title="Memorizing failed")
+        if self.info.get("error"):
+            raise MemoRAGError(f"memory {self.id!r} failed: {self.info['error']}", title="Memorizing failed")
         return self
 
     @overload
@@ -262,8 +296,25 @@ class Memory:
     def source(self, document: str) -> str:
         """The text of a document: what all offsets count characters of."""
         with self._client._reachable():
-            response = _check(self._client._http.get(_path(self.id, "documents", document)))
+            response = check(self._client._http.get(_path(self.id, "documents", document)))
         return response.content.decode("utf-8")
+
+    def export(self, path: str | Path) -> None:
+        """Writes the whole memory, checksummed, to one file. Nothing is left of it where that fails."""
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.part")
+        with self._client._reachable(), self._client._http.stream("GET", _path(self.id, "archive")) as response:
+            if response.is_error:
+                response.read()
+            check(response)
+            try:
+                with partial.open("wb") as file:
+                    for piece in response.iter_bytes():
+                        file.write(piece)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        partial.replace(target)
 
     def delete(self) -> None:
         """Deletes this memory."""
@@ -280,60 +331,54 @@ class Memory:
         return Answer.of(self._client._json("POST", path, json=_given(body)))
 
 
+class Documents:
+    """The documents of one memory. A change makes a new version; `if_match` asks that the present one be that."""
+
+    def __init__(self, client: MemoRAG, memory: Memory) -> None:
+        self._client = client
+        self._memory = memory
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._memory.info["documents"])
+
+    def put(
+        self,
+        id: str,
+        *,
+        text: str | None = None,
+        path: str | Path | None = None,
+        if_match: str | None = None,
+        progress: bool | OnProgress | None = None,
+    ) -> Memory:
+        """Adds a document of `text` or of the file at `path`, or replaces the one of that id; waits until it is there.
+
+        Raises `MemoRAGError`: 412 if the memory is being changed already, or is not at version `if_match`.
+        """
+        if (text is None) == (path is None):
+            raise ValueError("give either text= or path=, and not both")
+        where, headers = _path(self._memory.id, "documents", id), _matching(if_match)
+        if path is None:
+            info = self._client._json("PUT", where, json={"text": text}, headers=headers)
+        else:
+            with Path(path).open("rb") as file:
+                info = self._client._json("PUT", where, files={"file": (Path(path).name, file)}, headers=headers)
+        self._memory.info = info
+        return self._memory.wait(progress=progress)
+
+    def delete(self, id: str, *, if_match: str | None = None) -> Memory:
+        """Deletes a document; no question sees it any more. Raises as `put`."""
+        where = _path(self._memory.id, "documents", id)
+        self._memory.info = self._client._json("DELETE", where, headers=_matching(if_match))
+        return self._memory
+
+
+def _matching(version: str | None) -> dict[str, str]:
+    return {} if version is None else {"If-Match": f'"{version}"'}
+
+
 def _path(*parts: str) -> str:
     return "/v1/memories/" + "/".join(quote(part, safe="") for part in parts)
 
 
 def _given(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
-
-
-def _check(response: httpx.Response) -> httpx.Response:
-    """`response`, unless it is an error: then `MemoRAGError` with what its problem document says."""
-    if not response.is_error:
-        return response
-    try:
-        problem = response.json()
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict):
-        problem = {"detail": response.text[:200] or response.reason_phrase}
-    raise _error({"status": response.status_code, "title": response.reason_phrase, **problem})
-
-
-def _error(problem: dict[str, Any]) -> MemoRAGError:
-    title, status = str(problem.get("title", "")), int(problem.get("status", 0))
-    return MemoRAGError(str(problem.get("detail") or title), title=title, status=status, problem=problem)
-
-
-@contextmanager
-def _shown(label: str, progress: bool | OnProgress | None) -> Iterator[OnProgress]:
-    """What to call with every progress event: the caller's function, a bar on stderr, or nothing."""
-    if callable(progress):
-        yield progress
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if progress is False or (progress is None and not console.is_terminal):
-        yield lambda _: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"memorizing {label}", total=None, note="")
-
-        def show(event: Mapping[str, Any]) -> None:
-            bar.update(
-                task, completed=event["done_tokens"], total=event["total_tokens"] or None, note=progress_note(event)
-            )
-
-        yield show
-
-
-def progress_note(event: Mapping[str, Any]) -> str:
-    """A progress event in words: tokens done, speed, time left."""
-    left = event.get("seconds_left")
-    note = f"{event['done_tokens']:,} of {event['total_tokens']:,} tokens, {event['tokens_per_second']:,.0f} tokens/s"
-    return note if left is None else f"{note}, {left:.0f} s left"

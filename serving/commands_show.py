@@ -62,7 +62,7 @@ class Output:
 
     def progress_lines(self) -> Callable[[Mapping[str, Any]], None]:
         """Shows progress events as a line every few seconds."""
-        from serving.client import progress_note
+        from serving.progress import progress_note
 
         last = 0.0
 

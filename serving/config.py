@@ -4,16 +4,18 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import Settings
 from cluster.pools import PoolConfig
 from generator_worker.config import GeneratorConfig
 from memory_worker.config import MemoryConfig
+from memory_worker.quotas import QuotasConfig
 from retrieval_worker.config import RetrievalConfig
+from serving.convert import ConvertConfig
 
 _SHIPPED = Path(__file__).parent / "profiles"
 EMBEDDED = "embedded"  # the model name that stands for the language model made on first use
@@ -47,10 +49,23 @@ class RayConfig(Settings):
 class LimitsConfig(Settings):
     """What a request may ask for; beyond it, it is refused with 413 or 422."""
 
-    body_bytes: int = Field(64 * 2**20, gt=0, description="bytes of one HTTP request body")
-    documents: int = Field(256, gt=0, description="documents in one memory")
+    body_bytes: int = Field(64 * 2**20, gt=0, description="bytes of one JSON request body")
+    upload_bytes: int = Field(4 * 2**30, gt=0, description="bytes of one request that uploads files")
+    documents: int = Field(1024, gt=0, description="documents in one memory")
+    questions_in_flight: int = Field(256, gt=0, description="questions one Ingress works on at a time; beyond, 429")
+    conversions: int = Field(2, gt=0, description="HTML, PDF and Word files one Ingress converts at a time")
+    convert: ConvertConfig = ConvertConfig()
+    question_s: float = Field(300.0, gt=0, description="seconds one question may take in all")
     question_characters: int = Field(100_000, gt=0, description="characters of one question")
     answer_tokens: int = Field(4096, gt=0, description="max_tokens that one answer may ask for")
+
+
+class AuthConfig(Settings):
+    """Who may call."""
+
+    mode: Literal["keys", "off"] = Field(
+        "keys", description="keys: every request needs an API key, which says whose it is; off: on loopback only"
+    )
 
 
 class Profile(Settings):
@@ -61,7 +76,18 @@ class Profile(Settings):
     memory: MemoryConfig
     retrieval: RetrievalConfig = RetrievalConfig()
     generator: GeneratorConfig
+    auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
+    quotas: QuotasConfig = QuotasConfig()
+
+    @model_validator(mode="after")
+    def _readers_outlive_nothing(self) -> "Profile":
+        if self.memory.catalog.grace_s < self.limits.question_s:
+            raise ValueError(
+                f"memory.catalog.grace_s ({self.memory.catalog.grace_s:g}) must not be less than limits.question_s "
+                f"({self.limits.question_s:g}), or a version could be deleted under a question"
+            )
+        return self
 
 
 def profile_names() -> list[str]:
@@ -103,6 +129,8 @@ def parse_profile(text: str, source: str) -> Profile:
 
 def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
     key = ".".join(str(part) for part in location)
+    if not key:
+        return message.removeprefix("Value error, ")
     if kind == "extra_forbidden":
         valid = _fields_at(Profile, location[:-1])
         return f"unknown key {key!r}{_nearest(str(location[-1]), valid)} (valid: {', '.join(valid)})"
@@ -110,16 +138,21 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    for part in location:
-        found = _model_in(model.model_fields[str(part)].annotation)
+    parts = iter(location)
+    for part in parts:
+        annotation = model.model_fields[str(part)].annotation
+        found = _model_in(annotation)
         if found is None:
             return []
+        if typing.get_origin(annotation) is dict:
+            next(parts, None)  # a name that the user chose
         model = found
     return list(model.model_fields)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
+    holders = (types.UnionType, typing.Union, dict)
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in holders else ()
     for option in options or (annotation,):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option

@@ -7,17 +7,18 @@ processes by, should the server have been killed.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
-import shutil
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +26,12 @@ from typing import Protocol
 
 import psutil
 
+from serving.traces import kill, remove_traces, shared_memory_of
+
 STARTED_BY = "memorag: "  # begins the log lines that `up` shows
-_SHARED_MEMORY = Path("/dev/shm")
 _READY_S = 60.0  # from deployed to answering
 _TICK_S = 0.2
+_NEXT_PROFILE = "profile.next"  # in the storage folder: what a reload takes up
 
 
 class DaemonError(Exception):
@@ -55,6 +58,8 @@ class ServerState:
     started: float  # seconds since the epoch
     temporary: str  # folder of all its temporary files
     address: str | None = None
+    generation: int = 1  # one more for each redeployment
+    reload_error: str | None = None  # why the last one was refused
     shared_memory: tuple[str, ...] = ()  # files that its processes had mapped when it became ready
 
     def process(self) -> psutil.Process | None:
@@ -72,6 +77,7 @@ class Running(Protocol):
 
     @property
     def address(self) -> str: ...
+    def redeploy(self, options: "ServerOptions") -> None: ...
     def stop(self) -> None: ...
 
 
@@ -155,13 +161,40 @@ def stop(storage: Path, *, grace_s: float = 40.0) -> bool:
     server = state.process()
     shared = {*state.shared_memory}
     if server:
-        shared |= _shared_memory_of(family := [server, *server.children(recursive=True)])
+        shared |= shared_memory_of(family := [server, *server.children(recursive=True)])
         server.terminate()
         _, alive = psutil.wait_procs([server], timeout=grace_s)
-        _kill([*alive, *family] if alive else [p for p in family if p.is_running()])
-    _remove_traces(temporary, shared)
+        kill([*alive, *family] if alive else [p for p in family if p.is_running()])
+    remove_traces(temporary, shared)
     (storage / "server.json").unlink(missing_ok=True)
     return True
+
+
+def reload(storage: Path, profile: str | None, *, timeout_s: float) -> ServerState:
+    """Has the running server take up `profile`, or its own again, replica by replica; returns when that is done.
+
+    Raises `DaemonError` where no server runs, or it refuses the profile and goes on with the one it has.
+    """
+    state = state_of(storage)
+    process = state.process() if state else None
+    if state is None or process is None or state.address is None:
+        raise DaemonError(f"no server runs on {storage}; start one with 'memorag up'")
+    (storage / _NEXT_PROFILE).write_text(profile or state.profile, encoding="utf-8")
+    process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        after = state_of(storage)
+        if after is None or after.process() is None:
+            raise DaemonError(
+                f"the server ended while it was reloading; the end of its log:\n{_tail(storage / 'server.log')}"
+            )
+        if after.generation > state.generation:
+            if after.reload_error:
+                raise DaemonError(f"the server goes on as it was: {after.reload_error}")
+            return after
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(timeout=_TICK_S)
+    raise DaemonError(f"the server was not done reloading after {timeout_s:.0f} s; 'memorag status' says how it is")
 
 
 def run_server(
@@ -197,19 +230,25 @@ def run_server(
             watcher.join()
             ended.clear()
             _await_ready(running.address)
-            for name in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in their place
-                signal.signal(name, lambda *_: ended.set())
-            shared |= _shared_memory_of([itself, *itself.children(recursive=True)])
-            _write_state(storage, replace(state, address=running.address, shared_memory=tuple(sorted(shared))))
+            calls: queue.SimpleQueue[int] = queue.SimpleQueue()
+            for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # Ray has put its own in their place
+                signal.signal(name, lambda number, _: calls.put(number))
+            shared |= shared_memory_of([itself, *itself.children(recursive=True)])
+            state = replace(state, address=running.address, shared_memory=tuple(sorted(shared)))
+            _write_state(storage, state)
             on_ready(running.address)
-            ended.wait()
+            while calls.get() == signal.SIGHUP:
+                state = _reloaded(running, options, state)
+                shared |= shared_memory_of([itself, *itself.children(recursive=True)])
+                state = replace(state, shared_memory=tuple(sorted(shared)))
+                _write_state(storage, state)
         finally:
-            for name in (signal.SIGTERM, signal.SIGINT):
+            for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(name, signal.SIG_IGN)
             ended.set()
             if running:
                 running.stop()
-            _remove_traces(temporary, shared)  # all of it, where deploying failed half-way
+            remove_traces(temporary, shared)  # all of it, where deploying failed half-way
             (storage / "server.json").unlink(missing_ok=True)
 
 
@@ -237,6 +276,19 @@ def _deploy(options: ServerOptions, temporary: Path) -> Running:
 
     profile = load_profile(options.profile)
     return deploy(profile, options.storage, options.host, options.port, ray_folder=temporary)
+
+
+def _reloaded(running: Running, options: ServerOptions, state: ServerState) -> ServerState:
+    """The state after a redeployment with the profile that was asked for; one that is refused changes nothing."""
+    profile = (Path(options.storage) / _NEXT_PROFILE).read_text(encoding="utf-8")
+    _say(f"reloading with profile {profile}")
+    try:
+        running.redeploy(replace(options, profile=profile))
+    except Exception as error:  # noqa: BLE001  a boundary: whatever the new profile's fault is, this server goes on
+        _say(f"the profile {profile} is refused: {error}")
+        return replace(state, generation=state.generation + 1, reload_error=str(error))
+    _say("reloaded")
+    return replace(state, generation=state.generation + 1, reload_error=None, profile=profile)
 
 
 def _leave(*_: object) -> None:
@@ -315,63 +367,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=10)
-
-
-def _remove_traces(temporary: Path, shared: set[str]) -> None:
-    """Kills the processes that name `temporary`, deletes it, and those of the `shared` files that nothing maps."""
-    # A process may start another while it is being killed: look until none is found.
-    while rest := _processes_naming(temporary):
-        shared |= _shared_memory_of(rest)
-        _kill(rest)
-    shutil.rmtree(temporary, ignore_errors=True)
-    still_mapped = set().union(*map(_mapped, psutil.process_iter())) if shared else set()
-    for path in shared - still_mapped:
-        Path(path).unlink(missing_ok=True)
-
-
-def _processes_naming(folder: Path) -> list[psutil.Process]:
-    """Processes, this one apart, that name `folder` in their command line or environment, or have files open in it.
-
-    All three, because Ray's workers overwrite their command line, and with it their environment, with a title.
-    """
-    mark = f"{folder}/"
-    return [p for p in psutil.process_iter() if p.pid != os.getpid() and any(mark in f"{t}/" for t in _traces(p))]
-
-
-def _traces(process: psutil.Process) -> Iterator[str]:
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return
-        yield from process.cmdline()
-        yield from process.environ().values()
-        for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-            yield str(descriptor.readlink())
-    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return
-
-
-def _shared_memory_of(processes: Iterable[psutil.Process]) -> set[str]:
-    """Files below /dev/shm that the processes have mapped, or that carry their number, as joblib's semaphores do."""
-    found: set[str] = set()
-    for process in processes:
-        found |= {str(path) for path in _SHARED_MEMORY.glob(f"sem.*-{process.pid}-*")} | _mapped(process)
-    return {path for path in found if Path(path).exists()}
-
-
-def _mapped(process: psutil.Process) -> set[str]:
-    try:
-        return {m.path for m in process.memory_maps() if m.path.startswith(f"{_SHARED_MEMORY}/")}
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return set()
 
 
 def _main() -> None:

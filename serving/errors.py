@@ -3,13 +3,14 @@
 import asyncio
 import http
 import json
+import math
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.errors import EngineFailed
-from cluster.storage import DamagedFile
+from cluster.storage import DamagedFile, StorageFull, StorageGone
 from generator_worker import errors as generator_errors
 from memory_worker import errors as memory_errors
 from retrieval_worker import errors as retrieval_errors
@@ -31,13 +32,24 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (memory_errors.MemoryExists, 409),
     (memory_errors.MemoryNotReady, 409),
     (memory_errors.WrongModel, 409),
+    (memory_errors.DocumentNotFound, 404),
+    (memory_errors.NoJob, 409),
+    (memory_errors.LastDocument, 409),
+    (memory_errors.VersionChanged, 412),
+    (memory_errors.JobUnderWay, 412),
+    (memory_errors.QueueFull, 429),
+    (memory_errors.QuotaExceeded, 429),
     (memory_errors.QuestionTooLong, 422),
     (memory_errors.MemoryTooLarge, 422),
+    (memory_errors.WindowTooLarge, 422),
+    (memory_errors.MixedMemories, 422),
     (memory_errors.EmptyDocument, 422),
     (generator_errors.QuestionTooLong, 422),
     (UnsupportedDocument, 422),
     (generator_errors.GenerationFailed, 503),
     (EngineFailed, 503),
+    (StorageFull, 507),
+    (StorageGone, 503),
     (retrieval_errors.DamagedIndex, 500),
     (DamagedFile, 500),
 )
@@ -61,7 +73,11 @@ class ProblemError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        if self.status in (429, 503):
+            return {"Retry-After": str(math.ceil(self.members.get("retry_after", RETRY_AFTER_S)))}
+        return {}
 
     def body(self) -> dict[str, Any]:
         """The `application/problem+json` document."""
@@ -80,7 +96,7 @@ class ProblemError(Exception):
 
 def problem_for(error: BaseException) -> ProblemError:
     """The problem that `error`, perhaps wrapped by Ray, is to a client."""
-    cause = _cause(error)
+    cause = cause_of(error)
     if isinstance(cause, ProblemError):
         return cause
     for kind, status in _STATUS:
@@ -96,7 +112,24 @@ def is_callers_fault(error: BaseException) -> bool:
     return problem_for(error).status < 500
 
 
-def _cause(error: BaseException) -> BaseException:
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
+def is_unavailable(error: BaseException) -> bool:
+    """Whether a process that died or is not there yet is to blame: the same call may succeed with its successor."""
+    cause = cause_of(error)
+    return isinstance(cause, (*_UNAVAILABLE, EngineFailed))
+
+
+def damaged_path(error: BaseException) -> str | None:
+    """The stored file that is damaged, if that is what the error says."""
+    cause = cause_of(error)
+    return cause.path if isinstance(cause, DamagedFile | retrieval_errors.DamagedIndex) else None
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised, without the wrappings of Ray and of task groups."""
+    while True:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+            error = error.cause
+        elif isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            return error

@@ -37,6 +37,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
         # Nothing of ours blocks its replica's event loop, so user code needs no thread of its own: less work a request.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares",
     }
     import ray
 

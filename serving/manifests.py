@@ -1,17 +1,21 @@
-"""What the Router reads out of a manifest: the index the Retriever searches, and the memory as HTTP shows it."""
+"""What the Router reads out of manifests: the index the Retriever searches, and the memory as HTTP shows it."""
+
+from collections.abc import Sequence
 
 from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryRecord
-from retrieval_worker.messages import Index
+from memory_worker.messages import Job, MemoryRecord
+from retrieval_worker.messages import Index, IndexPart
 from serving import api
 
 
-def index_of(manifest: Manifest) -> Index:
-    """The Retriever's name for this version's index."""
+def index_of(manifests: Sequence[Manifest]) -> Index:
+    """The Retriever's name for the passages of these versions."""
     return Index(
-        passages=manifest.passages.stored,
-        files=tuple(entry.stored for entry in manifest.index),
-        passage_count=manifest.passage_count,
+        tuple(
+            IndexPart(manifest.memory, document.id, document.passages.stored)
+            for manifest in manifests
+            for document in manifest.documents
+        )
     )
 
 
@@ -22,6 +26,7 @@ def memory_out(record: MemoryRecord) -> api.MemoryOut:
         return api.MemoryOut(
             id=manifest.memory,
             title=manifest.title,
+            tags=list(manifest.tags),
             status=record.status,
             version=manifest.version,
             kind=manifest.kind,
@@ -32,20 +37,52 @@ def memory_out(record: MemoryRecord) -> api.MemoryOut:
             bytes=manifest.bytes,
             documents=[api.DocumentOut(id=d.id, characters=d.characters, tokens=d.tokens) for d in manifest.documents],
             created=manifest.created,
+            job=_job_out(job),
             error=record.error,
         )
+    made_of = job.record if job else None
     return api.MemoryOut(
         id=record.memory,
-        title=job.title if job else None,
+        title=made_of.title if made_of else None,
+        tags=list(made_of.tags) if made_of else [],
         status=record.status,
         version=record.version,
         kind="beacon",
-        ratio=job.ratio if job else 0,
+        ratio=made_of.ratio if made_of else 0,
         slots=0,
-        tokens=record.total_tokens,
+        tokens=job.total_tokens if job else 0,
         passages=0,
         bytes=0,
-        documents=[api.DocumentOut(id=d.id, characters=d.characters, tokens=0) for d in (job.documents if job else ())],
+        documents=[
+            api.DocumentOut(id=d.id, characters=d.characters, tokens=0) for d in (made_of.documents if made_of else ())
+        ],
         created=record.created,
+        job=_job_out(job),
         error=record.error,
+    )
+
+
+def progress_out(status: api.Status, job: Job, rate: float) -> api.ProgressOut:
+    """How far a job is, at `rate` tokens a second."""
+    left = (job.total_tokens - job.done_tokens) / rate if rate > 0 and job.total_tokens else None
+    return api.ProgressOut(
+        status=status,
+        state=job.state,
+        done_tokens=job.done_tokens,
+        total_tokens=job.total_tokens,
+        tokens_per_second=rate,
+        seconds_left=left,
+    )
+
+
+def _job_out(job: Job | None) -> api.JobOut | None:
+    if job is None:
+        return None
+    return api.JobOut(
+        kind=job.record.kind,
+        state=job.state,
+        version=job.key.version,
+        documents=[document.id for document in job.record.documents],
+        done_tokens=job.done_tokens,
+        total_tokens=job.total_tokens,
     )

@@ -8,8 +8,8 @@ and answer are picked as evidence. If recall fails, the question goes on as plai
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -17,12 +17,12 @@ from ray.serve.handle import DeploymentHandle
 from cluster.messages import Finished, TextDelta
 from generator_worker.messages import GenerateRequest, Generation, Source
 from memory_worker.manifest import Manifest
-from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, MemoryKey, RecallRequest, RecallUsage
+from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from retrieval_worker.config import SearchConfig
 from retrieval_worker.fusion import fit, fuse
 from retrieval_worker.messages import EvidenceRequest, Hit, Index
 from serving import api
-from serving.errors import is_callers_fault, problem_for
+from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
 from serving.manifests import index_of
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
     "rag": (),
 }
 
+_RETRY_S = 0.2  # a replica whose engine died answers until it is replaced: not asked again at once
 _PREPARED_AT_MOST = 2048  # fewer than a Retriever keeps
 
 PipelineEvent = Clue | Hit | TextDelta | api.Answer
@@ -48,20 +49,22 @@ class Pools:
     generator: DeploymentHandle
     search: SearchConfig
     recall_deadline_s: float
+    question_deadline_s: float
     degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as untrained-model
     prepared: "Prepared"
+    on_damage: Callable[[Sequence[Manifest], BaseException], Awaitable[bool]]  # told of errors that are survived
 
 
 class Prepared:
     """Which passages' sentences were lately sent to be embedded: the Retriever still has them, with luck."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], None] = {}
+        self._known: dict[tuple[Index, int], None] = {}
 
     def missing(self, index: Index, passages: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `passages` not asked for before; they count as prepared from now on."""
-        keys = [(index.passages.digest, passage) for passage in passages]
-        missing = tuple(passage for (digest, passage) in keys if (digest, passage) not in self._known)
+        keys = [(index, passage) for passage in passages]
+        missing = tuple(passage for key, passage in zip(keys, passages, strict=True) if key not in self._known)
         if len(self._known) > _PREPARED_AT_MOST:
             self._known.clear()
         self._known.update(dict.fromkeys(keys))
@@ -69,33 +72,38 @@ class Prepared:
 
 
 class Inquiry:
-    """One question in flight over one version of a memory."""
+    """One question in flight over one version of each of some memories of a tenant."""
 
-    def __init__(self, pools: Pools, manifest: Manifest, question: api.Question) -> None:
+    def __init__(
+        self,
+        pools: Pools,
+        manifests: Sequence[Manifest],
+        groups: Sequence[SegmentGroup],
+        question: api.Question,
+        cache_salt: str,
+    ) -> None:
+        """`groups` are the memories' segments as the Recaller reads them; `cache_salt` is the tenant's."""
         self._pools = pools
-        self._manifest = manifest
+        self._manifests = manifests
+        self._groups = groups
         self._question = question
-        self._language: api.Language = question.language or ("zh" if manifest.language == "zh" else "en")
-        self._index: Index = index_of(manifest)
-        self._key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+        self._cache_salt = cache_salt
+        self._language: api.Language = question.language or ("zh" if manifests[0].language == "zh" else "en")
+        self._index: Index = index_of(manifests)
         self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
         self._tasks: list[asyncio.Task[Any]] = []
         self._started = time.perf_counter()
+        self._deadline = time.monotonic() + pools.question_deadline_s
         self.clues: list[Clue] = []
         self.hits: list[Hit] = []  # in the order that citations number them
         self.usage = api.Usage()
         self.timings = api.Timings()
         self.degraded = list(pools.degraded)
 
-    @property
-    def version(self) -> str:
-        """The version that is being asked; it stays, whatever is published meanwhile."""
-        return self._key.version
-
     async def run(self) -> AsyncIterator[PipelineEvent]:
         """Clues, passages, pieces of the answer as they come; the whole answer last.
 
-        Closing the iterator cancels the work in every pool.
+        Closing the iterator cancels the work in every pool. Raises `TimeoutError` past the question's deadline.
         """
         try:
             if self._question.task == "memory":
@@ -116,33 +124,61 @@ class Inquiry:
                 task.cancel()
 
     async def recall(self, kinds: tuple[ClueKind, ...], *, required: bool = False) -> AsyncIterator[Clue]:
-        """The clues, each the moment its line is complete; none where recall fails, unless they are `required`."""
+        """The clues, each the moment its line is complete; none where recall fails, unless they are `required`.
+
+        Memories that one prompt cannot hold are asked group by group, all at once; a clue counts once.
+        """
         if not kinds:
             return
-        request = RecallRequest(self._key, self._manifest.slots, self._question.question, kinds, self._language)
-        response = self._pools.recaller.options(stream=True).recall.remote(request)
+        arrived: asyncio.Queue[Clue | asyncio.Task[None]] = asyncio.Queue()
+        asking = [asyncio.create_task(self._recall_group(group, kinds, arrived.put_nowait)) for group in self._groups]
+        for task in asking:
+            task.add_done_callback(arrived.put_nowait)
+        known: set[tuple[ClueKind, str]] = set()
+        running = len(asking)
         try:
-            async for item in _until(response, self._pools.recall_deadline_s):
-                if isinstance(item, RecallUsage):
-                    self.usage.recall_prompt_tokens = item.prompt_tokens
-                    self.usage.recall_completion_tokens = item.completion_tokens
+            while running:
+                item = await arrived.get()
+                if isinstance(item, Clue):
+                    if (item.kind, item.text.casefold()) not in known:
+                        known.add((item.kind, item.text.casefold()))
+                        self.clues.append(item)
+                        yield item
                     continue
-                self.clues.append(item)
-                yield item
-        except Exception as error:
-            # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
-            if required or is_callers_fault(error):
-                raise
-            logger.warning("recall failed for %s, going on as rag: %r", self._key.path, error)
-            self.degraded.append("recall")
+                running -= 1
+                error = item.exception()
+                if error is None:
+                    continue
+                # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
+                if required or is_callers_fault(error):
+                    raise error
+                names = ", ".join(manifest.memory for manifest in self._manifests)
+                logger.warning("recall failed for %s, going on without: %r", names, error)
+                await self._pools.on_damage(self._manifests, error)
+                if "recall" not in self.degraded:
+                    self.degraded.append("recall")
         finally:
-            response.cancel()
+            for task in asking:
+                task.cancel()
         self.timings.recall = self._elapsed_ms()
+
+    async def _recall_group(
+        self, group: SegmentGroup, kinds: tuple[ClueKind, ...], found: Callable[[Clue], None]
+    ) -> None:
+        request = RecallRequest(group, self._question.question, kinds, self._language)
+        deadline = min(self._deadline, time.monotonic() + self._pools.recall_deadline_s)
+        async for item in _retried(lambda: self._pools.recaller.options(stream=True).recall.remote(request), deadline):
+            if isinstance(item, RecallUsage):
+                self.usage.recall_prompt_tokens += item.prompt_tokens
+                self.usage.recall_completion_tokens += item.completion_tokens
+            else:
+                found(item)
 
     def begin_search(self) -> asyncio.Task[list[list[Hit]]]:
         """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
         # A summary asks nothing: the title stands for it until key points come.
-        self._queries.put_nowait(self._question.question or self._manifest.title or "summary")
+        titles = " ".join(manifest.title for manifest in self._manifests if manifest.title)
+        self._queries.put_nowait(self._question.question or titles or "summary")
         self._tasks.append(task := asyncio.create_task(self._search()))
         return task
 
@@ -171,7 +207,7 @@ class Inquiry:
                 queries.append(self._queries.get_nowait())
             more = None not in queries
             if texts := [query for query in queries if query is not None]:
-                found: list[list[list[Hit]]] = await self._pools.retriever.search.remote(self._index, texts)
+                found = await self._asked(self._pools.retriever.search, self._index, texts)
                 rankings += [ranking for each in found for ranking in each]
         return rankings
 
@@ -186,12 +222,14 @@ class Inquiry:
             sources=tuple(_source(hit) for hit in self.hits),
             language=self._language,
             max_tokens=self._question.max_tokens,
+            cache_salt=self._cache_salt,
             stream=self._question.stream,
         )
-        response = self._pools.generator.options(stream=True).generate.remote(request)
         generation: Generation | None = None
         try:
-            async for item in response:
+            async for item in _retried(
+                lambda: self._pools.generator.options(stream=True).generate.remote(request), self._deadline
+            ):
                 if isinstance(item, Generation):
                     generation = item
                 else:
@@ -202,65 +240,67 @@ class Inquiry:
                 passages=[passage_out(hit).model_dump() for hit in self.hits],
                 clues=[clue_out(clue).model_dump() for clue in self.clues],
             ) from error
-        finally:
-            response.cancel()
         assert generation is not None, "the generator's stream ends with a Generation"
         self.timings.generate = self._elapsed_ms() - began
         self.usage.prompt_tokens = generation.prompt_tokens
         self.usage.completion_tokens = generation.completion_tokens
-        kept = {(source.document, source.start, source.end) for source in generation.sources}
-        self.hits = [h for h in self.hits if (h.passage.document, h.passage.start, h.passage.end) in kept]
+        kept = {replace(source, score=0.0) for source in generation.sources}
+        self.hits = [hit for hit in self.hits if replace(_source(hit), score=0.0) in kept]
         yield await self._answer(generation)
 
     async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
-        await self._pools.retriever.prepare_evidence.remote(self._index, passages)
+        await self._asked(self._pools.retriever.prepare_evidence, self._index, passages)
 
     async def _answer(self, generation: Generation) -> api.Answer:
         evidence = []
         if self.hits:
             ids = tuple(hit.passage.id for hit in self.hits)
-            evidence = await self._pools.retriever.evidence.remote(
-                EvidenceRequest(self._index, ids, self._question.question, generation.text)
-            )
+            request = EvidenceRequest(self._index, ids, self._question.question, generation.text)
+            evidence = await self._asked(self._pools.retriever.evidence, request)
         return self._finish(
             answer=generation.text,
             citations=[
-                api.CitationOut(n=c.n, document=c.document, start=c.start, end=c.end) for c in generation.citations
+                api.CitationOut(n=c.n, memory=c.memory, document=c.document, start=c.start, end=c.end)
+                for c in generation.citations
             ],
             evidence=[
-                api.EvidenceOut(document=e.document, start=e.start, end=e.end, text=e.text, score=e.score)
+                api.EvidenceOut(
+                    memory=e.memory, document=e.document, start=e.start, end=e.end, text=e.text, score=e.score
+                )
                 for e in evidence
             ],
         )
 
     async def _answer_from_memory(self) -> AsyncIterator[TextDelta | api.Answer]:
+        if len(self._groups) > 1:
+            raise ProblemError(
+                422,
+                f"these memories make {len(self._groups)} prompts, and the task 'memory' answers from one; ask with "
+                "the task 'memorag', which asks all of them for clues",
+            )
         request = MemoryAnswerRequest(
-            self._key,
-            self._manifest.slots,
-            self._question.question,
-            self._language,
-            self._question.max_tokens,
+            self._groups[0], self._question.question, self._language, self._question.max_tokens
         )
-        response = self._pools.recaller.options(stream=True).answer.remote(request)
         pieces: list[str] = []
-        try:
-            async for item in response:
-                if isinstance(item, Finished):
-                    self.usage.recall_prompt_tokens = item.prompt_tokens
-                    self.usage.recall_completion_tokens = item.completion_tokens
-                else:
-                    pieces.append(item.text)
-                    yield item
-        finally:
-            response.cancel()
+        async for item in _retried(
+            lambda: self._pools.recaller.options(stream=True).answer.remote(request), self._deadline
+        ):
+            if isinstance(item, Finished):
+                self.usage.recall_prompt_tokens = item.prompt_tokens
+                self.usage.recall_completion_tokens = item.completion_tokens
+            else:
+                pieces.append(item.text)
+                yield item
         self.timings.recall = self._elapsed_ms()
         yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
 
     def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:
         self.timings.total = self._elapsed_ms()
+        asked = [api.MemoryVersion(id=manifest.memory, version=manifest.version) for manifest in self._manifests]
         return api.Answer(
-            memory=self._key.memory,
-            version=self._key.version,
+            memory=asked[0].id if len(asked) == 1 else None,
+            version=asked[0].version if len(asked) == 1 else None,
+            memories=asked,
             task=self._question.task,
             answer=answer,
             citations=citations,
@@ -271,6 +311,18 @@ class Inquiry:
             usage=self.usage,
             timings_ms=self.timings,
         )
+
+    async def _asked(self, method: Any, *arguments: Any) -> Any:
+        """What a deployment's method returns; a replica that dies is waited for, and its successor asked."""
+        while True:
+            try:
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    return await method.remote(*arguments)
+            except Exception as error:
+                if not is_unavailable(error) or time.monotonic() >= self._deadline:
+                    raise
+                logger.warning("a retrieval call is repeated: %r", error)
+            await asyncio.sleep(_RETRY_S)
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started) * 1000
@@ -285,22 +337,41 @@ def passage_out(hit: Hit) -> api.PassageOut:
     """A passage as HTTP shows it."""
     passage = hit.passage
     return api.PassageOut(
-        document=passage.document, start=passage.start, end=passage.end, text=passage.text, score=hit.score
+        memory=passage.memory,
+        document=passage.document,
+        start=passage.start,
+        end=passage.end,
+        text=passage.text,
+        score=hit.score,
     )
 
 
 def _source(hit: Hit) -> Source:
     passage = hit.passage
-    return Source(passage.document, passage.start, passage.end, passage.text, hit.score)
+    return Source(passage.memory, passage.document, passage.start, passage.end, passage.text, hit.score)
 
 
-async def _until(stream: Any, seconds: float) -> AsyncIterator[Any]:
-    """The items of `stream`; `TimeoutError` when it has not ended after `seconds`."""
-    deadline = time.monotonic() + seconds
-    iterator = aiter(stream)
+async def _retried(call: Callable[[], Any], deadline: float) -> AsyncIterator[Any]:
+    """The items of the stream that `call` starts; started again if its replica dies before the first item.
+
+    Raises `TimeoutError` when it has not ended by `deadline` (monotonic seconds). Closing it cancels the stream.
+    """
     while True:
+        began = False
+        stream = call()
         try:
-            item = await asyncio.wait_for(anext(iterator), deadline - time.monotonic())
-        except StopAsyncIteration:
-            return
-        yield item
+            iterator = aiter(stream)
+            while True:
+                try:
+                    item = await asyncio.wait_for(anext(iterator), deadline - time.monotonic())
+                except StopAsyncIteration:
+                    return
+                began = True
+                yield item
+        except Exception as error:
+            if began or not is_unavailable(error) or time.monotonic() >= deadline:
+                raise
+            logger.warning("a stream is started again: %r", error)
+        finally:
+            stream.cancel()
+        await asyncio.sleep(_RETRY_S)

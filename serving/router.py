@@ -4,30 +4,32 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TypeVar
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import TextDelta
-from cluster.storage import Storage
 from memory_worker.catalog import catalog
-from memory_worker.errors import MemoryNotReady, WrongModel
-from memory_worker.manifest import JobDocument, JobRecord, Manifest
-from memory_worker.messages import Clue, MemorizerDescription, MemoryRecord
+from memory_worker.errors import WrongModel
+from memory_worker.groups import segment_groups
+from memory_worker.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.messages import Clue, MemorizerDescription, MemoryKey, MemoryRecord, Reservation, SegmentGroup
 from memory_worker.store import check_id
 from retrieval_worker.messages import Hit
 from serving import api
 from serving.config import Profile
-from serving.convert import detect_language
-from serving.errors import ProblemError, problem_for
+from serving.errors import ProblemError, damaged_path, problem_for
 from serving.jobs import Jobs
-from serving.manifests import memory_out
+from serving.manifests import memory_out, progress_out
 from serving.pipeline import CLUE_KINDS, Inquiry, Pools, Prepared, clue_out, passage_out
+from serving.question_limits import QuestionLimits
+from serving.secret import salt_of
+from serving.usage_metrics import UsageMetrics
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
+_Result = TypeVar("_Result")
 
 
 class Router:
@@ -37,6 +39,7 @@ class Router:
         self,
         profile: Profile,
         storage_root: str,
+        secret: bytes,
         degraded: tuple[str, ...],
         memorizer: DeploymentHandle,
         recaller: DeploymentHandle,
@@ -44,140 +47,227 @@ class Router:
         generator: DeploymentHandle,
     ) -> None:
         self._profile = profile
-        self._storage = Storage(storage_root)
-        self._catalog = catalog(storage_root, profile.ray.namespace)
+        self._secret = secret
+        self._catalog = catalog(storage_root, profile.ray.namespace, profile.memory.catalog, profile.quotas)
         self._memorizer = memorizer
-        self._jobs = Jobs(self._storage, self._catalog, memorizer, retriever)
         self._pools = Pools(
             recaller,
             retriever,
             generator,
             profile.retrieval.search,
             profile.memory.recall.deadline_s,
+            profile.limits.question_s,
             degraded,
             Prepared(),
+            self._repair,
         )
+        self._limits = QuestionLimits(profile)
+        self._metrics = UsageMetrics()
         self._model: MemorizerDescription | None = None
-        self._tokenizer: Any = None
-        self._resuming = asyncio.get_running_loop().create_task(self._jobs.resume())
+        settings = (profile.memory.catalog, profile.quotas)
+        jobs = Jobs(self._catalog, settings, memorizer, retriever)
+        self._working = asyncio.get_running_loop().create_task(jobs.run_forever())
 
     # -- memories ------------------------------------------------------------------------------------------
 
-    async def create(self, tenant: str, request: api.CreateMemory) -> api.MemoryOut:
-        """Starts to make a memory of the documents; it is `memorizing` when this returns."""
+    async def reserve(
+        self, tenant: str, memory: str | None, title: str | None, ratio: int | None, documents: int
+    ) -> Reservation:
+        """Where the texts of a new memory are put before `create` begins its job. A name is made if none is given."""
+        self._check_documents(documents)
         model = await self._memory_model()
-        if len(request.documents) > self._profile.limits.documents:
-            raise ProblemError(
-                413,
-                f"{len(request.documents)} documents; one memory takes {self._profile.limits.documents} at most",
-            )
-        ratio = request.ratio or self._profile.memory.memorize.ratio
-        if request.ratio is not None and request.ratio not in model.ratios:
+        if ratio is not None and ratio not in model.ratios:
             valid = ", ".join(map(str, model.ratios))
             raise ProblemError(
-                422,
-                f"ratio {request.ratio} does not divide the window of {model.window} tokens; use one of {valid}",
+                422, f"ratio {ratio} does not divide the window of {model.window} tokens; use one of {valid}"
             )
-        documents = _named_documents(request.documents)
-        memory = request.id if request.id is not None else _id_from(request.title)
-        job = JobRecord(
-            documents=tuple(JobDocument(id=name, characters=len(text)) for name, text in documents),
-            ratio=ratio,
-            language=await asyncio.to_thread(detect_language, documents[0][1]),
-            title=request.title,
-        )
+        name = memory if memory is not None else _id_from(title)
+        return await _problems(self._catalog.reserve.remote(tenant, name, create=True))
+
+    async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
+        """Where the text of a document is put before `change` begins its job."""
         try:
-            check_id(memory, "memory")
-            await self._jobs.create(tenant, memory, job, [text for _, text in documents])
-            return memory_out(await self._catalog.get.remote(tenant, memory))
+            check_id(document, "document")
         except Exception as error:
             raise problem_for(error) from error
+        reserved: Reservation = await _problems(
+            self._catalog.reserve.remote(tenant, memory, create=False, if_match=if_match)
+        )
+        base = reserved.base
+        assert base is not None, "a change has a base"
+        try:
+            if document not in {entry.id for entry in base.documents}:
+                self._check_documents(len(base.documents) + 1)
+            running = (await self._memory_model()).fingerprint
+            if base.fingerprint != running:
+                raise problem_for(WrongModel(memory, base.fingerprint, running))
+        except ProblemError:
+            await self.abandon(reserved.key)
+            raise
+        return reserved
+
+    async def reserve_import(self, tenant: str, memory: str, manifest: Manifest) -> Reservation:
+        """Where the files of an archive are put before `adopt`. Raises where another model encoded it."""
+        running = (await self._memory_model()).fingerprint
+        if manifest.fingerprint != running:
+            raise problem_for(WrongModel(memory, manifest.fingerprint, running))
+        self._check_documents(len(manifest.documents))
+        return await _problems(self._catalog.reserve.remote(tenant, memory, create=True))
+
+    async def adopt(self, manifest: Manifest) -> api.MemoryOut:
+        """A memory of files that are in storage already."""
+        return memory_out(await _problems(self._catalog.adopt.remote(manifest)))
+
+    async def create(
+        self,
+        key: MemoryKey,
+        documents: Sequence[JobDocument],
+        *,
+        language: str,
+        title: str | None,
+        tags: Sequence[str],
+        ratio: int | None,
+    ) -> api.MemoryOut:
+        """Begins to make a memory of texts that are in storage; it is `memorizing` when this returns."""
+        job = JobRecord(
+            documents=tuple(documents),
+            ratio=ratio or self._profile.memory.memorize.ratio,
+            language=language,
+            title=title,
+            tags=tuple(dict.fromkeys(tags)),
+        )
+        return memory_out(await _problems(self._catalog.begin.remote(key, job)))
+
+    async def change(self, reserved: Reservation, document: JobDocument) -> api.MemoryOut:
+        """Begins to add or replace a document whose text is in storage; the present version is asked until then."""
+        base = reserved.base
+        assert base is not None, "a change has a base"
+        job = JobRecord(
+            kind="put",
+            base=base.version,
+            documents=(document,),
+            ratio=base.ratio,
+            language=base.language,
+            title=base.title,
+            tags=base.tags,
+        )
+        return memory_out(await _problems(self._catalog.begin.remote(reserved.key, job)))
+
+    async def abandon(self, key: MemoryKey) -> None:
+        """Gives up what was reserved, with the texts put there."""
+        await self._catalog.abandon.remote(key)
+
+    async def remove_document(self, tenant: str, memory: str, document: str, if_match: str | None) -> api.MemoryOut:
+        """Removes a document; the version without it is there when this returns."""
+        removed = self._catalog.remove_document.remote(tenant, memory, document, if_match)
+        return memory_out(await _problems(removed))
+
+    async def cancel(self, tenant: str, memory: str) -> None:
+        """Ends the job of the memory."""
+        await _problems(self._catalog.cancel.remote(tenant, memory))
 
     async def get(self, tenant: str, memory: str) -> api.MemoryOut:
         return memory_out(await self._record(tenant, memory))
 
-    async def list_memories(self, tenant: str, cursor: str | None, limit: int) -> api.MemoryList:
-        records, following = await self._catalog.list.remote(tenant, cursor, limit)
+    async def list_memories(self, tenant: str, cursor: str | None, limit: int, tag: str | None) -> api.MemoryList:
+        records, following = await _problems(self._catalog.list.remote(tenant, cursor, limit, tag))
         return api.MemoryList(memories=[memory_out(record) for record in records], next_cursor=following)
 
     async def delete(self, tenant: str, memory: str) -> None:
-        """Deletes the memory and all its versions; ends its job, if it is still being made."""
-        await self._record(tenant, memory)
-        await self._jobs.cancel(tenant, memory)
-        await self._catalog.delete.remote(tenant, memory)
+        """Deletes the memory and all its versions; ends its job, if it is being made or changed."""
+        await _problems(self._catalog.delete.remote(tenant, memory))
 
-    async def source(self, tenant: str, memory: str, document: str) -> str:
-        """The text of one document, that all offsets count in."""
-        manifest = await self._ready(tenant, memory)
+    async def manifest(self, tenant: str, memory: str) -> Manifest:
+        """The present version, whose files stay for the retention's grace."""
+        return await self._read(tenant, memory)
+
+    async def hold(self, key: MemoryKey) -> None:
+        """Keeps a version that is read for long from being deleted."""
+        await self._catalog.hold.remote(key)
+
+    async def source(self, tenant: str, memory: str, document: str) -> FileEntry:
+        """The file with the text of one document, that all offsets count in; it stays for the retention's grace."""
+        manifest = await self._read(tenant, memory)
         for entry in manifest.documents:
             if entry.id == document:
-                try:
-                    buffer = await asyncio.to_thread(self._storage.read, entry.source.stored)
-                except Exception as error:
-                    raise problem_for(error) from error
-                return bytes(buffer).decode()
+                return entry.source
         names = ", ".join(entry.id for entry in manifest.documents[:20])
         raise ProblemError(404, f"memory {memory!r} has no document {document!r}; it has {names}")
 
-    async def events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
-        """Progress of a memory in the making, until it is ready or failed."""
-        record = await self._record(tenant, memory)
-        began, first = time.monotonic(), record.done_tokens
-        while record.status == "memorizing":
-            rate = (record.done_tokens - first) / max(time.monotonic() - began, 1e-3)
-            left = (record.total_tokens - record.done_tokens) / rate if rate > 0 and record.total_tokens else None
-            progress = api.ProgressOut(
-                status=record.status,
-                done_tokens=record.done_tokens,
-                total_tokens=record.total_tokens,
-                tokens_per_second=rate,
-                seconds_left=left,
-            )
-            yield api.Event(name="progress", data=progress.model_dump())
-            try:
-                record = await self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S)
-            except Exception as error:
-                raise problem_for(error) from error
-        yield api.Event(
-            name="ready" if record.status == "ready" else "failed",
-            data=memory_out(record).model_dump(mode="json"),
+    async def usage(self, tenant: str) -> api.UsageOut:
+        """What the tenant has and may have."""
+        used = await self._catalog.usage.remote(tenant)
+        return api.UsageOut(
+            tenant=tenant,
+            memories=used.memories,
+            tokens=used.tokens,
+            bytes=used.bytes,
+            jobs=used.jobs,
+            quota=self._profile.quotas.of(tenant).model_dump(),
         )
+
+    async def events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
+        """Progress of a memory's job, until the memory is ready, or the job has failed; error where it is deleted."""
+        try:
+            async for event in self._events(tenant, memory):
+                yield event
+        except ProblemError as problem:  # the response may have begun: it ends with what went wrong
+            yield api.Event(name="error", data=problem.body())
+
+    async def _events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
+        record = await self._record(tenant, memory)
+        began, first = time.monotonic(), record.job.done_tokens if record.job else 0
+        while record.job:
+            rate = (record.job.done_tokens - first) / max(time.monotonic() - began, 1e-3)
+            progress = progress_out(record.status, record.job, rate)
+            yield api.Event(name="progress", data=progress.model_dump())
+            record = await _problems(self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S))
+        yield api.Event(name="failed" if record.error else "ready", data=memory_out(record).model_dump(mode="json"))
 
     # -- questions -----------------------------------------------------------------------------------------
 
-    async def ask(self, tenant: str, memory: str, question: api.Question) -> AsyncIterator[api.Event]:
+    async def ask(
+        self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
+    ) -> AsyncIterator[api.Event]:
         """Events clue, passage, token; last done, or error."""
+        manifests: Sequence[Manifest] = ()
         try:
-            inquiry = await self._inquiry(tenant, memory, question)
+            manifests = await self._read_many(tenant, memories, tag)
+            inquiry = await self._inquiry(tenant, manifests, question)
             async for item in inquiry.run():
+                if isinstance(item, api.Answer):
+                    self._count(tenant, item)
                 yield _event(item)
         except Exception as error:  # noqa: BLE001  the response has begun: the failure travels as its last event
-            yield api.Event(name="error", data=problem_for(error).body())
+            yield api.Event(name="error", data=(await self._problem(manifests, error)).body())
 
-    async def answer(self, tenant: str, memory: str, question: api.Question) -> api.Answer:
+    async def answer(self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question) -> api.Answer:
         """The whole answer at once."""
-        inquiry = await self._inquiry(tenant, memory, question)
+        manifests = await self._read_many(tenant, memories, tag)
+        inquiry = await self._inquiry(tenant, manifests, question)
         try:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
+                    self._count(tenant, item)
                     return item
         except Exception as error:
-            raise problem_for(error) from error
+            raise await self._problem(manifests, error) from error
         raise ProblemError(500, "the pipeline ended without an answer")
 
     async def clues(self, tenant: str, memory: str, query: api.CluesQuery) -> api.CluesOut:
         """Recall on its own."""
         question = api.Question(question=query.question, language=query.language)
-        inquiry = await self._inquiry(tenant, memory, question)
+        manifest = await self._read(tenant, memory)
+        inquiry = await self._inquiry(tenant, [manifest], question)
         started = time.perf_counter()
         try:
             clues = [clue_out(clue) async for clue in inquiry.recall(CLUE_KINDS["memorag"], required=True)]
         except Exception as error:
-            raise problem_for(error) from error
+            raise await self._problem([manifest], error) from error
         inquiry.timings.total = (time.perf_counter() - started) * 1000
         return api.CluesOut(
             memory=memory,
-            version=inquiry.version,
+            version=manifest.version,
             clues=clues,
             degraded=inquiry.degraded,
             usage=inquiry.usage,
@@ -186,15 +276,16 @@ class Router:
 
     async def passages(self, tenant: str, memory: str, query: api.PassagesQuery) -> api.PassagesOut:
         """Retrieval on its own, with the text as it is."""
-        inquiry = await self._inquiry(tenant, memory, api.Question(question=query.question, task="rag"))
+        manifest = await self._read(tenant, memory)
+        inquiry = await self._inquiry(tenant, [manifest], api.Question(question=query.question, task="rag"))
         started = time.perf_counter()
         try:
             await inquiry.retrieve(inquiry.begin_search())
         except Exception as error:
-            raise problem_for(error) from error
+            raise await self._problem([manifest], error) from error
         inquiry.timings.total = (time.perf_counter() - started) * 1000
         hits = [passage_out(hit) for hit in inquiry.hits]
-        return api.PassagesOut(memory=memory, version=inquiry.version, passages=hits, timings_ms=inquiry.timings)
+        return api.PassagesOut(memory=memory, version=manifest.version, passages=hits, timings_ms=inquiry.timings)
 
     # -- health --------------------------------------------------------------------------------------------
 
@@ -212,71 +303,74 @@ class Router:
         running = {"Recaller": recaller.requests, "Generator": generator.requests}
         return api.Readiness(status="ok", running=running)
 
+    def check_health(self) -> None:
+        """Raises if no jobs are taken any more."""
+        if self._working.done():
+            self._working.result()
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _check_documents(self, count: int) -> None:
+        """Raises for more documents than one memory may have."""
+        if count > self._profile.limits.documents:
+            raise ProblemError(413, f"{count} documents; one memory takes {self._profile.limits.documents} at most")
+
+    def _count(self, tenant: str, answer: api.Answer) -> None:
+        self._metrics.question(tenant, answer.task, answer.timings_ms.total / 1000, answer.usage.completion_tokens)
+
     async def _memory_model(self) -> MemorizerDescription:
         if self._model is None:
             self._model = await self._memorizer.describe.remote()
         return self._model
 
     async def _record(self, tenant: str, memory: str) -> MemoryRecord:
-        try:
-            check_id(memory, "memory")
-            return await self._catalog.get.remote(tenant, memory)
-        except Exception as error:
-            raise problem_for(error) from error
+        return await _problems(self._catalog.get.remote(tenant, memory))
 
-    async def _ready(self, tenant: str, memory: str) -> Manifest:
-        record = await self._record(tenant, memory)
-        if record.manifest is None:
-            raise problem_for(MemoryNotReady(memory, record.status, record.error))
-        return record.manifest
+    async def _read(self, tenant: str, memory: str) -> Manifest:
+        return await _problems(self._catalog.read.remote(tenant, memory))
 
-    async def _inquiry(self, tenant: str, memory: str, question: api.Question) -> Inquiry:
-        manifest = await self._ready(tenant, memory)
-        await self._check_question(question)
-        running = (await self._memory_model()).fingerprint
-        if question.task != "rag" and manifest.fingerprint != running:
-            raise problem_for(WrongModel(memory, manifest.fingerprint, running))
-        return Inquiry(self._pools, manifest, question)
+    async def _read_many(self, tenant: str, memories: Sequence[str], tag: str | None) -> Sequence[Manifest]:
+        found: Sequence[Manifest] = await _problems(self._catalog.read_many.remote(tenant, memories, tag))
+        if not found:
+            missing = f"no ready memory has the tag {tag!r}" if tag else "no memory is named"
+            raise ProblemError(404 if tag else 422, f"{missing}; give ids in 'memories', or a tag that memories have")
+        return found
 
-    async def _check_question(self, question: api.Question) -> None:
-        limits, text = self._profile.limits, question.question
-        if question.task != "summarize" and not text.strip():
-            raise ProblemError(422, "the question is empty; ask something")
-        if question.max_tokens is not None and question.max_tokens > limits.answer_tokens:
-            raise ProblemError(
-                422, f"max_tokens is {question.max_tokens}; at most {limits.answer_tokens} can be asked for"
-            )
-        window = (await self._memory_model()).window
-        if len(text) <= window // 4:  # a token is at least one byte of UTF-8, a character at most four
-            return
-        if len(text) > limits.question_characters:
-            raise ProblemError(
-                422,
-                f"the question has {len(text)} characters, more than limits.question_characters and the memory model's "
-                f"window of {window} tokens; memorize long texts instead",
-            )
-        if (tokens := await asyncio.to_thread(self._tokens, text)) > window:
-            raise ProblemError(
-                422,
-                f"the question has {tokens} tokens, more than the memory model's window of {window}; "
-                "memorize long texts instead",
-            )
+    async def _inquiry(self, tenant: str, manifests: Sequence[Manifest], question: api.Question) -> Inquiry:
+        await self._limits.check(question, (await self._memory_model()).window)
+        groups: Sequence[SegmentGroup] = ()
+        if question.task != "rag":
+            running = (await self._memory_model()).fingerprint
+            for manifest in manifests:
+                if manifest.fingerprint != running:
+                    raise problem_for(WrongModel(manifest.memory, manifest.fingerprint, running))
+            try:
+                groups = segment_groups(manifests, self._profile.memory.group_slots)
+            except Exception as error:
+                raise problem_for(error) from error
+        return Inquiry(self._pools, manifests, groups, question, salt_of(self._secret, tenant))
 
-    def _tokens(self, text: str) -> int:
-        if self._tokenizer is None:
-            from tokenizers import Tokenizer
+    async def _problem(self, manifests: Sequence[Manifest], error: BaseException) -> ProblemError:
+        """The problem that `error` is to a client; where a file is damaged, what is being done about it."""
+        if await self._repair(manifests, error):
+            path = damaged_path(error)
+            return ProblemError(503, f"the stored file {path!r} is damaged and is being made again; try again later")
+        return problem_for(error)
 
-            model = Path(self._profile.memory.engine.model)
-            local = model / "tokenizer.json"
-            self._tokenizer = (
-                Tokenizer.from_file(str(local)) if local.exists() else Tokenizer.from_pretrained(str(model))
-            )
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    async def _repair(self, manifests: Sequence[Manifest], error: BaseException) -> bool:
+        """Begins to make a damaged file again, if that is what is wrong and it can be done."""
+        path = damaged_path(error)
+        for manifest in manifests if path else ():
+            if path in {file.path for file in manifest.files}:
+                key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+                return bool(await _problems(self._catalog.repair.remote(key, path)))
+        return False
 
 
 def router_deployment(profile: Profile) -> serve.Deployment:
-    """The Router on the CPU pool of `profile`."""
-    return serve.deployment(Router, name="Router", **profile.pools.cpu.deployment_options())
+    """The Router on the CPU pool of `profile`. One that is replaced ends its questions first."""
+    options = profile.pools.cpu.deployment_options() | {"graceful_shutdown_timeout_s": profile.limits.question_s}
+    return serve.deployment(Router, name="Router", **options)
 
 
 def _event(item: Clue | Hit | TextDelta | api.Answer) -> api.Event:
@@ -289,23 +383,12 @@ def _event(item: Clue | Hit | TextDelta | api.Answer) -> api.Event:
     return api.Event(name="done", data=item.model_dump())
 
 
-def _named_documents(documents: list[api.DocumentIn]) -> list[tuple[str, str]]:
-    named: dict[str, str] = {}
-    for number, document in enumerate(documents, start=1):
-        name = document.id if document.id is not None else f"doc-{number}"
-        try:
-            check_id(name, "document")
-            document.text.encode()
-        except UnicodeEncodeError:
-            raise ProblemError(422, f"document {name!r} has half a surrogate pair; send valid Unicode") from None
-        except Exception as error:
-            raise problem_for(error) from error
-        if not document.text.strip():
-            raise ProblemError(422, f"document {name!r} holds no text but white space; send a text that has some")
-        if name in named:
-            raise ProblemError(422, f"two documents are called {name!r}; give each its own id")
-        named[name] = document.text
-    return list(named.items())
+async def _problems(called: Awaitable[_Result]) -> _Result:
+    """What an actor's method returns; its failure as a `ProblemError`."""
+    try:
+        return await called
+    except Exception as error:
+        raise problem_for(error) from error
 
 
 def _id_from(title: str | None) -> str:

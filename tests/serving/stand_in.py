@@ -1,11 +1,13 @@
 """A server process for lifecycle tests: all of `run_server`, with a tiny HTTP server in place of Ray and vLLM.
 
 It behaves as its profile's name says: `ready`, `crash` (while starting), `stubborn` (never stops by itself),
-`slow` (never ready). Like the real one it has a child process, which ignores SIGTERM, in its temporary folder.
+`slow` (never ready); and redeployed, `refused…` or `fatal`.
+Like the real one it has a child process, which ignores SIGTERM, in its temporary folder.
 """
 
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -50,6 +52,15 @@ class Running:
         self.server = http.server.ThreadingHTTPServer((options.host, options.port), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.address = f"http://{options.host}:{self.server.server_port}"
+
+    def redeploy(self, options: ServerOptions) -> None:
+        if options.profile.startswith("refused"):
+            raise ValueError(f"{options.profile} is no profile")
+        if options.profile == "fatal":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if options.profile == "slow":
+            threading.Event().wait()
+        print(f"redeployed {options.profile}", flush=True)
 
     def stop(self) -> None:
         if self.stubborn:

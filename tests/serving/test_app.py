@@ -2,8 +2,8 @@
 
 import pytest
 
-from serving.app import memories_root, models_folder, untrained, with_models
-from serving.config import ProfileError, load_profile, parse_profile
+from serving.app import memories_root, models_folder, require_safe, untrained, with_models
+from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
 
 
 def test_the_embedded_model_is_made_and_known_as_untrained(tmp_path):
@@ -31,3 +31,21 @@ def test_where_things_are_kept(tmp_path):
     assert memories_root("s3://bucket/memories") == "s3://bucket/memories"
     assert models_folder(str(tmp_path)) == tmp_path / "models"
     assert models_folder("s3://bucket/memories").is_absolute()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_without_keys_only_this_machine_is_listened_to(host):
+    require_safe(load_profile("embedded"), host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", "localhost.example.org", ""])
+def test_without_keys_no_other_address_is_listened_at(host):
+    with pytest.raises(ProfileError, match=r"auth.mode is off.*memorag keys create TENANT"):
+        require_safe(load_profile("embedded"), host)
+    with_keys = load_profile("embedded").model_copy(update={"auth": AuthConfig(mode="keys")})
+    require_safe(with_keys, host)
+
+
+def test_keys_are_asked_for_unless_a_profile_says_otherwise():
+    text = "memory: {engine: {model: a}}\ngenerator: {engine: {model: b}}"
+    assert parse_profile(text, "mine").auth.mode == "keys"

@@ -25,8 +25,9 @@ ANSWER = {
 PROGRESS = {"status": "memorizing", "done_tokens": 5, "total_tokens": 10, "tokens_per_second": 2.0, "seconds_left": 2.5}
 
 
-def memory(status: str, id: str = "m") -> dict:
-    return {"id": id, "status": status, "documents": []}
+def memory(status: str, id: str = "m", **fields) -> dict:
+    job = {"kind": "create", "state": "running"} if status == "memorizing" else None
+    return {"id": id, "status": status, "version": "v1", "documents": [], "job": job, "error": None} | fields
 
 
 def sse(*events: tuple[str, dict]) -> bytes:
@@ -66,7 +67,7 @@ def stub() -> Iterator[Stub]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_DELETE = handle_any
+        do_GET = do_POST = do_PUT = do_DELETE = handle_any
 
         def log_message(self, *_: object) -> None:
             pass
@@ -90,7 +91,7 @@ def test_text_is_sent_as_json_and_waited_for(stub: Stub) -> None:
         made = client.memorize(text="the gate", id="m", ratio=4, progress=seen.append)
     assert made.status == "ready" and seen == [PROGRESS]
     _, headers, body = stub.requests[0]
-    assert json.loads(body) == {"id": "m", "ratio": 4, "documents": [{"text": "the gate"}]}
+    assert json.loads(body) == {"id": "m", "ratio": 4, "tags": [], "documents": [{"text": "the gate"}]}
     assert headers["Authorization"] == "Bearer key"
 
 
@@ -100,7 +101,7 @@ def test_files_are_sent_as_multipart(stub: Stub, tmp_path) -> None:
     for path in paths:
         path.write_text(f"text of {path.name}")
     with MemoRAG(stub.url) as client:
-        client.memorize(*paths, title="Zwei", ratio=8)
+        client.memorize(*paths, title="Zwei", tags=["a", "b"], ratio=8)
     _, headers, body = stub.requests[0]
     head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
     parts = [
@@ -111,6 +112,8 @@ def test_files_are_sent_as_multipart(stub: Stub, tmp_path) -> None:
         [
             ("title", None, b"Zwei"),
             ("ratio", None, b"8"),
+            ("tags", None, b"a"),
+            ("tags", None, b"b"),
             ("files", "one.txt", b"text of one.txt"),
             ("files", "two.md", b"text of two.md"),
         ],
@@ -225,3 +228,100 @@ def test_either_files_or_text() -> None:
                 client.memorize(*arguments.pop("paths", ()), **arguments)
         with pytest.raises(FileNotFoundError):
             client.memorize("missing.txt")
+
+
+# -- documents, archives, several memories -----------------------------------------------------------------
+
+
+def test_a_document_is_put_and_waited_for(stub: Stub, tmp_path) -> None:
+    changed = memory("ready", version="v2", documents=[{"id": "a b"}])
+    stub.add("GET /v1/memories/m", memory("ready"))
+    stub.add("GET /v1/memories/m", changed)
+    stub.add("PUT /v1/memories/m/documents/a%20b", memory("ready", job={"kind": "put", "state": "queued"}), 202)
+    stub.events("GET /v1/memories/m/events", ("progress", PROGRESS), ("ready", changed))
+    path = tmp_path / "b.txt"
+    path.write_text("from a file")
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        seen: list = []
+        assert book.documents.put("a b", text="new", if_match="v1", progress=seen.append) is book
+        assert (book.info, [d["id"] for d in book.documents], book.busy) == (changed, ["a b"], False)
+        assert seen == [PROGRESS]
+        book.documents.put("a b", path=path)
+        for wrong in ({}, {"text": "x", "path": path}):
+            with pytest.raises(ValueError, match="not both"):
+                book.documents.put("a b", **wrong)
+    (_, json_headers, json_body), (_, file_headers, file_body) = [r for r in stub.requests if r[0].startswith("PUT")]
+    assert json.loads(json_body) == {"text": "new"} and json_headers["If-Match"] == '"v1"'
+    assert b'name="file"; filename="b.txt"' in file_body and b"from a file" in file_body
+    assert "If-Match" not in file_headers
+
+
+def test_a_change_that_fails_is_an_error_and_the_memory_stays(stub: Stub) -> None:
+    stub.add("GET /v1/memories/m", memory("ready"))
+    stub.add("GET /v1/memories/m", kept := memory("ready", error="it was cancelled"))
+    stub.add("PUT /v1/memories/m/documents/a", memory("ready", job={"kind": "put", "state": "queued"}), 202)
+    stub.events("GET /v1/memories/m/events", ("failed", kept))
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        with pytest.raises(MemoRAGError, match="it was cancelled"):
+            book.documents.put("a", text="x")
+        assert book.status == "ready" and book.info["version"] == "v1"
+
+
+def test_documents_are_deleted_and_jobs_cancelled(stub: Stub) -> None:
+    stub.add("GET /v1/memories/m", memory("ready"))
+    stub.add("DELETE /v1/memories/m/documents/a", memory("ready", version="v2"))
+    changed = {"title": "Precondition Failed", "status": 412, "detail": "is at version 'v2'"}
+    stub.add("DELETE /v1/memories/m/documents/a", changed, 412, "application/problem+json")
+    stub.add("DELETE /v1/memories/m/job", b"", 204)
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        assert book.documents.delete("a", if_match="v1").info["version"] == "v2"
+        with pytest.raises(MemoRAGError, match="is at version 'v2'") as caught:
+            book.documents.delete("a", if_match="v1")
+        book.cancel()
+    assert caught.value.status == 412
+    assert all(h.get("If-Match") == '"v1"' for route, h, _ in stub.requests if "documents" in route)
+    assert stub.requests[-1][0] == "DELETE /v1/memories/m/job"
+
+
+def test_an_export_is_whole_or_not_there(stub: Stub, tmp_path) -> None:
+    data = bytes(range(256)) * 1000
+    stub.add("GET /v1/memories/m", memory("ready"))
+    stub.add("GET /v1/memories/m/archive", data, kind="application/x-tar")
+    stub.add("GET /v1/memories/m/archive", data, kind="application/x-tar", cut=True)
+    stub.add("GET /v1/memories/m/archive", {"status": 500, "title": "x", "detail": "a file is damaged"}, 500)
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        book.export(tmp_path / "m.tar")
+        assert (tmp_path / "m.tar").read_bytes() == data
+        with pytest.raises(ServerUnreachable, match="broke off"):
+            book.export(tmp_path / "cut.tar")
+        with pytest.raises(MemoRAGError, match="a file is damaged"):
+            book.export(tmp_path / "cut.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.tar"]
+
+
+def test_an_archive_is_imported_as_it_is(stub: Stub, tmp_path) -> None:
+    stub.add("POST /v1/memories", memory("ready"), 202)
+    stub.add("POST /v1/memories?id=other", memory("ready", "other"), 202)
+    path = tmp_path / "m.tar"
+    path.write_bytes(bytes(range(256)) * 1000)
+    with MemoRAG(stub.url) as client:
+        assert client.import_archive(path).id == "m"
+        assert client.import_archive(path, "other").id == "other"
+    for _, headers, body in stub.requests:
+        assert headers["Content-Type"] == "application/x-tar" and body == path.read_bytes()
+
+
+def test_several_memories_are_asked_at_once(stub: Stub) -> None:
+    stub.add("POST /v1/answer", ANSWER)
+    stub.add("GET /v1/memories?tag=log", {"memories": [memory("ready")], "next_cursor": None})
+    stub.add("GET /v1/usage", {"tenant": "t", "memories": 3})
+    with MemoRAG(stub.url) as client:
+        assert client.ask("who?", memories=["a", "b"], tag="log", task="rag", max_tokens=5).text == "twice [1]"
+        assert [m.id for m in client.memories(tag="log")] == ["m"]
+        assert client.usage()["memories"] == 3
+    asked = {"question": "who?", "memories": ["a", "b"], "tag": "log", "task": "rag", "max_tokens": 5}
+    assert json.loads(stub.requests[0][2]) == asked

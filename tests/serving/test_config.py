@@ -29,6 +29,12 @@ def test_a_path_is_a_profile_too(tmp_path):
         ("memory: {engine: {model: a, dtyp: x}}\ngenerator: {engine: {model: b}}", ["dtyp", "did you mean 'dtype'"]),
         (ENGINES + "limits: {documents: many}", ["limits.documents", "integer"]),
         ("memory: {engine: {model: a}}\ngenerator: {}", ["generator", "exactly one"]),
+        (ENGINES + "auth: {mod: keys}", ["auth.mod", "did you mean 'mode'"]),
+        (ENGINES + "auth: {mode: none}", ["auth.mode", "'keys' or 'off'"]),
+        (ENGINES + "quotas: {tenants: {acme: {memorys: 3}}}", ["quotas.tenants.acme.memorys", "'memories'"]),
+        (ENGINES + "quotas: {default: {jobs: 0}}", ["quotas.default.jobs", "greater than or equal to 1"]),
+        (ENGINES + "limits: {convert: {second: 3}}", ["limits.convert.second", "did you mean 'seconds'"]),
+        (ENGINES + "limits: {question_s: 1000}", ["grace_s", "must not be less than limits.question_s"]),
         ("- a list", ["mapping"]),
         ("{", ["not YAML"]),
     ],
@@ -47,3 +53,9 @@ def test_a_misspelt_name_too():
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load_profile("embedded").limits.documents = 5
+
+
+def test_quotas_of_tenants_are_their_own_or_the_default():
+    profile = parse_profile(ENGINES + "quotas: {default: {memories: 1}, tenants: {acme: {jobs: 2}}}", "mine")
+    assert profile.quotas.of("acme").model_dump(exclude_none=True) == {"jobs": 2}
+    assert profile.quotas.of("other").model_dump(exclude_none=True) == {"memories": 1}

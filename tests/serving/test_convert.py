@@ -1,13 +1,27 @@
 """Files become text: what each kind gives, and what is refused with what advice."""
 
 import io
-import socket
+import json
+import os
+import re
+import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 
-from serving.convert import NoText, NotUtf8, UnsupportedDocument, detect_language, read_document
+from serving import convert
+from serving.convert import (
+    ConversionFailed,
+    ConvertConfig,
+    NoText,
+    NotUtf8,
+    UnsupportedDocument,
+    detect_language,
+    read_document,
+    read_document_file,
+)
 
 CHINESE = "城门在暴风雨之前被打开了两次。守门人记得每一个进来的人，也记得他们带来的消息。"
 
@@ -73,6 +87,39 @@ def test_html_gives_its_text_without_scripts_and_tags() -> None:
     assert "steal" not in text and "<" not in text and "*" not in text
 
 
+@pytest.mark.parametrize(
+    "page, text",
+    [
+        ("<div>one</div><div>two <p>three</p></div>four", "one\n\ntwo\n\nthree\n\nfour"),
+        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table><ul><li>d<li>e</ul>", "a b\nc\n\nd\ne"),
+        ("x\n <i>y</i>, <b>z</b>w<br>v<pre>a\n b</pre>u", "x y, zw\nv\n\na\n b\n\nu"),
+        ("<title>T</title><style>p{}</style>&lt;b&gt;&nbsp;&#x1;c<!-- d --><![if !x]>e<![endif]>", "<b>\xa0ce"),
+        ("1 < 2 & 3 <![bogus[ x ]]>4</p></nothing><unknown>5", "1 < 2 & 3 4\n\n5"),
+    ],
+)
+def test_html_gives_what_a_browser_shows(page: str, text: str) -> None:
+    assert read_document("a.html", page.encode()) == text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CHINESE.encode(),
+        b"\xef\xbb\xbf" + CHINESE.encode(),
+        CHINESE.encode("utf-16"),
+        b'<meta charset="gb2312">' + CHINESE.encode("gb18030"),
+        b"<meta http-equiv=Content-Type content='text/html; charset=gbk'>" + CHINESE.encode("gbk"),
+        b"<meta charset=rot13>" + "".join(f"&#{ord(c)};" for c in CHINESE).encode(),
+    ],
+)
+def test_html_is_decoded_as_it_declares(data: bytes) -> None:
+    assert read_document("a.html", data) == CHINESE
+
+
+def test_html_that_declares_nothing_and_is_not_utf8_is_windows_1252() -> None:
+    assert read_document("a.html", b"caf\xe9 \x96") == "café –"
+
+
 def test_docx_gives_its_paragraphs() -> None:
     text = read_document("a.docx", docx("The gate opens.", CHINESE))
     assert [line for line in text.splitlines() if line] == ["The gate opens.", CHINESE]
@@ -80,17 +127,6 @@ def test_docx_gives_its_paragraphs() -> None:
 
 def test_pdf_gives_its_text() -> None:
     assert "The gate opens twice" in read_document("a.pdf", pdf("The gate opens twice"))
-
-
-def test_conversion_opens_no_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a conversion opened a socket")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.chdir(tmp_path)
-    for name, data in {"a.pdf": pdf("x y z"), "a.docx": docx("x"), "a.html": b"<p>x</p>"}.items():
-        assert read_document(name, data)
-    assert not list(tmp_path.iterdir()), "a conversion left files behind"
 
 
 def test_not_utf8_names_the_offset_and_the_command() -> None:
@@ -137,3 +173,121 @@ def test_language() -> None:
     assert detect_language("Das Tor wurde vor dem Sturm zweimal geöffnet, sagte der Wächter.") == "en"
     assert detect_language("Gate log.\n" + CHINESE * 2000) == "zh"
     assert detect_language("x") == "en"
+
+
+# -- files that attack the converter -----------------------------------------------------------------------
+
+
+def docx_bomb(mebibytes: int) -> bytes:
+    """A Word file of a few hundred kilobytes whose one paragraph is `mebibytes` long."""
+    return docx("a" * (mebibytes << 20))
+
+
+def pdf_bomb(mebibytes: int) -> bytes:
+    """A PDF of a few hundred kilobytes whose one page is drawn by `mebibytes` of operators."""
+    line = b"BT /F1 24 Tf 72 700 Td (aaaaaaaaaaaaaaaaaaaa) Tj ET\n"
+    content = zlib.compress(line * ((mebibytes << 20) // len(line)))
+    head, tail = pdf("PLACE").split(b"stream\n", 1)
+    head = re.sub(rb"<< /Length \d+ >>", b"<< /Length %d /Filter /FlateDecode >>" % len(content), head)
+    return head + b"stream\n" + content + b"\nendstream" + tail.partition(b"\nendstream")[2]
+
+
+def small(**limits: float) -> ConvertConfig:
+    return ConvertConfig.model_validate({"seconds": 60, "memory_bytes": 2**29, **limits})
+
+
+@pytest.mark.parametrize("bomb", ["200 MiB a.docx", "80 MiB a.docx", "64 MiB a.pdf"])
+def test_a_bomb_is_refused(bomb: str) -> None:
+    name, mebibytes = bomb.split()[2], int(bomb.split()[0])
+    with pytest.raises(UnsupportedDocument, match=f"'{name}'.*(memory|limit)"):
+        read_document(name, {"a.docx": docx_bomb, "a.pdf": pdf_bomb}[name](mebibytes), small())
+
+
+def test_deep_nesting_loses_no_text() -> None:
+    page = b"<p>Gate</p>" + b"<div>" * 200_000 + b"opens" + b"</div>" * 200_000 + b"twice"
+    assert read_document("a.html", page, small()) == "Gate\n\nopens\n\ntwice"
+
+
+def test_too_much_text_is_refused() -> None:
+    with pytest.raises(ConversionFailed, match=r"gives 1,\d\d\d characters of text, more than the 1,000"):
+        read_document("a.html", b"<p>" + b"word " * 300 + b"</p>", small(characters=1000))
+
+
+def test_too_slow_is_refused() -> None:
+    with pytest.raises(ConversionFailed, match=r"longer than 0.01 s; split it"):
+        read_document("a.pdf", pdf("x"), small(seconds=0.01))
+    with pytest.raises(ConversionFailed, match=r"'a.html' takes longer than 1 s"):
+        read_document("a.html", b"<p>word word</p>" * 2_000_000, small(seconds=1))
+
+
+def test_a_file_on_disk_is_read_as_its_bytes_are(tmp_path: Path) -> None:
+    for name, data in {"a.docx": docx(CHINESE), "a.pdf": pdf("gate"), "a.html": b"<p>gate", "a.txt": b"gate\n"}.items():
+        (tmp_path / "upload").write_bytes(data)
+        assert read_document_file(name, tmp_path / "upload") == read_document(name, data)
+    with pytest.raises(NoText):
+        (tmp_path / "upload").write_bytes(b"")
+        read_document_file("a.pdf", tmp_path / "upload")
+
+
+def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Puts a script in the converter's place, which can use what the real one has."""
+    script = folder / "worker.py"
+    real = Path(convert.__file__).with_name("convert_worker.py")
+    load = f"import os, resource, runpy, signal, sys\nreal = runpy.run_path({str(real)!r})\n"
+    script.write_text(load + "real['confine'](*(int(v) for v in sys.argv[2:]))\n" + code)
+    monkeypatch.setattr(convert, "_WORKER", script)
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"ended while reading 'a.pdf' \(SIGSEGV\)"),
+        ("os.abort()", r"\(SIGABRT\)"),
+        ("print('[]', file=sys.stderr); sys.exit(7)", r"\(exit status 7\)"),
+        ("os.kill(os.getpid(), signal.SIGXCPU)", "longer than 60 s"),
+        ("x = bytearray(1 << 30)", r"exit status 1.*needs more than 512 MiB"),
+        ("real['main'].__globals__['_text'] = lambda *_: bytearray(1 << 30); "
+         "sys.exit(real['main'](*sys.argv[1:2], *map(int, sys.argv[2:])))", "takes more than 512 MiB of memory"),
+        ("while True: pass", None),
+    ],
+)  # fmt: skip
+def test_a_converter_that_dies_is_a_clear_refusal(
+    code: str, said: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker(monkeypatch, tmp_path, code)
+    limits = small() if said else small(seconds=0.5)
+    with pytest.raises(ConversionFailed, match=said or r"longer than 0.5 s"):
+        read_document("a.pdf", pdf("x"), limits)
+
+
+def test_cpu_time_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker(monkeypatch, tmp_path, "resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass")
+    with pytest.raises(ConversionFailed, match="longer than 60 s"):
+        read_document("a.pdf", pdf("x"), small())
+
+
+def test_what_a_converter_has_and_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    show = "import json; names = [n for n in dir(resource) if 'RLIMIT_' in n]; "
+    show += "limits = {n: resource.getrlimit(getattr(resource, n)) for n in names}; "
+    show += "files = sorted(os.listdir('/proc/self/fd'))[:-1]; "  # the last is the listing's own
+    show += "print(json.dumps([limits, files, dict(os.environ), os.getcwd(), os.listdir(), sys.path]))"
+    worker(monkeypatch, tmp_path, show)
+    monkeypatch.setenv("MEMORAG_SECRET", "x" * 40)
+    with (tmp_path / "open").open("wb") as leaked:
+        os.set_inheritable(leaked.fileno(), True)
+        limits, files, environment, folder, content, paths = json.loads(read_document("a.pdf", b"x", small()))
+    assert limits["RLIMIT_AS"] == [2**29, 2**29] and limits["RLIMIT_CPU"] == [60, 61]
+    assert limits["RLIMIT_FSIZE"] == [20_000_000] * 2 and limits["RLIMIT_CORE"] == [0, 0]
+    assert limits["RLIMIT_NOFILE"] == [32, 32]
+    assert files == ["0", "1", "2"]
+    assert "MEMORAG_SECRET" not in environment and environment["HOME"] == folder
+    assert content == [] and not Path(folder).exists()
+    assert str(Path.cwd()) not in paths
+
+
+def test_a_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert read_document("a.pdf", pdf("x"))
+    with pytest.raises(ConversionFailed):
+        read_document("a.pdf", pdf("x"), small(seconds=0.01))
+    assert not list(tmp_path.iterdir())

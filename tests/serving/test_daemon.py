@@ -118,8 +118,8 @@ def test_a_crash_while_starting_shows_the_log_and_leaves_nothing(storage: Path) 
 
 
 def test_a_server_that_is_never_ready_is_given_up(storage: Path) -> None:
-    with pytest.raises(DaemonError, match="was not ready after 3 s"):
-        up(storage, "slow", timeout_s=3)
+    with pytest.raises(DaemonError, match="was not ready after 8 s"):
+        up(storage, "slow", timeout_s=8)
     assert_nothing_left(storage, None, child_of(storage))
 
 
@@ -148,3 +148,42 @@ def test_a_damaged_state_is_an_error_with_advice(storage: Path) -> None:
     with pytest.raises(DaemonError, match=r"is damaged .*delete it"):
         daemon.state_of(storage)
     (storage / "server.json").unlink()
+
+
+def test_reload_takes_up_another_profile_and_its_own_again(storage: Path) -> None:
+    before = up(storage)
+    after = daemon.reload(storage, "other", timeout_s=30)
+    assert (after.profile, after.generation, after.reload_error) == ("other", 2, None)
+    assert (after.pid, after.address) == (before.pid, before.address)
+    again = daemon.reload(storage, None, timeout_s=30)
+    assert (again.profile, again.generation) == ("other", 3)
+    log = (storage / "server.log").read_text()
+    assert log.count("redeployed other") == 2
+    assert httpx.get(f"{before.address}/readyz").is_success
+    assert daemon.stop(storage)
+
+
+def test_a_profile_that_is_refused_changes_nothing(storage: Path) -> None:
+    up(storage)
+    with pytest.raises(DaemonError, match="goes on as it was: refused-1 is no profile"):
+        daemon.reload(storage, "refused-1", timeout_s=30)
+    state = daemon.state_of(storage)
+    assert state and (state.profile, state.generation) == ("ready", 2)
+    assert "the profile refused-1 is refused" in (storage / "server.log").read_text()
+    assert httpx.get(f"{state.address}/readyz").is_success
+    assert daemon.reload(storage, "better", timeout_s=30).reload_error is None
+
+
+def test_reload_without_a_server_and_one_that_dies_of_it(storage: Path) -> None:
+    with pytest.raises(DaemonError, match=r"no server runs on .*memorag up"):
+        daemon.reload(storage, None, timeout_s=5)
+    state = up(storage)
+    with pytest.raises(DaemonError, match="ended while it was reloading; the end of its log"):
+        daemon.reload(storage, "fatal", timeout_s=30)
+    assert state.process() is None
+
+
+def test_a_reload_that_never_ends_is_not_waited_for(storage: Path) -> None:
+    up(storage)
+    with pytest.raises(DaemonError, match="not done reloading after 1 s"):
+        daemon.reload(storage, "slow", timeout_s=1)

@@ -16,6 +16,7 @@ from serving.config import RayConfig, load_profile
 folder = Path(tempfile.mkdtemp(prefix="dry-", dir="/tmp"))
 start_ray(RayConfig(logical_cpus=2, object_store_bytes=100 * 2**20, metrics=False), folder)
 from ray.serve._private.build_app import build_app
+from memory_worker.quotas import Quota
 from serving.app import build, with_models
 for name in sys.argv[1:]:
     profile = with_models(load_profile(name), folder)
@@ -23,20 +24,30 @@ for name in sys.argv[1:]:
     for deployment in graph.deployments:
         options = deployment.ray_actor_options or {}
         bundles = deployment._replica_config.placement_group_bundles
+        print("version", name, deployment.name, deployment._version)
         print(name, deployment.name, options.get("num_gpus", 0), options.get("resources", {}), bundles, sep="|")
+    limits = profile.quotas.model_copy(update={"tenants": {"acme": Quota(jobs=1)}})
+    other = build(profile.model_copy(update={"quotas": limits}), str(folder / "memories"))
+    for deployment in build_app(other, name="other").deployments:
+        print("changed", name, deployment.name, deployment._version)
 stop_ray(folder)
 """
 
 
 @pytest.fixture(scope="module")
-def graphs() -> dict[str, dict[str, list[str]]]:
+def output() -> list[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", BUILD, *profile_names()], capture_output=True, text=True, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def graphs(output: list[str]) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
-    for line in done.stdout.splitlines():
+    for line in output:
         if line.count("|") == 4:
             name, deployment, *rest = line.split("|")
             found.setdefault(name, {})[deployment] = rest
@@ -48,6 +59,16 @@ def test_every_profile_has_the_same_deployments(graphs):
     assert set(graphs) == set(profile_names())
     for name, deployments in graphs.items():
         assert set(deployments) == names, name
+
+
+def test_a_changed_profile_replaces_only_what_reads_the_change(output: list[str]):
+    for name in profile_names():
+        before, after = (
+            {line.split()[2]: line.split()[3] for line in output if line.startswith(f"{kind} {name} ")}
+            for kind in ("version", "changed")
+        )
+        assert len(before) == 7 and len(set(before.values())) == 7
+        assert {part for part in before if before[part] != after[part]} == {"Router", "Ingress"}, name
 
 
 def test_the_cluster_keeps_its_pools_apart(graphs):

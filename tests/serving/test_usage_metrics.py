@@ -1,0 +1,51 @@
+"""What is reported has few label values, and reporting never fails a request."""
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from serving.usage_metrics import UNKNOWN, CountedRequests, UsageMetrics, route_of
+
+
+def test_requests_are_counted_by_tenant_route_and_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, seen = FastAPI(), []
+    app.add_middleware(CountedRequests)
+    monkeypatch.setattr(
+        UsageMetrics, "request", lambda _, tenant, scope, status: seen.append((tenant, route_of(scope), status))
+    )
+
+    @app.get("/v1/memories/{memory}")
+    async def get_memory(request: Request, memory: str) -> str:
+        request.state.tenant = memory.upper()
+        return memory
+
+    client = TestClient(app)
+    for path in ("/v1/memories/a", "/v1/memories/b", "/no/such/route"):
+        client.get(path)
+    route = "GET /v1/memories/{memory}"
+    assert seen == [("A", route, 200), ("B", route, 200), (None, UNKNOWN, 404)]
+
+
+def test_reporting_without_ray_is_dropped() -> None:
+    for metrics in (UsageMetrics(), UsageMetrics()):
+        metrics.request(None, {"method": "GET"}, 401)
+        metrics.question("a", "memorag", 1.5, 0)
+        metrics.memorized("a", 0)
+        metrics.memorized("a", 10)
+
+
+def test_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, seen = UsageMetrics(), []
+    for name in ("_requests", "_question_seconds", "_memorized_tokens", "_answer_tokens"):
+        monkeypatch.setattr(
+            getattr(metrics, name), "_record", lambda value, tags, name=name: seen.append((value, tags))
+        )
+    metrics.request("a", {"method": "GET"}, 200)
+    metrics.question("a", "rag", 1.5, 7)
+    metrics.memorized("b", 9)
+    assert seen == [
+        (1.0, {"tenant": "a", "route": UNKNOWN, "status": "200"}),
+        (1.5, {"tenant": "a", "task": "rag"}),
+        (7, {"tenant": "a"}),
+        (9, {"tenant": "b"}),
+    ]
