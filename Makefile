@@ -9,8 +9,11 @@ READY   := .venv/installed-$(EXTRA)
 PACKAGES := cluster memory_worker retrieval_worker generator_worker serving
 EXAMPLE := examples/chronicle.txt
 QUESTION ?= Who became keeper of the lighthouse?
+MINUTES ?= 20
+SEED    ?= 0
+SOAK    := .memorag-soak
 
-.PHONY: install up down test lint bench docs
+.PHONY: install up down test lint soak bench docs
 
 install: $(READY)
 
@@ -34,6 +37,11 @@ lint: install
 
 test: lint
 	@$(BIN)/python -m pytest $(PYTEST)
+
+soak: install
+	@trap '$(BIN)/memorag down --storage $(SOAK)' EXIT; trap 'exit 1' INT TERM; \
+	  $(BIN)/memorag up --profile embedded --storage $(SOAK) --port 0 && \
+	  $(BIN)/python -m tests.system.chaos --storage $(SOAK) --minutes $(MINUTES) --seed $(SEED) --json $(SOAK)/soak.json
 
 bench: install
 	@$(BIN)/python -m benchmarks

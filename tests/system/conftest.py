@@ -27,6 +27,17 @@ class Server:
     def client(self, **options) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120, **options)
 
+    def manifest(self, memory: str, version: str, tenant: str = "default") -> dict:
+        """The manifest of a version, as it lies on the disk."""
+        path = self.storage / "memories" / tenant / memory / version / "manifest.json"
+        return json.loads(path.read_text(encoding="utf-8"))["manifest"]
+
+    def log_names(self, words: str) -> bool:
+        """Whether any log of the server's processes says these words."""
+        temporary = Path(json.loads((self.storage / "server.json").read_text())["temporary"])
+        logs = [path for path in (temporary / "session_latest" / "logs").rglob("*") if path.is_file()]
+        return any(words.encode() in path.read_bytes() for path in [self.storage / "server.log", *logs])
+
     def memorag(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
         """Runs the command line against this server."""
         environment = os.environ | {"MEMORAG_STORAGE": str(self.storage), "NO_COLOR": "1"}
@@ -41,10 +52,35 @@ def memorize(server: Server, documents: list[dict], **fields) -> dict:
     with server.client() as client:
         created = client.post("/v1/memories", json={"documents": documents, **fields})
         assert created.status_code == 202, created.text
-        with client.stream("GET", f"/v1/memories/{created.json()['id']}/events") as events:
-            lines = [line for line in events.iter_lines() if line]
-    assert lines[-2] == "event: ready", lines[-4:]
-    return json.loads(lines[-1].removeprefix("data: "))
+        events = follow(client, created.json()["id"])
+    assert events[-1][0] == "ready", events[-2:]
+    return events[-1][1]
+
+
+def follow(client: httpx.Client, memory: str) -> list[tuple[str, dict]]:
+    """The events of a memory, name and data, until its job has ended."""
+    with client.stream("GET", f"/v1/memories/{memory}/events") as response:
+        return read_events(response)
+
+
+def read_events(response: httpx.Response) -> list[tuple[str, dict]]:
+    """Server-sent events as (name, data)."""
+    events, name = [], ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            events.append((name, json.loads(line.removeprefix("data: "))))
+    return events
+
+
+def check_problem(response: httpx.Response, status: int, words: str = "") -> None:
+    """It is an RFC 9457 problem of that status, whose detail has these words."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/problem+json")
+    problem = response.json()
+    assert problem["status"] == status and problem["title"] and problem["type"]
+    assert words in problem["detail"], problem["detail"]
 
 
 @pytest.fixture(scope="session")

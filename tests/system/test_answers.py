@@ -1,12 +1,10 @@
 """The main job on real texts: memorize over HTTP, ask 20 questions at once, every quoted offset exact."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
-from tests.system.conftest import ROOT, SHARED, Server, memorize
+from tests.system.conftest import ROOT, SHARED, Server, memorize, read_events
 
 NOVEL = SHARED / "data" / "books" / "pride-and-prejudice.txt"
 CHINESE = (
@@ -160,14 +158,3 @@ def test_list_get_delete_and_create_again(server):
         found = client.post("/v1/memories/short/passages", json={"question": "What colour is the door?"}).json()
     assert before["version"] != after["version"]
     assert "grey gate" in found["passages"][0]["text"]
-
-
-def read_events(response: httpx.Response) -> list[tuple[str, dict]]:
-    """Server-sent events as (name, data)."""
-    events, name = [], ""
-    for line in response.iter_lines():
-        if line.startswith("event: "):
-            name = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            events.append((name, json.loads(line.removeprefix("data: "))))
-    return events

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from tests.system.conftest import Server
+from tests.system.conftest import Server, check_problem
 
 TEXT = [{"text": "A sentence to memorize."}]
 BAD_CREATIONS = {
@@ -47,14 +47,6 @@ BAD_QUESTIONS = {
     "not json": ("{", 400, ""),
     "not utf-8": (b'{"question": "\xff"}', 400, ""),
 }
-
-
-def check_problem(response: httpx.Response, status: int, words: str = "") -> None:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"].startswith("application/problem+json")
-    problem = response.json()
-    assert problem["status"] == status and problem["title"] and problem["type"]
-    assert words in problem["detail"], problem["detail"]
 
 
 def post(client: httpx.Client, path: str, body) -> httpx.Response:

@@ -84,6 +84,28 @@ def test_a_pasted_text_is_memorized_and_never_becomes_markup(page: webdriver.Chr
     assert page.title == "MemoRAG" and not page.find_elements(By.CSS_SELECTOR, "main img")
 
 
+def test_documents_are_added_and_deleted(page: webdriver.Chrome, server: Server) -> None:
+    page.find_element(By.ID, "title").send_keys("Ledger")
+    page.find_element(By.ID, "text").send_keys("The miller owed nine sacks of barley. " * 10)
+    page.find_element(By.ID, "memorize").click()
+    choose(page, "Ledger")
+    page.find_element(By.XPATH, "//select[@id='into']/option[text()='Ledger']").click()
+    page.find_element(By.ID, "title").send_keys("late entries")
+    page.find_element(By.ID, "text").send_keys("The baker paid for seven copper kettles. " * 10)
+    page.find_element(By.ID, "memorize").click()
+    names = (By.CSS_SELECTOR, "#memories .documents span")
+    wait(page, lambda p: [each.text for each in p.find_elements(*names)] == ["doc-1", "late-entries"])
+    wait(page, lambda p: p.find_element(By.ID, "go").is_enabled())
+    ask(page, "Who paid for copper kettles?")
+    assert "copper kettles" in page.find_element(By.ID, "passages").get_property("textContent")
+    page.find_element(By.CSS_SELECTOR, "[aria-label='Delete the document late-entries']").click()
+    page.switch_to.alert.accept()
+    wait(page, lambda p: [each.text for each in p.find_elements(*names)] == ["doc-1"])
+    page.find_element(By.ID, "question").clear()
+    ask(page, "Who paid for copper kettles?")
+    assert "copper kettles" not in page.find_element(By.ID, "passages").get_property("textContent")
+
+
 def test_a_refused_text_shows_why(page: webdriver.Chrome) -> None:
     page.find_element(By.ID, "text").send_keys("   ")
     page.find_element(By.ID, "memorize").click()

@@ -1,0 +1,59 @@
+"""Killing a part of a running server, or all of it, with SIGKILL: for the tests of what survives that."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PARTS = (
+    "Memorizer", "Recaller", "Embedder", "Retriever", "Generator", "Router", "Ingress", "Catalog", "MemoryKeeper",
+    "Recaller's engine", "Generator's engine",
+)  # fmt: skip
+
+
+def kill_part(state: dict[str, Any], part: str, timeout_s: float) -> float:
+    """Kills a process of a part of the server of this `server.json`, once there is one; when that was (monotonic)."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for process in psutil.Process(state["pid"]).children(recursive=True):
+            if _is(process, part):
+                process.send_signal(signal.SIGKILL)
+                return time.monotonic()
+        time.sleep(0.1)
+    raise AssertionError(f"{part} has no process to kill")
+
+
+def kill_server(state: dict[str, Any]) -> None:
+    """Kills the server of this `server.json`, with everything it started."""
+    server = psutil.Process(state["pid"])
+    family = [server, *server.children(recursive=True)]
+    for process in family:
+        if process.is_running():
+            process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, f"not dead: {alive}"
+
+
+def start_again(state: dict[str, Any], storage: Path) -> None:
+    """The command that a person would type after the server of this `server.json` was killed; on the same port."""
+    port = state["address"].rpartition(":")[2]
+    command = [Path(sys.executable).with_name("memorag"), "up", "--profile", state["profile"]]
+    started = subprocess.run(
+        [*command, "--port", port, "--storage", storage], capture_output=True, text=True, timeout=600
+    )
+    assert started.returncode == 0, started.stderr
+
+
+def _is(process: psutil.Process, part: str) -> bool:
+    try:
+        title = " ".join(process.cmdline())
+        if part.endswith("'s engine"):
+            parent, name = process.parent(), part.removesuffix("'s engine")
+            return "EngineCore" in title and parent is not None and f":{name}" in " ".join(parent.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    return title.startswith((f"ray::ServeReplica:memorag:{part}", f"ray::{part}"))

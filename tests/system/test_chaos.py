@@ -1,0 +1,18 @@
+"""Every part of the server is killed once while 16 clients ask and change memories: the short form of `make soak`."""
+
+import pytest
+
+from tests.system.chaos import DEADLINE_S, Chaos
+from tests.system.conftest import Server
+from tests.system.kills import PARTS
+
+
+@pytest.mark.timeout(1800)  # eleven kills, and each part takes as long as it needs to start
+async def test_every_part_is_killed_under_load(server: Server) -> None:
+    """Nothing is lost, no answer is wrong, every failure can be retried, and service comes back; it is left whole."""
+    found = await Chaos(server.storage, seed=0).run(list(PARTS), pause_s=1.0)
+    assert not found.wrong and not found.lost, found.summary()
+    assert [kill.part for kill in found.kills] == list(PARTS)
+    assert all(kill.recovery_s < DEADLINE_S for kill in found.kills), found.summary()
+    # The load was there, and it did meet the kills.
+    assert found.answers > 100 and found.changes > 5 and found.failures.total() > 0, found.summary()

@@ -1,0 +1,176 @@
+"""The whole server is killed, and its storage goes away for a while: nothing is lost, no answer is wrong.
+
+The tests follow one another on a server of their own: it is killed while it memorizes a long text, and started again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.system.chaos import text
+from tests.system.conftest import ROOT, Server, follow, memorize
+from tests.system.kills import kill_server
+
+pytestmark = pytest.mark.timeout(1200)  # it is started twice, on a machine that may be busy
+
+TASKS = ("memorag", "rag", "memory")
+QUESTION = "What stood by the lantern of the harbour?"
+
+
+SHORT = {"asked": text("asked", 200), "unasked": text("unasked", 200)}
+LONG = text("long", 7000)  # some 150,000 tokens
+
+
+@dataclass
+class Recovered:
+    """The server after it was killed and started again, and what was there before."""
+
+    server: Server
+    versions: dict[str, str]  # of the memories that were ready
+    checkpoint: dict  # of the long text's job, as it lay there when the server was dead
+    folder: Path  # of the version that job makes
+    written: dict[str, tuple[int, int]]  # the files it names: inode and time of the last change
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory) -> Iterator[Recovered]:
+    storage = tmp_path_factory.mktemp("recovery")
+    profile = storage / "profile.yaml"
+    settings = yaml.safe_load((ROOT / "serving" / "profiles" / "embedded.yaml").read_text())
+    settings["memory"]["memorize"]["checkpoint_windows"] = 16
+    profile.write_text(yaml.safe_dump(settings))
+    server = Server(up(storage, profile), storage)
+    try:
+        made = [memorize(server, [{"id": name, "text": words}], id=name) for name, words in SHORT.items()]
+        with server.client() as client:
+            begun = client.post("/v1/memories", json={"id": "long", "documents": [{"id": "long", "text": LONG}]})
+        assert begun.status_code == 202, begun.text
+        folder = storage / "memories" / "default" / "long" / begun.json()["version"]
+        wait_for_files(folder / "checkpoint.json", 3)
+        kill_server(json.loads((storage / "server.json").read_text()))
+        assert not (folder / "manifest.json").exists(), "it was killed too late"
+        checkpoint = json.loads((folder / "checkpoint.json").read_text())
+        written = {path: told_apart(storage / "memories" / path) for path in segment_files(checkpoint["segments"])}
+        server.url = up(storage, profile)
+        yield Recovered(server, {memory["id"]: memory["version"] for memory in made}, checkpoint, folder, written)
+    finally:
+        server.memorag("down")
+
+
+def up(storage: Path, profile: Path) -> str:
+    """Starts the server as a user does, on a free port; its address."""
+    started = Server("", storage).memorag("up", "--profile", str(profile), "--port", "0", check=False)
+    log = storage / "server.log"
+    assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
+    return json.loads((storage / "server.json").read_text())["address"]
+
+
+def wait_for_files(checkpoint: Path, count: int) -> None:
+    """Until a job's checkpoint names so many files."""
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() or len(segment_files(json.loads(checkpoint.read_text())["segments"])) < count:
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.02)
+
+
+def segment_files(segments: list[dict]) -> dict[str, str]:
+    """Paths and digests, in order."""
+    return {file["path"]: file["digest"] for segment in segments for file in segment["files"]}
+
+
+def told_apart(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def ask(client: httpx.Client, memory: str, task: str = "memorag") -> httpx.Response:
+    return client.post(f"/v1/memories/{memory}/answer", json={"question": QUESTION, "task": task, "max_tokens": 8})
+
+
+def check_whole(response: httpx.Response, memory: str, words: str) -> None:
+    """It is answered from that memory, with nothing left out, and what is quoted stands there."""
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["degraded"] == ["untrained-model"] and answer["memory"] == memory
+    assert bool(answer["passages"]) == (answer["task"] != "memory")
+    check_exact(answer, words)
+
+
+def check_exact(answer: dict, words: str) -> None:
+    for quoted in answer["passages"] + answer["evidence"]:
+        assert words[quoted["start"] : quoted["end"]] == quoted["text"]
+
+
+def test_a_killed_server_goes_on_from_the_last_checkpoint_to_the_same_files(recovered: Recovered) -> None:
+    server, done = recovered.server, recovered.checkpoint["segments"][0]["tokens"]
+    with server.client() as client:
+        events = follow(client, "long")
+    assert events[-1][0] == "ready", events[-1]
+    total = events[-1][1]["tokens"]
+    assert total > 130_000 and 0 < done < total
+    assert events[-1][1]["version"] == recovered.folder.name
+    resumed = segment_files(server.manifest("long", recovered.folder.name)["documents"][0]["segments"])
+    assert len(recovered.written) >= 3 and resumed.keys() > recovered.written.keys()
+    for path, before in recovered.written.items():
+        assert told_apart(server.storage / "memories" / path) == before, f"{path} was written again"
+    for path, digest in resumed.items():
+        assert hashlib.sha256((server.storage / "memories" / path).read_bytes()).hexdigest() == digest
+    assert not (recovered.folder / "checkpoint.json").exists()
+
+    again = memorize(server, [{"id": "long", "text": LONG}], id="again")
+    uninterrupted = server.manifest("again", again["version"])
+    killed = server.manifest("long", recovered.folder.name)
+    assert list(segment_files(uninterrupted["documents"][0]["segments"]).values()) == list(resumed.values())
+    assert uninterrupted["head"]["digest"] == killed["head"]["digest"]
+    assert uninterrupted["documents"][0]["passage_count"] == killed["documents"][0]["passage_count"]
+    with server.client() as client:
+        for memory in ("long", "again"):
+            check_whole(ask(client, memory), memory, LONG)
+
+
+def test_all_memories_are_there_after_a_kill(recovered: Recovered) -> None:
+    with recovered.server.client() as client:
+        listed = {memory["id"]: memory for memory in client.get("/v1/memories").json()["memories"]}
+        for name, version in recovered.versions.items():
+            assert (listed[name]["status"], listed[name]["version"]) == ("ready", version)
+            assert client.get(f"/v1/memories/{name}/documents/{name}").text == SHORT[name]
+        for task in TASKS:
+            check_whole(ask(client, "asked", task), "asked", SHORT["asked"])
+
+
+def test_storage_that_is_gone_for_a_while(recovered: Recovered) -> None:
+    """What is in the node's memory is asked as before; what is not says so, and is as it was when storage is back."""
+    memories, away = recovered.server.storage / "memories", recovered.server.storage / "away"
+    before = sorted(path.relative_to(memories) for path in memories.rglob("*"))
+    with recovered.server.client() as client:
+        for task in TASKS:
+            check_whole(ask(client, "asked", task), "asked", SHORT["asked"])
+        memories.rename(away)
+        try:
+            for task in TASKS:
+                for _ in range(3):
+                    check_whole(ask(client, "asked", task), "asked", SHORT["asked"])
+                other = ask(client, "unasked", task)
+                if other.status_code == 200:
+                    assert "recall" in other.json()["degraded"]
+                    check_exact(other.json(), SHORT["unasked"])
+                else:
+                    assert other.status_code >= 500 and other.json()["detail"], other.text
+            changed = client.put("/v1/memories/asked/documents/more", json={"text": "Too late."})
+            assert changed.status_code >= 500, changed.text
+            assert not memories.exists(), f"a root was made anew: {sorted(memories.rglob('*'))}"
+        finally:
+            away.rename(memories)
+        for name in SHORT:
+            for task in TASKS:
+                check_whole(ask(client, name, task), name, SHORT[name])
+            info = client.get(f"/v1/memories/{name}").json()
+            assert (info["version"], info["job"], info["error"]) == (recovered.versions[name], None, None)
+    assert sorted(path.relative_to(memories) for path in memories.rglob("*")) == before
