@@ -26,7 +26,7 @@ from memory_worker.beacon import BeaconModel
 from memory_worker.embedded import ensure_embedded_model
 from memory_worker.messages import MemoryKey
 from memory_worker.store import MemoryStore
-from tests.memory_worker.recalling import connector_config, engine, ray_of_its_own, request, store_slots
+from tests.memory_worker.recalling import connector_config, engine, group, ray_of_its_own, request, store_slots
 
 RATIOS = (2, 4, 8, 16)
 HEAD, QUESTION, REPEATS = 32, 24, 5
@@ -58,7 +58,7 @@ def main() -> None:
                 count = HEAD + len(slots)
 
                 def ask(key: MemoryKey = key, count: int = count) -> tuple[Any, Any]:
-                    return request(key, count, [chance.randrange(4096) for _ in range(QUESTION)], 1)
+                    return request(group(key, 1, count), [chance.randrange(4096) for _ in range(QUESTION)], 1)
 
                 cold, warm = timed(llm, ask, cold=True), timed(llm, ask, cold=False)
                 rows.append(

@@ -33,6 +33,7 @@ from tests.memory_worker.recalling import (
     NAMESPACE,
     connector_config,
     engine,
+    group,
     ray_of_its_own,
     recalled,
     request,
@@ -121,8 +122,8 @@ def _ready(llm: Any, keeper: Any, key: MemoryKey, slots: int, chance: random.Ran
     """Seconds until a question's first token, the keeper asked first as the Recaller does."""
     question = [chance.randrange(4096) for _ in range(QUESTION)]
     began = time.perf_counter()
-    memory = ray.get(keeper.chunks.remote(key))
-    answer = recalled(llm, [request(memory.key, slots, question, 1)])[0]
+    memory = ray.get(keeper.chunks.remote(group(key, 1, slots)))
+    answer = recalled(llm, [request(memory.group, question, 1)])[0]
     assert len(answer) == 1, answer
     return time.perf_counter() - began
 

@@ -44,6 +44,7 @@ def engines_alone(storage: str) -> Ask:
     from ray import serve
 
     from generator_worker.messages import GenerateRequest, Generation, Source
+    from memory_worker.groups import segment_groups
     from memory_worker.messages import Clue, RecallRequest
     from memory_worker.store import MemoryStore
     from retrieval_worker.fusion import fit, fuse
@@ -51,23 +52,24 @@ def engines_alone(storage: str) -> Ask:
     from serving.manifests import index_of
     from serving.pipeline import CLUE_KINDS
 
-    store = MemoryStore(memories_root(storage))
+    profile, store = load_profile("embedded"), MemoryStore(memories_root(storage))
     key = store.current("default", "town")
-    manifest, index = store.read_manifest(key), index_of(store.read_manifest(key))
+    manifest = store.read_manifest(key)
+    (memory,), index = segment_groups([manifest], profile.memory.group_slots), index_of([manifest])
     recaller, retriever, generator = (
         serve.get_deployment_handle(name, APPLICATION) for name in ("Recaller", "Retriever", "Generator")
     )
-    search = load_profile("embedded").retrieval.search
+    search = profile.retrieval.search
 
     async def ask(question: str) -> None:
-        request = RecallRequest(key, manifest.slots, question, CLUE_KINDS["memorag"], "en")
+        request = RecallRequest(memory, question, CLUE_KINDS["memorag"], "en")
         recalled = recaller.options(stream=True).recall.remote(request)
         queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
         found = await retriever.search.remote(index, queries)
         hits = fit(fuse([r for each in found for r in each], search.rrf_k), search.passages, search.budget_tokens)
         passages = [hit.passage for hit in hits]
-        sources = tuple(Source(p.document, p.start, p.end, p.text) for p in passages)
-        request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, stream=False)
+        sources = tuple(Source(p.memory, p.document, p.start, p.end, p.text) for p in passages)
+        request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, "benchmark", stream=False)
         async for item in generator.options(stream=True).generate.remote(request):
             if isinstance(item, Generation):
                 ids = tuple(passage.id for passage in passages)

@@ -32,7 +32,7 @@ from memory_worker.messages import Clue, ClueKind, MemoryKey, RecallRequest
 from memory_worker.prompts import head_tokens, question_tokens
 from memory_worker.recaller import recaller_application
 from memory_worker.store import MemoryStore
-from tests.memory_worker.recalling import NAMESPACE, Reference, ray_of_its_own, store_slots
+from tests.memory_worker.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 
 SLOTS, RATIO, CONCURRENT = 2000, 8, 16
 REFERENCE_QUESTIONS = 4  # of each turn's
@@ -158,7 +158,7 @@ async def _asked(handle: Any, questions: list[str]) -> dict[str, list[str]]:
 
     async def client() -> None:
         for question in waiting:
-            stream = handle.recall.remote(RecallRequest(KEY, SLOTS, question, KINDS, "en"))
+            stream = handle.recall.remote(RecallRequest(group(KEY, 1, SLOTS), question, KINDS, "en"))
             found[question] = [item.text async for item in stream if isinstance(item, Clue)]
 
     await asyncio.gather(*(client() for _ in range(CONCURRENT)))
