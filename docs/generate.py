@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from serving.config import Profile, profile_names
+from serving.config import Profile, load_profile, profile_names
 
 DOCS = Path(__file__).parent
 
@@ -77,7 +77,7 @@ def http() -> str:
     """Every route, then every shape, of the OpenAPI document."""
     from serving.ingress import http_app
 
-    document = http_app(0).openapi()
+    document = http_app(load_profile("embedded"), "unused").openapi()
     lines = [
         "# HTTP API",
         "",
