@@ -26,7 +26,7 @@ import httpx
 from tests.system.kills import PARTS, kill_part, kill_server, start_again
 
 CLIENTS = 16
-DEADLINE_S = 180.0  # for one request, retries included, and for one recovery
+DEADLINE_S = 180.0  # for one request, retries included, and for one recovery: both from when the server runs
 _RETRYABLE = (429, 503)
 _REFUSED = (404, 409, 412)  # the caller says what that means: an earlier try of the same request may have been done
 _MEMORIES = 12  # at most
@@ -117,6 +117,8 @@ class Chaos:
         self._run = f"chaos-{uuid.uuid4().hex[:6]}"  # begins their ids
         self._began = time.monotonic()
         self._stop = asyncio.Event()
+        self._up = asyncio.Event()  # not set while the whole server is being started again, however long that takes
+        self._up.set()
         self._made = 0
         self._http: httpx.AsyncClient
 
@@ -254,6 +256,9 @@ class Chaos:
                 response = await self._http.request(method, path, **arguments)
             except httpx.TransportError as error:
                 self.found.failures[f"{method} {type(error).__name__}"] += 1
+                if not self._up.is_set():
+                    await self._up.wait()
+                    began = time.monotonic()
                 await asyncio.sleep(0.5)
                 continue
             if response.status_code < 400 or response.status_code in _REFUSED:
@@ -274,9 +279,11 @@ class Chaos:
         failed = self.found.failures.total()
         state = self.state
         if part == "server":
+            self._up.clear()
             began = time.monotonic()
             await asyncio.to_thread(kill_server, state)
             await asyncio.to_thread(start_again, state, self.storage)
+            self._up.set()
         else:
             began = await asyncio.to_thread(kill_part, state, part, DEADLINE_S)
         whole = await self._whole_again(part)
