@@ -13,6 +13,8 @@ from serving.errors import ProblemError
 
 logger = logging.getLogger("ray.serve")
 
+_OF_THE_PROXY = (404, 408, 429, 500, 503)
+
 
 def middlewares() -> list[Middleware]:
     """For Serve."""
@@ -23,7 +25,8 @@ class RetryableFailures:
     """Sends 503 with `Retry-After` where the proxy answers for a replica that died or is not there, or sends nothing.
 
     The Ingress answers failures of its own as problems; whatever else comes with an error's status is the proxy's,
-    which sends nothing at all for a replica that died. A response that has begun cannot be replaced: it breaks off.
+    which sends nothing at all for a replica that died, and 404 until it has heard of the Ingress: a server that is
+    starting must not say of a memory that there is none. A response that has begun cannot be replaced: it breaks off.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -40,7 +43,7 @@ class RetryableFailures:
             if message["type"] == "http.response.start":
                 started = True
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
-                if message["status"] in (408, 429, 500, 503) and b"problem+json" not in kind:
+                if message["status"] in _OF_THE_PROXY and b"problem+json" not in kind:
                     replaced = True
                     await _send_problem(send)
             elif replaced:
@@ -59,7 +62,7 @@ class RetryableFailures:
 
 
 async def _send_problem(send: Send) -> None:
-    problem = ProblemError(503, "the part of the server that worked on this request was lost; try again")
+    problem = ProblemError(503, "the part of the server that works on this request is not there just now; try again")
     body = problem.json_bytes()
     headers = {"content-type": "application/problem+json", "content-length": str(len(body)), **problem.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]

@@ -252,23 +252,24 @@ class Chaos:
         began = time.monotonic()
         while time.monotonic() < began + DEADLINE_S:
             self.found.requests += 1
+            pause = 0.5
             try:
                 response = await self._http.request(method, path, **arguments)
             except httpx.TransportError as error:
                 self.found.failures[f"{method} {type(error).__name__}"] += 1
-                if not self._up.is_set():
-                    await self._up.wait()
-                    began = time.monotonic()
-                await asyncio.sleep(0.5)
-                continue
-            if response.status_code < 400 or response.status_code in _REFUSED:
-                self.found.slowest_s = max(self.found.slowest_s, time.monotonic() - began)
-                return response
-            self.found.failures[f"{method} {response.status_code}"] += 1
-            if response.status_code not in _RETRYABLE or "retry-after" not in response.headers:
-                self.found.wrong.append(f"{method} {path}: {response.status_code} {response.text[:300]}")
-                return None
-            await asyncio.sleep(min(1.0, float(response.headers["retry-after"])))
+            else:
+                if response.status_code < 400 or response.status_code in _REFUSED:
+                    self.found.slowest_s = max(self.found.slowest_s, time.monotonic() - began)
+                    return response
+                self.found.failures[f"{method} {response.status_code}"] += 1
+                if response.status_code not in _RETRYABLE or "retry-after" not in response.headers:
+                    self.found.wrong.append(f"{method} {path}: {response.status_code} {response.text[:300]}")
+                    return None
+                pause = min(1.0, float(response.headers["retry-after"]))
+            if not self._up.is_set():
+                await self._up.wait()
+                began = time.monotonic()
+            await asyncio.sleep(pause)
         self.found.wrong.append(f"{method} {path}: no retry helped in {DEADLINE_S:.0f} s")
         return None
 

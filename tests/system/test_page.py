@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -46,7 +47,15 @@ def wait(page: webdriver.Chrome, condition):
 def choose(page: webdriver.Chrome, name: str) -> None:
     """Chooses a memory by its title, when it is ready."""
     path = f"//ul[@id='memories']//button[.//b[text()={json.dumps(name)}]][.//small[@class='ready']]"
-    wait(page, lambda p: p.find_elements(By.XPATH, path))[0].click()
+
+    def chosen(p: webdriver.Chrome) -> bool:
+        """Clicks it; the list may be drawn anew between finding and clicking."""
+        try:
+            return any(button.click() is None for button in p.find_elements(By.XPATH, path)[:1])
+        except StaleElementReferenceException:
+            return False
+
+    wait(page, chosen)
     wait(page, lambda p: p.find_element(By.ID, "go").is_enabled())
 
 
@@ -78,7 +87,7 @@ def test_a_pasted_text_is_memorized_and_never_becomes_markup(page: webdriver.Chr
         "arguments[0].value = arguments[1]", text, f"The gate 𝒳 opened at noon. {hostile} It closed. " * 20
     )
     page.find_element(By.ID, "memorize").click()
-    wait(page, lambda p: p.find_elements(By.CSS_SELECTOR, "#memories .pick[aria-pressed=true] small.ready"))
+    wait(page, lambda p: "Notes" in p.find_element(By.ID, "chosen").text and p.find_element(By.ID, "go").is_enabled())
     ask(page, f"When did the gate open? {hostile}")
     assert hostile in page.find_element(By.ID, "passages").get_property("textContent")
     assert page.title == "MemoRAG" and not page.find_elements(By.CSS_SELECTOR, "main img")
@@ -93,14 +102,14 @@ def test_documents_are_added_and_deleted(page: webdriver.Chrome, server: Server)
     page.find_element(By.ID, "title").send_keys("late entries")
     page.find_element(By.ID, "text").send_keys("The baker paid for seven copper kettles. " * 10)
     page.find_element(By.ID, "memorize").click()
-    names = (By.CSS_SELECTOR, "#memories .documents span")
-    wait(page, lambda p: [each.text for each in p.find_elements(*names)] == ["doc-1", "late-entries"])
+    names = "return [...document.querySelectorAll('#memories .documents span')].map(each => each.textContent)"
+    wait(page, lambda p: p.execute_script(names) == ["doc-1", "late-entries"])
     wait(page, lambda p: p.find_element(By.ID, "go").is_enabled())
     ask(page, "Who paid for copper kettles?")
     assert "copper kettles" in page.find_element(By.ID, "passages").get_property("textContent")
     page.find_element(By.CSS_SELECTOR, "[aria-label='Delete the document late-entries']").click()
     page.switch_to.alert.accept()
-    wait(page, lambda p: [each.text for each in p.find_elements(*names)] == ["doc-1"])
+    wait(page, lambda p: p.execute_script(names) == ["doc-1"])
     page.find_element(By.ID, "question").clear()
     ask(page, "Who paid for copper kettles?")
     assert "copper kettles" not in page.find_element(By.ID, "passages").get_property("textContent")

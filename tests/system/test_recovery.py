@@ -26,6 +26,7 @@ QUESTION = "What stood by the lantern of the harbour?"
 
 SHORT = {"asked": text("asked", 200), "unasked": text("unasked", 200)}
 LONG = text("long", 7000)  # some 150,000 tokens
+PROMPT = 8192
 
 
 @dataclass
@@ -45,6 +46,7 @@ def recovered(tmp_path_factory) -> Iterator[Recovered]:
     profile = storage / "profile.yaml"
     settings = yaml.safe_load((ROOT / "serving" / "profiles" / "embedded.yaml").read_text())
     settings["memory"]["memorize"]["checkpoint_windows"] = 16
+    settings["memory"]["engine"]["max_model_len"] = PROMPT  # so that the long text is more than one prompt holds
     profile.write_text(yaml.safe_dump(settings))
     server = Server(up(storage, profile), storage)
     try:
@@ -109,7 +111,7 @@ def check_exact(answer: dict, words: str) -> None:
 
 
 def test_a_killed_server_goes_on_from_the_last_checkpoint_to_the_same_files(recovered: Recovered) -> None:
-    server, done = recovered.server, recovered.checkpoint["segments"][0]["tokens"]
+    server, done = recovered.server, sum(segment["tokens"] for segment in recovered.checkpoint["segments"])
     with server.client() as client:
         events = follow(client, "long")
     assert events[-1][0] == "ready", events[-1]
@@ -133,6 +135,27 @@ def test_a_killed_server_goes_on_from_the_last_checkpoint_to_the_same_files(reco
     with server.client() as client:
         for memory in ("long", "again"):
             check_whole(ask(client, memory), memory, LONG)
+
+
+def test_a_text_longer_than_a_prompt_is_asked_in_groups(recovered: Recovered) -> None:
+    server, slots = recovered.server, 0
+    for segment in server.manifest("long", recovered.folder.name)["documents"][0]["segments"]:
+        assert 0 < segment["slots"] < PROMPT
+        slots += segment["slots"]
+    assert slots > 2 * PROMPT
+    kinds = 3
+    with server.client() as client:
+        recalled = client.post("/v1/memories/long/clues", json={"question": QUESTION}).json()
+        assert recalled["usage"]["recall_prompt_tokens"] > kinds * slots, "not all of the memory was asked"
+        check_whole(ask(client, "long"), "long", LONG)
+        alone = ask(client, "long", "memory")
+        assert alone.status_code == 422 and "memorag" in alone.json()["detail"], alone.text
+        both = client.post("/v1/answer", json={"question": QUESTION, "memories": ["long", "asked"], "max_tokens": 8})
+        assert both.status_code == 200 and both.json()["degraded"] == ["untrained-model"], both.text
+        assert [memory["id"] for memory in both.json()["memories"]] == ["long", "asked"]
+        texts = {"long": LONG, **SHORT}
+        for passage in both.json()["passages"]:
+            assert texts[passage["memory"]][passage["start"] : passage["end"]] == passage["text"]
 
 
 def test_all_memories_are_there_after_a_kill(recovered: Recovered) -> None:
