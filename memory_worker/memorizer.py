@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from memory_worker.errors import EmptyDocument, WindowTooLarge
 from memory_worker.manifest import MemoryShape
 from memory_worker.messages import (
     DocumentSource,
+    Language,
     MemorizedDocument,
     MemorizeProgress,
     MemorizerDescription,
@@ -71,6 +72,8 @@ class Memorizer:
                 f"{self._model.window} tokens: raise it, or leave it out"
             )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(config.engine.model)
+        # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
+        self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
 
@@ -111,7 +114,7 @@ class Memorizer:
 
     def _prepare(self, request: MemorizeRequest) -> "_Job":
         """All that storage and tokenizer have for the request."""
-        head = head_tokens(self._tokenizer, request.language)
+        head = self._heads[request.language]
         segment_tokens = self._segment_tokens(request.ratio, len(head))
         texts = tuple(self._read_text(document) for document in request.documents)
         plan = Plan(

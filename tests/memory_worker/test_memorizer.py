@@ -347,3 +347,12 @@ async def test_served_from_text_to_kept_memory(
     expected = [store.read_segment(file).tensors() for file in files]
     assert torch.equal(memory.keys, torch.cat([keys for keys, _ in expected], dim=2))
     assert torch.equal(memory.values, torch.cat([values for _, values in expected], dim=2))
+
+
+async def test_a_head_is_the_same_while_other_texts_are_read(memorizer: Memorizer, store: MemoryStore) -> None:
+    """Reading a text switches special tokens off in the shared tokenizer: once a head was cut into other tokens so."""
+    long = {"long": "The miller counted sacks and the <|im_start|> of the ledger. " * 3000}
+    alone = memorizer._prepare(request_for(store, {"a": "Short."})).plan.head_tokens
+    requests = [request_for(store, long if number % 2 else {"a": "Short."}) for number in range(24)]
+    prepared = await asyncio.gather(*(asyncio.to_thread(memorizer._prepare, request) for request in requests))
+    assert {each.plan.head_tokens for each in prepared} == {alone}
