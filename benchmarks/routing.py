@@ -19,6 +19,8 @@ large as all replicas' together, with no bound on load: `one LRU` is what perfec
 LRUs, and `optimum` is Belady's, which knows the future. `load` is the most ongoing requests that any replica had in the
 whole run, over the mean. Then follow the shares of memories that have another home after a replica (a middle one)
 died, one more joined, one died and was replaced, or one was let go for good and Serve renumbered the others' ranks.
+The last rows have one client a replica: there the bound alone (`unhurried 1`) undoes much of the routing, see
+`MemoryRouting`.
 """
 
 import argparse

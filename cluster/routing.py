@@ -43,11 +43,12 @@ class MemoryRouting:
     the holes, and up to 2/n of the memories move instead of 1/n.
 
     **Bounded load** (Mirrokni, Thorup and Zadimoghaddam 2018): a request takes the first replica of the order
-    whose ongoing requests, this one included, stay within `load_factor` × the mean, rounded up. There always is one:
-    the least loaded is never above the mean. So a **hot memory** spreads over exactly as many replicas as its load
-    needs, always the first ones of its order, and draws back to its home as the load falls. That is all it
-    takes: counting each memory's requests to give it a number of replicas of its own was simulated, and
-    gained about a hundredth in hits for state that routers would not agree on.
+    whose ongoing requests, this one included, stay within `load_factor` × the mean, rounded up (or within `unhurried`,
+    while there is hardly any load). There always is one: the least loaded is never above the mean. So a **hot
+    memory** spreads over exactly as many replicas as its load needs, always the first ones of its order that have room,
+    and draws back to its home as the load falls. That is all it takes: counting each memory's requests to give it a
+    number of replicas of its own was simulated, and gained about a hundredth in hits for state that routers would not
+    agree on.
 
     The hash is BLAKE2b of the memory with a fixed seed, mixed with the rank by SplitMix64: the same in every process,
     unlike Python's `hash`, so routers agree without talking. They agree even on where a memory overflows to.
