@@ -25,3 +25,8 @@ class EngineConfig(Settings):
     cpu_cores: str = Field(
         "auto", description="cores of an engine on the CPU, such as 0 or 0-3; auto: any, as many as its pool grants"
     )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size

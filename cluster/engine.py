@@ -8,6 +8,7 @@ this module imports vLLM (10 s): code that only handles errors or messages takes
 import math
 import os
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ class EngineServer(LLMServer):
         class Engine(_Engine):
             pinned_to = cores
 
+        self._taken = CacheUse()
         await super().__init__(llm_config, engine_cls=Engine)
 
     async def _start_engine(self) -> None:
@@ -86,6 +88,9 @@ class EngineServer(LLMServer):
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
         produced, reported, reason = 0, 0, None
+        shared = (kv_transfer_params or {}).get("num_memory_tokens", 0)
+        own = len(token_ids) - shared + max_tokens
+        self._taken.take(cache_salt, shared, own)
         try:
             # Closed here and now, not when garbage is collected: closing is what aborts the request.
             async with aclosing(self._client.generate(prompt, params, uuid.uuid4().hex)) as outputs:
@@ -102,6 +107,8 @@ class EngineServer(LLMServer):
             raise EngineFailed("the engine died; its replica is being replaced, try again") from error
         except EngineGenerateError as error:
             raise EngineFailed(f"the engine failed: {error.__cause__!r}") from error
+        finally:
+            self._taken.give_back(cache_salt, own)
         if reason is None or reason in ("abort", "error"):
             raise EngineFailed(f"the engine ended a request with {reason!r}; try again")
         yield Finished(len(token_ids), produced, reason)
@@ -114,6 +121,11 @@ class EngineServer(LLMServer):
         working = await client.engine_core.call_utility_async("has_work")
         return EngineStats(client.get_num_unfinished_requests(), working, alive=True)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """`kv_cache_level`: tokens that the requests at work may come to hold, as a share of the KV cache."""
+        cache = self._client.vllm_config.cache_config
+        return {"kv_cache_level": self._taken.tokens / (cache.num_gpu_blocks * cache.block_size)}
+
     @property
     def tokenizer(self) -> Any:
         """The engine's own Hugging Face tokenizer; calls are synchronous."""
@@ -122,6 +134,36 @@ class EngineServer(LLMServer):
     @property
     def _client(self) -> Any:  # vLLM's AsyncLLM
         return self.engine._engine_client
+
+
+class CacheUse:
+    """Tokens that an engine's requests may come to hold in its KV cache, counted before it computes any of them.
+
+    vLLM's own figure comes with statistics that cost every step, and only once blocks are taken; this one sees a
+    request that waits. A prefix that requests share, told apart by its salt, counts once.
+    """
+
+    def __init__(self) -> None:
+        self._own = 0
+        self._readers: Counter[str | None] = Counter()  # requests by their salt
+        self._shared: dict[str | None, int] = {}  # tokens of the prefix that they share
+
+    @property
+    def tokens(self) -> int:
+        return self._own + sum(self._shared.values())
+
+    def take(self, salt: str | None, shared: int, own: int) -> None:
+        """A request with so many tokens of a shared prefix, and so many of its own with those that it may write."""
+        self._own += own
+        self._readers[salt] += 1
+        self._shared[salt] = max(shared, self._shared.get(salt, 0))
+
+    def give_back(self, salt: str | None, own: int) -> None:
+        """That request has ended."""
+        self._own -= own
+        self._readers[salt] -= 1
+        if not self._readers[salt]:
+            del self._readers[salt], self._shared[salt]
 
 
 def engine_application(
@@ -133,11 +175,13 @@ def engine_application(
     arguments: dict[str, Any],
     engine_kwargs: dict[str, Any] | None = None,
     env_vars: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Application:
     """A Serve application of one `EngineServer` subclass, named `name`, on `pool`.
 
-    `arguments` go to the subclass's constructor, `engine_kwargs` to vLLM beside those of `engine`. A replica
-    reserves exactly the pool's CPUs and GPUs of one replica, whatever number of processes vLLM starts.
+    `arguments` go to the subclass's constructor, `engine_kwargs` to vLLM beside those of `engine`, `options` to Serve
+    beside those of the pool. A replica reserves exactly the pool's CPUs and GPUs of one replica, whatever number of
+    processes vLLM starts.
     """
     on_gpu = pool.gpus_per_replica > 0
     kwargs: dict[str, Any] = {
@@ -156,15 +200,15 @@ def engine_application(
     if on_gpu:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
     pinned = not on_gpu and engine.cpu_cores != "auto"
-    options = pool.deployment_options()
-    options["ray_actor_options"] = {"num_cpus": pool.cpus_per_replica}
+    serving = pool.deployment_options(levels={"kv_cache_level": pool.scaling.kv_cache_level}) | (options or {})
+    serving["ray_actor_options"] = {"num_cpus": pool.cpus_per_replica}
     config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": engine.model},
         accelerator_type=pool.accelerator_type,
         accelerator_config=None if on_gpu else {"kind": "cpu"},
         placement_group_config={"bundles": _bundles(engine, pool)},
         runtime_env={"env_vars": {**_QUIET, **_cpu_environment(engine, pool), **(env_vars or {})}},
-        deployment_config=options,
+        deployment_config=serving,
         log_engine_metrics=False,
         engine_kwargs=kwargs,
     )
@@ -172,7 +216,10 @@ def engine_application(
         config,
         bind_kwargs={**arguments, **({"cores": engine.cpu_cores} if pinned else {})},
         deployment_cls=server,
-        override_serve_options={"name": name},
+        override_serve_options={
+            "name": name,
+            "placement_group_bundle_label_selector": [pool.node_labels] if pool.node_labels else None,
+        },
     )
 
 
@@ -228,7 +275,7 @@ def _cpu_environment(engine: EngineConfig, pool: PoolConfig) -> dict[str, str]:
     if pool.gpus_per_replica > 0:
         return {}
     pinned = engine.cpu_cores != "auto"
-    ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    ranks = engine.ranks
     threads = len(_core_ids(engine.cpu_cores)) if pinned and ranks == 1 else math.ceil(pool.cpus_per_replica / ranks)
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(engine.cpu_kv_cache_gib),
@@ -241,7 +288,7 @@ def _bundles(engine: EngineConfig, pool: PoolConfig) -> list[dict[str, float]]:
     """What each rank of a replica reserves beside the replica's own CPUs, which Ray adds to the first."""
     if pool.gpus_per_replica == 0:
         return [{"CPU": 0.0, **pool.resources}]
-    ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    ranks = engine.ranks
     if pool.gpus_per_replica != ranks and (ranks > 1 or pool.gpus_per_replica > 1):
         raise ValueError(
             f"tensor_parallel_size × pipeline_parallel_size is {ranks}, but the pool gives a replica "

@@ -1,10 +1,24 @@
 """A pool is a named set of GPUs (or CPUs) that one kind of model runs on; each deployment belongs to one."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import Settings
+
+
+class ScalingConfig(Settings):
+    """When a pool with room for more replicas takes them, and gives them back: `cluster.autoscaling.DemandPolicy`."""
+
+    ongoing_requests: float | None = Field(
+        None, gt=0, description="requests one replica should have; none takes half of max_ongoing_requests"
+    )
+    queued_tokens: float = Field(500_000, gt=0, description="tokens of texts one Memorizer should have before it")
+    kv_cache_level: float = Field(0.8, gt=0, description="share of an engine's KV cache that should be in use")
+    queue_s: float = Field(0.25, gt=0, description="seconds that texts should wait for an Embedder")
+    upscale_delay_s: float = Field(10.0, ge=0, description="seconds of higher demand before replicas are added")
+    downscale_delay_s: float = Field(300.0, ge=0, description="seconds of lower demand before replicas are taken away")
 
 
 class PoolConfig(Settings):
@@ -18,9 +32,22 @@ class PoolConfig(Settings):
     resources: dict[str, float] = Field(
         default_factory=dict, description="custom Ray resources of one replica; they place the pool on its nodes"
     )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels that the pool's nodes have, such as ray.io/node-group: gpu"
+    )
     min_replicas: int = Field(1, ge=0, description="replicas kept when idle")
     max_replicas: int = Field(1, ge=1, description="replicas at most")
     max_ongoing_requests: int = Field(256, ge=1, description="requests one replica works on at a time")
+    drain_s: float = Field(30.0, ge=0, description="seconds a replica that is taken away may finish its requests")
+    scaling: ScalingConfig = ScalingConfig()
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "PoolConfig":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is more than max_replicas ({self.max_replicas}): raise the latter"
+            )
+        return self
 
     def actor_options(self) -> dict[str, Any]:
         """`ray_actor_options` of a deployment on this pool."""
@@ -31,10 +58,17 @@ class PoolConfig(Settings):
         }
         if self.accelerator_type:
             options["accelerator_type"] = self.accelerator_type
+        if self.node_labels:
+            options["label_selector"] = dict(self.node_labels)
         return options
 
-    def deployment_options(self) -> dict[str, Any]:
-        """Options of a Serve deployment on this pool: a fixed number of replicas, or an autoscaled one."""
+    def deployment_options(
+        self, *, amounts: Mapping[str, float] | None = None, levels: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """Options of a Serve deployment on this pool: a fixed number of replicas, or an autoscaled one.
+
+        `amounts` and `levels` are what its replicas report beside requests: see `cluster.autoscaling.DemandPolicy`.
+        """
         options: dict[str, Any] = {
             "ray_actor_options": self.actor_options(),
             "max_ongoing_requests": self.max_ongoing_requests,
@@ -43,15 +77,20 @@ class PoolConfig(Settings):
             # How soon a replica that died is replaced; how long one that is only busy is believed.
             "health_check_period_s": 1.0,
             "health_check_timeout_s": 30.0,
-            # A replica that is replaced finishes what it is at, for so long.
-            "graceful_shutdown_timeout_s": 30.0,
+            "graceful_shutdown_timeout_s": self.drain_s,
         }
         if self.min_replicas == self.max_replicas:
             options["num_replicas"] = self.max_replicas
-        else:
-            options["autoscaling_config"] = {
-                "min_replicas": self.min_replicas,
-                "max_replicas": self.max_replicas,
-                "target_ongoing_requests": max(1, self.max_ongoing_requests // 2),
-            }
+            return options
+        requests = self.scaling.ongoing_requests or max(1.0, self.max_ongoing_requests / 2)
+        options["autoscaling_config"] = {
+            "min_replicas": self.min_replicas,
+            "max_replicas": self.max_replicas,
+            "upscale_delay_s": self.scaling.upscale_delay_s,
+            "downscale_delay_s": self.scaling.downscale_delay_s,
+            "policy": {
+                "policy_function": "cluster.autoscaling:DemandPolicy",
+                "policy_kwargs": {"requests": requests, "amounts": dict(amounts or {}), "levels": dict(levels or {})},
+            },
+        }
         return options

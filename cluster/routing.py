@@ -17,11 +17,14 @@ import numpy.typing as npt
 from ray import serve
 from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.request_router import PendingRequest, PowerOfTwoChoicesRequestRouter, RunningReplica
+from ray.serve.config import RequestRouterConfig
 
 _SEED = b"memorag routing"  # part of the contract between routers: another seed moves every memory of a running fleet
 _CACHED_ORDERS = 4096
 _ASKED_WHEN_FULL = 3  # replicas of a memory's order, as many as Serve's own hash router tries
 _RANK = "rank"
+
+_RANKS_EVERY_S = 5.0  # how soon routers follow when Serve renumbers
 
 _Words = npt.NDArray[np.uint64]
 
@@ -97,6 +100,15 @@ class MemoryRouting:
         scores = _mixed(self._weights ^ np.uint64(int.from_bytes(digest, "little")))
         order: list[int] = np.argsort(~scores, kind="stable").tolist()
         return order
+
+
+def routed_by_memory() -> dict[str, Any]:
+    """Options of a deployment whose class is a `ReportsRank` and whose callers give `session_id`s."""
+    return {
+        "request_router_config": RequestRouterConfig(
+            request_router_class="cluster.routing.MemoryRouter", request_routing_stats_period_s=_RANKS_EVERY_S
+        )
+    }
 
 
 class ReportsRank:

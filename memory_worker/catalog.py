@@ -40,7 +40,7 @@ from memory_worker.retention import Retention
 from memory_worker.store import MemoryStore, check_id
 
 logger = logging.getLogger(__name__)
-
+CATALOG = "memory-catalog"  # the actor, in the namespace of the deployment
 _CONCURRENT_CALLS = 10_000  # every open event stream is a call that waits
 
 
@@ -385,7 +385,7 @@ def catalog(
     """The cluster's catalog, started if there is none; all who use one namespace share it."""
     actor: Any = ray.remote(Catalog)
     return actor.options(
-        name="memory-catalog",
+        name=CATALOG,
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,

@@ -8,7 +8,7 @@ a reader whose `ray.get` fails because the keeper or its node died asks `chunks`
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from memory_worker.messages import MemoryKey, SegmentGroup
 from memory_worker.store import MemoryStore
 
 NAMESPACE = "memorag"
+_KEEPER = "memory-keeper-"  # an actor's name, before its node's id
 CHUNK_BYTES = 64 * 2**20
 _READERS = 32  # threads that read from storage
 _READERS_OF_ONE_MEMORY = 4  # of them, so that a memory whose storage hangs does not take them all
@@ -120,6 +121,20 @@ class MemoryKeeper:
                 tuple(chunk for file in kept for chunk in file.chunks),
                 tuple(count for file in kept for count in file.slots),
             )
+
+    async def prefetch(self, group: SegmentGroup) -> bool:
+        """Loads the group before it is asked for, if that evicts nothing; whether it is here. Raises as `chunks`."""
+        manifests = [await self._manifest(part.key) for part in group.ranges]
+        files = {
+            (key.tenant, file.digest): file.size
+            for key, segment in _segments(group, manifests)
+            for file in segment.files
+        }
+        missing = sum(size for name, size in files.items() if name not in self._files)
+        if self._bytes + missing > self._budget:
+            return False
+        await self.chunks(group)
+        return True
 
     async def stats(self) -> KeeperStats:
         return KeeperStats(self._bytes, self._budget, len(self._files), self._hits, self._loads, self._evictions)
@@ -221,7 +236,7 @@ def keeper_on(
     """The keeper of this node, started if there is none. A keeper that dies comes back empty."""
     actor: Any = ray.remote(MemoryKeeper)
     return actor.options(
-        name=f"memory-keeper-{node_id}",
+        name=_KEEPER + node_id,
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
@@ -235,6 +250,11 @@ def keeper_on(
 def local_keeper(storage_root: str, budget_bytes: int, namespace: str = NAMESPACE) -> "ray.actor.ActorHandle":
     """The keeper of the caller's own node."""
     return keeper_on(ray.get_runtime_context().get_node_id(), storage_root, budget_bytes, namespace)
+
+
+def keeper_names(actors: Iterable[str]) -> list[str]:
+    """Which of these names of actors are keepers'."""
+    return [name for name in actors if name.startswith(_KEEPER)]
 
 
 def _segments(group: SegmentGroup, manifests: Sequence[Manifest]) -> list[tuple[MemoryKey, SegmentEntry]]:

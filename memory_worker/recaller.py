@@ -20,6 +20,7 @@ from cluster.engine import EngineServer, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools import PoolConfig
+from cluster.routing import ReportsRank, routed_by_memory
 from memory_worker.beacon.checkpoint import fingerprint
 from memory_worker.clues import ClueLines
 from memory_worker.config import MemoryConfig
@@ -35,8 +36,11 @@ _KEEPER_TIMEOUT_S = 10.0  # the memory is in the object store before the engine 
 _CLUE_TOKENS_PER_PIECE = 8  # clues are read a line at a time; fewer pieces, and so fewer searches, cost less
 
 
-class Recaller(EngineServer):
-    """Answers from memory. Every request waits until the keeper of this node has its group in the object store."""
+class Recaller(ReportsRank, EngineServer):
+    """Answers from memory. Every request waits until the keeper of this node has its group in the object store.
+
+    Callers give the group's name as session id, which `cluster.routing` sends to the replica that holds it.
+    """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
@@ -105,6 +109,16 @@ class Recaller(EngineServer):
         async with aclosing(self._generate(prompt, await self._kept(request.group))) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def prefetch(self, group: SegmentGroup) -> bool:
+        """Brings a group to this node before it is asked; false if that would cost others their place there.
+
+        Raises what reading it from storage raises.
+        """
+        try:
+            return bool(await self._keeper.prefetch.remote(group))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
 
     async def worker_stats(self) -> dict[str, float]:
         """From the engine's first worker: `memory_worker.loading.LoadStats`, and the `requests` it works on."""
@@ -192,7 +206,13 @@ def recaller_application(
         "secret": secret,
     }
     return engine_application(
-        Recaller, config.engine, pool, name=name, arguments=arguments, engine_kwargs=recall_engine_kwargs()
+        Recaller,
+        config.engine,
+        pool,
+        name=name,
+        arguments=arguments,
+        engine_kwargs=recall_engine_kwargs(),
+        options=routed_by_memory(),
     )
 
 

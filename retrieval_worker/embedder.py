@@ -1,6 +1,7 @@
 """The `Embedder` deployment: texts to vectors, with batches shared by all requests of a replica."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ class Embedder:
         self._waiting: deque[_Call] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._batches = self._texts = self._largest = 0
+        self._waited_s = 0.0  # texts of the last batch, on average
 
     async def embed(self, texts: Sequence[str], query: bool = False) -> Embeddings:
         """Vectors of `texts`, in order; `query` says that they search rather than are searched.
@@ -64,6 +66,11 @@ class Embedder:
             largest_batch=self._largest,
         )
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """`queue_s`: seconds that the texts of the last batch waited for it; 0 while nothing is to be done."""
+        idle = self._worker is None or self._worker.done()
+        return {"queue_s": 0.0 if idle else self._waited_s}
+
     def check_health(self) -> None:
         """Raises if the compute thread is gone."""
         self._compute.submit(int)
@@ -75,6 +82,8 @@ class Embedder:
         while self._waiting:
             batch = self._next_batch()
             texts = [call.texts[row] for call, row in batch]
+            now = time.monotonic()
+            self._waited_s = sum(now - call.came for call, _ in batch) / max(len(batch), 1)
             computing = loop.run_in_executor(self._compute, self._model.encode, texts)
             await asyncio.wait([computing])
             error = computing.exception()
@@ -108,6 +117,7 @@ class _Call:
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
         self.next_row = 0
+        self.came = time.monotonic()
         self.result: asyncio.Future[Embeddings] = asyncio.get_running_loop().create_future()
         self._dense: np.ndarray | None = None  # [texts, dim]
         self._sparse: list[dict[int, float]] | None = None

@@ -16,6 +16,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.pools import PoolConfig
+from cluster.routing import ReportsRank, routed_by_memory
 from cluster.storage import DamagedFile, Storage, StoredFile
 from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import RetrievalConfig
@@ -48,8 +49,11 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Retriever:
-    """Keeps recently used indexes open; everything it keeps can be made again from storage."""
+class Retriever(ReportsRank):
+    """Keeps recently used indexes open; everything it keeps can be made again from storage.
+
+    Callers give the memories' names as session id, which `cluster.routing` sends to the replica that has them open.
+    """
 
     def __init__(self, config: RetrievalConfig, storage_root: str, embedder: DeploymentHandle) -> None:
         self._config = config
@@ -211,8 +215,9 @@ def retrieval_applications(
     config: RetrievalConfig, pool: PoolConfig, *, storage_root: str
 ) -> tuple[Application, Application]:
     """The `Embedder` and the `Retriever` (which holds the former) on a pool, for `serve.run` or to bind further."""
-    options = pool.deployment_options()
-    embedder = serve.deployment(Embedder, name="Embedder", **options).bind(config.embedder)
+    queued = pool.deployment_options(levels={"queue_s": pool.scaling.queue_s})
+    embedder = serve.deployment(Embedder, name="Embedder", **queued).bind(config.embedder)
+    options = pool.deployment_options() | routed_by_memory()
     retriever = serve.deployment(Retriever, name="Retriever", **options).bind(config, storage_root, embedder)
     return embedder, retriever
 

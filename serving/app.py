@@ -3,8 +3,10 @@
 `build` is what every way of deploying shares; `deploy` is what `memorag up` runs.
 """
 
+import contextlib
 import hashlib
 import ipaddress
+import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` 
 
 APPLICATION = "memorag"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -36,6 +40,7 @@ class Running:
         """
         profile = load_profile(options.profile)
         require_safe(profile, options.host)
+        require_nodes(profile)
         _run(with_models(profile, models_folder(options.storage)), options.storage)
 
     def stop(self) -> None:
@@ -43,11 +48,16 @@ class Running:
         import ray
         from ray import serve
 
+        from memory_worker.catalog import CATALOG
+        from memory_worker.keeper import keeper_names
+
         serve.shutdown()
-        if self.ray_folder:
-            stop_ray(self.ray_folder)
-        else:
-            ray.shutdown()
+        if self.ray_folder is None:
+            # The cluster lives on: what only this server used must not greet the next one, which may keep other things.
+            for name in (CATALOG, *keeper_names(ray.util.list_named_actors())):
+                with contextlib.suppress(ValueError):  # it has ended
+                    ray.kill(ray.get_actor(name))
+        _leave_ray(self.ray_folder)
 
 
 def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: Path | None = None) -> Running:
@@ -70,6 +80,12 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
     port = port or _free_port(host)
     running = Running(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
     try:
+        require_nodes(profile)
+        _require_no_other()
+    except BaseException:
+        _leave_ray(running.ray_folder)
+        raise
+    try:
         serve.start(http_options={"host": host, "port": port})
         _run(profile, storage)
     except BaseException:
@@ -82,6 +98,30 @@ def _run(profile: Profile, storage: str) -> None:
     from ray import serve
 
     serve.run(build(profile, memories_root(storage)), name=APPLICATION, route_prefix="/")
+
+
+def require_nodes(profile: Profile) -> None:
+    """Raises `cluster.placement.PoolUnplaceable` if the cluster lacks the nodes of a pool and adds none by itself."""
+    import ray
+
+    from cluster.placement import Need, Node, PoolUnplaceable, require_placeable
+
+    pools, generator = profile.pools, profile.generator.engine
+    needs = [
+        Need.of("Memorizer", "memory", pools.memory),
+        Need.of("Recaller", "memory", pools.memory, profile.memory.engine.ranks),
+        Need.of("Embedder", "retrieval", pools.retrieval),
+        Need.of("Retriever", "retrieval", pools.retrieval),
+        Need.of("Generator", "generator", pools.generator, generator.ranks if generator else 1),
+        Need.of("Router", "cpu", pools.cpu),
+        Need.of("Ingress", "cpu", pools.cpu),
+    ]
+    try:
+        require_placeable(needs, [Node.of(node) for node in ray.nodes() if node["Alive"]])
+    except PoolUnplaceable as error:
+        if not profile.ray.autoscaling:
+            raise
+        logger.warning("waiting for the cluster to grow: %s", error)
 
 
 def build(profile: Profile, storage_root: str) -> "Application":
@@ -173,6 +213,26 @@ def memories_root(storage: str) -> str:
 def models_folder(storage: str) -> Path:
     """Where models that are made here are kept: below a local storage, else in the user's cache."""
     return (Path.home() / ".cache" / "memorag" if "://" in storage else Path(storage).resolve()) / "models"
+
+
+def _require_no_other() -> None:
+    """Raises `ProfileError` if a server of this kind runs on the cluster: two would share one catalog."""
+    from ray import serve
+
+    if APPLICATION in serve.status().applications:
+        raise ProfileError(
+            f"the Ray cluster runs an application {APPLICATION!r} already: end it with 'memorag down' where it was "
+            "started, or use another cluster"
+        )
+
+
+def _leave_ray(folder: Path | None) -> None:
+    import ray
+
+    if folder:
+        stop_ray(folder)
+    else:
+        ray.shutdown()
 
 
 def _is_loopback(host: str) -> bool:

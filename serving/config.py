@@ -41,6 +41,9 @@ class RayConfig(Settings):
     namespace: str = Field("memorag", description="Ray namespace of the keepers and the catalog")
     logical_cpus: int | None = Field(None, ge=1, description="CPUs a local cluster counts; none takes the machine's")
     metrics: bool = Field(True, description="whether a local cluster collects Ray's metrics; they cost every request")
+    autoscaling: bool = Field(
+        False, description="whether the cluster adds nodes by itself: a pool that has none is then waited for"
+    )
     object_store_bytes: int | None = Field(
         None, ge=80 * 2**20, description="object store of a local cluster; none takes Ray's default"
     )

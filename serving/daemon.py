@@ -58,6 +58,7 @@ class ServerState:
     started: float  # seconds since the epoch
     temporary: str  # folder of all its temporary files
     address: str | None = None
+    ready_s: float | None = None  # seconds from its start until it was ready
     generation: int = 1  # one more for each redeployment
     reload_error: str | None = None  # why the last one was refused
     shared_memory: tuple[str, ...] = ()  # files that its processes had mapped when it became ready
@@ -234,7 +235,8 @@ def run_server(
             for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # Ray has put its own in their place
                 signal.signal(name, lambda number, _: calls.put(number))
             shared |= shared_memory_of([itself, *itself.children(recursive=True)])
-            state = replace(state, address=running.address, shared_memory=tuple(sorted(shared)))
+            ready_s = time.time() - state.started
+            state = replace(state, address=running.address, ready_s=ready_s, shared_memory=tuple(sorted(shared)))
             _write_state(storage, state)
             on_ready(running.address)
             while calls.get() == signal.SIGHUP:
@@ -374,11 +376,12 @@ def _main() -> None:
     for name, kind in {"profile": str, "storage": str, "host": str, "port": int}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
     options = ServerOptions(**vars(parser.parse_args()))
+    from cluster.placement import PoolUnplaceable
     from serving.config import ProfileError
 
     try:
         run_server(options, on_ready=lambda address: print(f"ready at {address}", flush=True))
-    except (DaemonError, ProfileError) as error:  # people's mistakes need no stack
+    except (DaemonError, PoolUnplaceable, ProfileError) as error:  # people's mistakes need no stack
         sys.exit(f"memorag: {error}")
 
 

@@ -8,6 +8,7 @@ checkpoint; what fails is recorded with the memory.
 import asyncio
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -47,11 +48,14 @@ class Jobs:
         settings: tuple[CatalogConfig, QuotasConfig],
         memorizer: DeploymentHandle,
         retriever: DeploymentHandle,
+        on_ready: Callable[[Manifest], Awaitable[None]],
     ) -> None:
+        """`on_ready` is told of each version that was published."""
         self._catalog = catalog
         self._settings = settings
         self._memorizer = memorizer
         self._retriever = retriever
+        self._on_ready = on_ready
         self._metrics = UsageMetrics()
         self._runner = uuid.uuid4().hex
         self._running: set[asyncio.Task[None]] = set()
@@ -77,6 +81,7 @@ class Jobs:
             made = {document.id for document in job.record.documents}
             self._metrics.memorized(job.key.tenant, sum(d.tokens for d in manifest.documents if d.id in made))
             logger.info("%s is ready", job.key.path)
+            await self._on_ready(manifest)
         except Exception as error:
             # A boundary: nobody awaits this task, so the memory itself carries what went wrong.
             cause = cause_of(error)

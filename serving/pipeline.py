@@ -90,6 +90,8 @@ class Inquiry:
         self._cache_salt = cache_salt
         self._language: api.Language = question.language or ("zh" if manifests[0].language == "zh" else "en")
         self._index: Index = index_of(manifests)
+        names = "+".join(f"{manifest.tenant}/{manifest.memory}" for manifest in manifests)
+        self._retriever = pools.retriever.options(session_id=names)
         self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
         self._tasks: list[asyncio.Task[Any]] = []
         self._started = time.perf_counter()
@@ -167,7 +169,8 @@ class Inquiry:
     ) -> None:
         request = RecallRequest(group, self._question.question, kinds, self._language)
         deadline = min(self._deadline, time.monotonic() + self._pools.recall_deadline_s)
-        async for item in _retried(lambda: self._pools.recaller.options(stream=True).recall.remote(request), deadline):
+        recaller = self._pools.recaller.options(stream=True, session_id=group.name)
+        async for item in _retried(lambda: recaller.recall.remote(request), deadline):
             if isinstance(item, RecallUsage):
                 self.usage.recall_prompt_tokens += item.prompt_tokens
                 self.usage.recall_completion_tokens += item.completion_tokens
@@ -207,7 +210,7 @@ class Inquiry:
                 queries.append(self._queries.get_nowait())
             more = None not in queries
             if texts := [query for query in queries if query is not None]:
-                found = await self._asked(self._pools.retriever.search, self._index, texts)
+                found = await self._asked(self._retriever.search, self._index, texts)
                 rankings += [ranking for each in found for ranking in each]
         return rankings
 
@@ -249,14 +252,14 @@ class Inquiry:
         yield await self._answer(generation)
 
     async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
-        await self._asked(self._pools.retriever.prepare_evidence, self._index, passages)
+        await self._asked(self._retriever.prepare_evidence, self._index, passages)
 
     async def _answer(self, generation: Generation) -> api.Answer:
         evidence = []
         if self.hits:
             ids = tuple(hit.passage.id for hit in self.hits)
             request = EvidenceRequest(self._index, ids, self._question.question, generation.text)
-            evidence = await self._asked(self._pools.retriever.evidence, request)
+            evidence = await self._asked(self._retriever.evidence, request)
         return self._finish(
             answer=generation.text,
             citations=[
@@ -282,9 +285,8 @@ class Inquiry:
             self._groups[0], self._question.question, self._language, self._question.max_tokens
         )
         pieces: list[str] = []
-        async for item in _retried(
-            lambda: self._pools.recaller.options(stream=True).answer.remote(request), self._deadline
-        ):
+        recaller = self._pools.recaller.options(stream=True, session_id=request.group.name)
+        async for item in _retried(lambda: recaller.answer.remote(request), self._deadline):
             if isinstance(item, Finished):
                 self.usage.recall_prompt_tokens = item.prompt_tokens
                 self.usage.recall_completion_tokens = item.completion_tokens

@@ -19,11 +19,13 @@ from memory_worker.messages import Clue, MemorizerDescription, MemoryKey, Memory
 from memory_worker.store import check_id
 from retrieval_worker.messages import Hit
 from serving import api
+from serving.batch_once import KeyedAnswers
 from serving.config import Profile
 from serving.errors import ProblemError, damaged_path, problem_for
 from serving.jobs import Jobs
 from serving.manifests import memory_out, progress_out
 from serving.pipeline import CLUE_KINDS, Inquiry, Pools, Prepared, clue_out, passage_out
+from serving.prefetch import Prefetch
 from serving.question_limits import QuestionLimits
 from serving.secret import salt_of
 from serving.usage_metrics import UsageMetrics
@@ -32,7 +34,7 @@ _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
 _Result = TypeVar("_Result")
 
 
-class Router:
+class Router(KeyedAnswers):
     """One replica. All methods take the tenant first; failures are `ProblemError`s."""
 
     def __init__(
@@ -65,7 +67,7 @@ class Router:
         self._metrics = UsageMetrics()
         self._model: MemorizerDescription | None = None
         settings = (profile.memory.catalog, profile.quotas)
-        jobs = Jobs(self._catalog, settings, memorizer, retriever)
+        jobs = Jobs(self._catalog, settings, memorizer, retriever, Prefetch(recaller, profile))
         self._working = asyncio.get_running_loop().create_task(jobs.run_forever())
 
     # -- memories ------------------------------------------------------------------------------------------

@@ -320,6 +320,18 @@ def test_a_node_that_is_lost_takes_no_memory_with_it(
         assert keeper.stats().loads == 3
 
 
+def test_what_is_prefetched_takes_nobodys_place(kept: Any, store: MemoryStore) -> None:
+    one = store_memory(store, store.new_version("acme", "one"), {"a": (40, 1)})
+    two = store_memory(store, store.new_version("acme", "two"), {"b": (40, 2)})
+    keeper = kept(budget=HEAD + 60 * SLOT)
+    assert ray.get(keeper.actor.prefetch.remote(whole(one))) and keeper.stats().loads == 2
+    before = keeper.stats()
+    assert not ray.get(keeper.actor.prefetch.remote(whole(two)))
+    assert (keeper.stats().loads, keeper.stats().evictions) == (before.loads, 0)
+    assert torch.equal(slots_of(keeper.chunks(one)), expected((40, 1)))
+    assert keeper.stats().loads == before.loads, "it was there already"
+
+
 def test_one_keeper_a_node(nodes: list[str], store: MemoryStore) -> None:
     namespace = f"test-{uuid.uuid4().hex}"
     here = local_keeper(store.storage.root, 10, namespace)

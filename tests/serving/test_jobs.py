@@ -93,12 +93,18 @@ def base(tmp_path) -> Manifest:
 async def done(catalog: Catalog, memorizer: Memorizer, retriever: Retriever) -> None:
     """Runs until the catalog is told how the job ended."""
     settings = CatalogConfig(), QuotasConfig()
-    mine = Jobs(Handle(catalog), settings, Handle(memorizer), Handle(retriever))
+    ready = []
+
+    async def on_ready(manifest: Manifest) -> None:
+        ready.append(manifest)
+
+    mine = Jobs(Handle(catalog), settings, Handle(memorizer), Handle(retriever), on_ready)
     working = asyncio.create_task(mine.run_forever())
     async with asyncio.timeout(20):
         await catalog.done.wait()
         await asyncio.gather(*mine._running)
     working.cancel()
+    assert ready == catalog.published
 
 
 async def test_a_new_memory(base: Manifest) -> None:

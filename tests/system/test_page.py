@@ -87,7 +87,8 @@ def test_a_pasted_text_is_memorized_and_never_becomes_markup(page: webdriver.Chr
         "arguments[0].value = arguments[1]", text, f"The gate 𝒳 opened at noon. {hostile} It closed. " * 20
     )
     page.find_element(By.ID, "memorize").click()
-    title = "return document.getElementById('chosen').textContent"  # .text is what the style sheet makes of it: capitals
+    # Not `.text`, which is what the style sheet makes of it: capitals.
+    title = "return document.getElementById('chosen').textContent"
     wait(page, lambda p: "Notes" in p.execute_script(title) and p.find_element(By.ID, "go").is_enabled())
     ask(page, f"When did the gate open? {hostile}")
     assert hostile in page.find_element(By.ID, "passages").get_property("textContent")

@@ -1,0 +1,85 @@
+"""Pools on nodes of their own: a server on a Ray cluster of three nodes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.system.conftest import Server, memorize
+from tests.system.three_nodes import NODES, three_nodes, write_profile
+
+pytestmark = pytest.mark.timeout(900)
+
+TEXT = "The miller of Vesper Dunmore owed nine sacks of barley to the keeper of the lighthouse. " * 30
+
+
+@dataclass
+class OnNodes:
+    """The server, and the Ray cluster that it runs on."""
+
+    server: Server
+    address: str
+
+
+@pytest.fixture(scope="module")
+def on_nodes(tmp_path_factory) -> Iterator[OnNodes]:
+    storage = tmp_path_factory.mktemp("nodes")
+    with three_nodes(storage) as (address, profile):
+        server = Server("", storage)
+        started = server.memorag("up", "--profile", str(profile), "--port", "0", check=False)
+        log = storage / "server.log"
+        assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
+        server.url = json.loads((storage / "server.json").read_text())["address"]
+        try:
+            yield OnNodes(server, address)
+        finally:
+            server.memorag("down")
+
+
+def actors(address: str) -> list[tuple[str, str]]:
+    """Name and node (by the resource that only it has) of every living actor."""
+    ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    try:
+        named = {
+            node["NodeID"]: next(name for name in NODES if name in node["Resources"])
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+        found = ray._private.state.actors().values()
+        return [(each["Name"], named[each["Address"]["NodeID"]]) for each in found if each["State"] == "ALIVE"]
+    finally:
+        ray.shutdown()
+
+
+def test_an_answer_over_three_nodes(on_nodes: OnNodes) -> None:
+    memorize(on_nodes.server, [{"id": "one", "text": TEXT}], id="ledger")
+    with on_nodes.server.client() as client:
+        answer = client.post("/v1/memories/ledger/answer", json={"question": "Who owed nine sacks of barley?"}).json()
+    assert answer["degraded"] == ["untrained-model"], "no clues"
+    assert all(passage["text"] == TEXT[passage["start"] : passage["end"]] for passage in answer["passages"])
+    assert answer["passages"] and answer["evidence"]
+
+
+def test_replicas_are_on_their_pools_nodes_and_nowhere_else(on_nodes: OnNodes) -> None:
+    there = actors(on_nodes.address)
+    placed = {name.split("#")[1]: node for name, node in there if name.startswith("SERVE_REPLICA::memorag#")}
+    assert placed == {
+        deployment: node for node, pools in NODES.items() for deployments in pools.values() for deployment in deployments
+    }
+    keepers = [node for name, node in there if name.startswith("memory-keeper-")]
+    assert keepers == ["memory"], "a node without a Recaller keeps memories"
+
+
+def test_a_pool_without_nodes_is_named(on_nodes: OnNodes, tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, on_nodes.address, generator={"gold": 1})
+    refused = Server("", tmp_path / "other").memorag("up", "--profile", str(profile), "--port", "0", check=False)
+    assert refused.returncode != 0
+    assert "The pool 'generator' cannot be placed: a replica of Generator needs a node with 1 CPU, 1 gold" in (
+        refused.stderr
+    )
+    assert "The cluster has 127.0.0.1 (" in refused.stderr and "change pools.generator" in refused.stderr
+    with on_nodes.server.client() as client:
+        assert client.get("/readyz").is_success, "the server that runs there is not harmed"

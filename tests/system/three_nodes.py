@@ -1,0 +1,89 @@
+"""A server on a Ray cluster of three nodes of this machine, each of them the only one that its pools may run on.
+
+To run the system tests on it:
+
+python -m tests.system.three_nodes --storage FOLDER     # until Ctrl-C; then, in another terminal:
+MEMORAG_TEST_STORAGE=FOLDER python -m pytest tests/system
+"""
+
+import argparse
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from ray.cluster_utils import Cluster
+
+from tests.system.conftest import ROOT
+
+# Which pools are on a node, and which deployments that are.
+NODES = {
+    "front": {"cpu": ("Ingress", "Router"), "retrieval": ("Embedder", "Retriever")},
+    "memory": {"memory": ("Memorizer", "Recaller")},
+    "generator": {"generator": ("Generator",)},
+}
+_ROOM = 1000  # of a node's own resource, of which each replica takes one
+
+
+@contextmanager
+def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
+    """The cluster's address, and the embedded profile with its pools on the cluster's nodes."""
+    environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares"}
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="three", dir="/tmp") as folder:
+        Path(folder, "ray").mkdir()
+        os.environ |= environment | {"RAY_TMPDIR": folder}  # else every Ray on this machine would find this cluster
+        cluster = Cluster()
+        try:
+            for name in NODES:
+                cluster.add_node(
+                    num_cpus=6,
+                    resources={name: _ROOM},
+                    object_store_memory=300 * 2**20,
+                    include_dashboard=False,
+                    node_ip_address="127.0.0.1",
+                )
+            cluster.wait_for_nodes()
+            yield cluster.address, write_profile(storage, cluster.address)
+        finally:
+            cluster.shutdown()
+            os.environ.clear()
+            os.environ |= before
+
+
+def write_profile(storage: Path, address: str, **resources: dict[str, float]) -> Path:
+    """The embedded profile for that cluster; `resources` are those of pools that are to differ."""
+    settings = yaml.safe_load((ROOT / "serving" / "profiles" / "embedded.yaml").read_text())
+    settings["ray"] = {"address": address}
+    for node, pools in NODES.items():
+        for pool in pools:
+            settings["pools"].setdefault(pool, {})["resources"] = resources.get(pool, {node: 1})
+    path = storage / "three-nodes.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", type=Path, required=True)
+    storage: Path = parser.parse_args().storage
+    from tests.system.conftest import Server
+
+    storage.mkdir(parents=True, exist_ok=True)
+    with three_nodes(storage) as (_, profile):
+        server = Server("", storage)
+        print(server.memorag("up", "--profile", str(profile), "--port", "0").stdout, flush=True)
+        example = ROOT / "examples" / "chronicle.txt"
+        server.memorag("memorize", str(example), "--id", "chronicle", "--title", "The Chronicle of Marrow Head")
+        print(f"MEMORAG_TEST_STORAGE={storage} python -m pytest tests/system", flush=True)
+        try:
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        finally:
+            server.memorag("down")
+
+
+if __name__ == "__main__":
+    main()
