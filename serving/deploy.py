@@ -1,0 +1,68 @@
+"""The application as a Serve config file builds it: `import_path: serving.deploy:application`.
+
+For clusters that are managed by `serve deploy`, `serve run` or KubeRay. The application is the one of `memorag up`:
+both come from `serving.app.build`. Ray itself is started by whoever runs the cluster, so of the profile's settings
+under `ray` only `namespace` and `autoscaling` count here.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from pydantic import Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+
+from cluster.config import Settings
+from cluster.placement import PoolUnplaceable
+from memory_worker.catalog import CATALOG
+from memory_worker.keeper import keeper_names
+from serving.app import build, memories_root, models_folder, require_nodes, require_safe, with_models
+from serving.config import EMBEDDED, Profile, ProfileError, load_profile, parse_profile
+
+
+class Arguments(Settings):
+    """`args` of the application in a Serve config file."""
+
+    profile: str | dict[str, Any] = Field(
+        EMBEDDED, description="name of a profile, path of a YAML file that every node has, or the settings themselves"
+    )
+    storage: str = Field(
+        "~/.memorag",
+        description="folder that every node has at this path, or a `pyarrow.fs` URI such as s3://bucket/path",
+    )
+
+
+def application(arguments: Arguments) -> Application:
+    """The application of that profile on that storage.
+
+    Raises `RayServeException`, which Serve shows as the application's status, for a profile that cannot be used, one
+    without keys where Serve listens on more than loopback, and a pool for which the cluster has no nodes.
+    """
+    try:
+        profile = _profile(arguments.profile)
+        if ray.is_initialized() and (client := _get_global_client(raise_if_no_controller_running=False)):
+            require_safe(profile, str(client.http_config.host))
+            require_nodes(profile)
+            if not any(running.deployments for running in serve.status().applications.values()):
+                _end_what_was_left(profile.ray.namespace)
+        storage = arguments.storage if "://" in arguments.storage else str(Path(arguments.storage).expanduser())
+        return build(with_models(profile, models_folder(storage)), memories_root(storage))
+    except (PoolUnplaceable, ProfileError) as error:
+        raise RayServeException(str(error)) from None
+
+
+def _profile(given: str | dict[str, Any]) -> Profile:
+    return load_profile(given) if isinstance(given, str) else parse_profile(yaml.safe_dump(given), "args.profile")
+
+
+def _end_what_was_left(namespace: str) -> None:
+    """Ends the actors that outlived an earlier server on this cluster: they may keep another storage."""
+    named = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == namespace]
+    for name in {CATALOG, *keeper_names(named)}.intersection(named):
+        with contextlib.suppress(ValueError):  # it has ended meanwhile
+            ray.kill(ray.get_actor(name, namespace=namespace))
