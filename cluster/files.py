@@ -71,7 +71,11 @@ class RemoteFiles:
         return self._system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
 
     def kind(self, path: str) -> fs.FileType:
-        return self._system.get_file_info(path).type
+        return self.info(path).type
+
+    def info(self, path: str) -> fs.FileInfo:
+        """What is under this name: kind, size."""
+        return self._system.get_file_info(path)
 
 
 class LocalFiles(RemoteFiles):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from serving.commands_batch import batch, memorize_folder
 from serving.commands_keys import app as keys_app
 from serving.commands_show import Output
 
@@ -31,6 +32,7 @@ app.add_typer(memories_app, name="memories")
 documents_app = typer.Typer(help="Add, replace and delete the documents of a memory.", no_args_is_help=True)
 app.add_typer(documents_app, name="documents")
 app.add_typer(keys_app, name="keys")
+app.command()(batch)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
@@ -135,19 +137,29 @@ def status(storage: Storage = _STORAGE, as_json: Json = False) -> None:
 @app.command()
 def memorize(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="txt, md, html, pdf, docx.")
+        list[Path],
+        typer.Argument(metavar="FILE...", exists=True, help="txt, md, html, pdf, docx; or a folder of such."),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the memory; otherwise the server chooses.")] = None,
     title: Annotated[str | None, typer.Option(help="Title for people.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag to ask it by, with others; may be repeated.")] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; otherwise the profile's.")] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="A memory of each file below a folder.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --recursive: files under way at most.")] = 4,
     storage: Storage = _STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Make one memory of files, and wait until it is ready."""
+    """Make one memory of files, or one of each file below a folder, and wait until all is ready."""
     out = Output(as_json)
+    if recursive and (id or title):
+        raise typer.BadParameter("--recursive makes many memories, with ids and titles of their files' names")
+    if not recursive and (folder := next((path for path in files if path.is_dir()), None)):
+        raise typer.BadParameter(f"{folder} is a folder; with --recursive, each file below it becomes a memory")
     with _errors(out), _client(storage, url) as client:
+        if recursive:
+            memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), ratio=ratio)
+            return
         progress = out.progress_lines() if not out.on_terminal else True
         memory = client.memorize(*files, id=id, title=title, tags=tag or (), ratio=ratio, progress=progress)
         out.memory(memory.info)

@@ -25,6 +25,7 @@ _CONVERTED = {
     ".pdf": "application/pdf",
     ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
 }
+KINDS = frozenset({*_PLAIN, *_CONVERTED})  # extensions of files that give text
 _WORKER = Path(__file__).with_name("convert_worker.py")
 _SAMPLE_CHARACTERS = 4000
 _SAMPLES = 3

@@ -13,11 +13,21 @@ from serving.config import RayConfig
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_TOKEN, _ADDRESS = "token", "address"  # files in Ray's folder
 
 
 def new_ray_folder() -> Path:
     """A fresh temporary folder, its path short enough for the Unix sockets that Ray puts below it."""
     return Path(tempfile.mkdtemp(prefix="memorag-", dir="/tmp"))
+
+
+def address_in(folder: Path) -> str:
+    """The address of the Ray that was started with this folder, and lets this process pass there.
+
+    As for `start_ray`, nothing may have imported Ray yet.
+    """
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / _TOKEN)}
+    return (folder / _ADDRESS).read_text()
 
 
 def start_ray(config: RayConfig, folder: Path) -> None:
@@ -27,7 +37,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
     """
     if "ray" in sys.modules:
         raise RuntimeError("Ray is imported already, and would not see its token: start the server in a fresh process")
-    token = folder / "token"
+    token = folder / _TOKEN
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ |= {
@@ -55,6 +65,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
                 _temp_dir=str(folder),
                 _system_config={"enable_metrics_collection": config.metrics, "worker_niceness": 0},
             )
+            (folder / _ADDRESS).write_text(ray.get_runtime_context().gcs_address)
             return
         except Exception as error:  # Ray raises no more precise class here
             ray.shutdown()
