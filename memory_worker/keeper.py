@@ -1,8 +1,8 @@
 """The object-store tier of one node: memories in Ray's shared memory, for the engines on that node to read.
 
-One detached `MemoryKeeper` actor a node. It reads what it lacks from the durable tier and puts its own copies,
-since an object dies with the process that put it. Everything here may vanish at any time and is read again:
-a reader whose `ray.get` fails because the keeper or its node died asks `chunks` once more.
+One detached `MemoryKeeper` actor a node. It takes what it lacks from a peer on another node, or reads it from the
+durable tier, and puts its own copies, since an object dies with the process that put it. Everything here may vanish at
+any time and is read again: a reader whose `ray.get` fails because the keeper or its node died asks `chunks` once more.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -21,10 +21,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from memory_worker.errors import DamagedMemory, MixedMemories
 from memory_worker.manifest import FileEntry, Manifest, MemoryShape, SegmentEntry
 from memory_worker.messages import MemoryKey, SegmentGroup
+from memory_worker.peers import KEEPER, HeldFile, Peers, copied
 from memory_worker.store import MemoryStore
+from memory_worker.tier_metrics import TierMetrics
 
 NAMESPACE = "memorag"
-_KEEPER = "memory-keeper-"  # an actor's name, before its node's id
 CHUNK_BYTES = 64 * 2**20
 _READERS = 32  # threads that read from storage
 _READERS_OF_ONE_MEMORY = 4  # of them, so that a memory whose storage hangs does not take them all
@@ -63,14 +64,14 @@ class KeeperStats:
     hits: int  # files found in the object store
     loads: int  # files read from the durable tier
     evictions: int
+    pulls: int = 0  # files taken from a peer
+    slots: int = 0  # of the segments
+    moved_bytes: int = 0  # that loads and pulls brought here
 
 
 @dataclass(slots=True)
 class _KeptFile:
-    shape: MemoryShape
-    chunks: list[ray.ObjectRef]
-    slots: list[int]
-    bytes: int
+    file: HeldFile
     readers: int = field(default=0)  # calls that are about to hand it out
 
 
@@ -87,7 +88,9 @@ class MemoryKeeper:
     touching storage, however slow that is.
     """
 
-    def __init__(self, storage_root: str, budget_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, storage_root: str, budget_bytes: int, chunk_bytes: int = CHUNK_BYTES, namespace: str = NAMESPACE
+    ) -> None:
         self._store = MemoryStore(storage_root)
         self._budget = budget_bytes
         self._chunk_bytes = chunk_bytes
@@ -96,7 +99,9 @@ class MemoryKeeper:
         self._loading: dict[Hashable, asyncio.Task[Any]] = {}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant/memory
-        self._bytes = self._hits = self._loads = self._evictions = 0
+        self._peers = Peers(namespace)
+        self._metrics = TierMetrics()
+        self._bytes = self._hits = self._loads = self._evictions = self._pulls = self._moved = 0
 
     async def chunks(self, group: SegmentGroup) -> KeptMemory:
         """The group in the object store, loaded as far as it was not there; calls at the same time load it once.
@@ -118,8 +123,8 @@ class MemoryKeeper:
                 group,
                 manifests[0].fingerprint,
                 shape,
-                tuple(chunk for file in kept for chunk in file.chunks),
-                tuple(count for file in kept for count in file.slots),
+                tuple(chunk for kept_file in kept for chunk in kept_file.file.chunks),
+                tuple(count for kept_file in kept for count in kept_file.file.slots),
             )
 
     async def prefetch(self, group: SegmentGroup) -> bool:
@@ -137,7 +142,28 @@ class MemoryKeeper:
         return True
 
     async def stats(self) -> KeeperStats:
-        return KeeperStats(self._bytes, self._budget, len(self._files), self._hits, self._loads, self._evictions)
+        return KeeperStats(
+            self._bytes,
+            self._budget,
+            len(self._files),
+            self._hits,
+            self._loads,
+            self._evictions,
+            self._pulls,
+            self._slots,
+            self._moved,
+        )
+
+    async def held(self, tenant: str, digest: str) -> HeldFile | None:
+        """For a peer: the file if it is here. Its bytes stay for as long as the result is referred to."""
+        if kept := self._files.get((tenant, digest)):
+            self._files.move_to_end((tenant, digest))
+            return kept.file
+        return None
+
+    @property
+    def _slots(self) -> int:
+        return sum(sum(kept.file.slots) for kept in self._files.values())
 
     async def _manifest(self, key: MemoryKey) -> Manifest:
         if key not in self._manifests:
@@ -169,6 +195,7 @@ class MemoryKeeper:
             if kept := self._files.get((key.tenant, file.digest)):
                 self._files.move_to_end((key.tenant, file.digest))
                 self._hits += 1
+                self._metrics.hit(key.tenant)
                 found[file] = hold(kept)
             else:
                 missing[file] = key
@@ -195,23 +222,36 @@ class MemoryKeeper:
             self._evict(file.size)
             self._bytes += file.size  # while it is read, so that loads at the same time share the budget
             try:
-                loaded = await self._in_thread(partial(self._read, file))
+                pulled = await self._pulled(key.tenant, file.digest)
+                loaded = await self._in_thread(partial(self._read, file)) if pulled is None else pulled
             finally:
                 self._bytes -= file.size
         name = key.tenant, file.digest
         if name not in self._files:  # the same bytes may have come from another memory meanwhile
-            self._files[name] = loaded
+            self._files[name] = _KeptFile(loaded)
             self._bytes += loaded.bytes
-            self._loads += 1
+            self._moved += loaded.bytes
+            self._pulls += pulled is not None
+            self._loads += pulled is None
+            self._metrics.loaded(key.tenant, "peer" if pulled else "storage", loaded.bytes)
+            self._metrics.resident(self._bytes, self._slots)
         return self._files[name]
 
-    def _read(self, file: FileEntry) -> _KeptFile:
+    async def _pulled(self, tenant: str, digest: str) -> HeldFile | None:
+        """A copy of what a peer holds: it was verified when that peer read it."""
+        fetched = await self._peers.fetch(tenant, digest)
+        if fetched is None:
+            return None
+        held, arrays = fetched
+        return replace(held, chunks=await self._in_thread(partial(copied, arrays)))
+
+    def _read(self, file: FileEntry) -> HeldFile:
         segment = self._store.read_segment(file)
-        kept = _KeptFile(segment.shape, [], [], segment.slots * segment.shape.slot_bytes)
+        chunks, slots = [], []
         for chunk in segment.chunks(self._chunk_bytes):
-            kept.chunks.append(ray.put(chunk))
-            kept.slots.append(chunk.shape[2])
-        return kept
+            chunks.append(ray.put(chunk))
+            slots.append(chunk.shape[2])
+        return HeldFile(segment.shape, tuple(chunks), tuple(slots), segment.slots * segment.shape.slot_bytes)
 
     def _turn(self, key: MemoryKey) -> asyncio.Semaphore:
         """To be held while storage is read for this memory."""
@@ -226,8 +266,10 @@ class MemoryKeeper:
         for name in [name for name, file in self._files.items() if not file.readers]:
             if self._bytes + coming_bytes <= self._budget:
                 return
-            self._bytes -= self._files.pop(name).bytes
+            gone = self._files.pop(name).file.bytes
+            self._bytes -= gone
             self._evictions += 1
+            self._metrics.evicted(gone)
 
 
 def keeper_on(
@@ -236,7 +278,7 @@ def keeper_on(
     """The keeper of this node, started if there is none. A keeper that dies comes back empty."""
     actor: Any = ray.remote(MemoryKeeper)
     return actor.options(
-        name=_KEEPER + node_id,
+        name=KEEPER + node_id,
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
@@ -244,7 +286,7 @@ def keeper_on(
         max_restarts=-1,
         max_task_retries=-1,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    ).remote(storage_root, budget_bytes)
+    ).remote(storage_root, budget_bytes, namespace=namespace)
 
 
 def local_keeper(storage_root: str, budget_bytes: int, namespace: str = NAMESPACE) -> "ray.actor.ActorHandle":
@@ -254,7 +296,7 @@ def local_keeper(storage_root: str, budget_bytes: int, namespace: str = NAMESPAC
 
 def keeper_names(actors: Iterable[str]) -> list[str]:
     """Which of these names of actors are keepers'."""
-    return [name for name in actors if name.startswith(_KEEPER)]
+    return [name for name in actors if name.startswith(KEEPER)]
 
 
 def _segments(group: SegmentGroup, manifests: Sequence[Manifest]) -> list[tuple[MemoryKey, SegmentEntry]]:
@@ -276,11 +318,11 @@ def _segments(group: SegmentGroup, manifests: Sequence[Manifest]) -> list[tuple[
 
 
 def _check(segment: SegmentEntry, shape: MemoryShape, files: list[_KeptFile]) -> None:
-    slots = sum(sum(file.slots) for file in files)
-    if slots != segment.slots or any(file.shape != shape for file in files):
+    slots = sum(sum(kept.file.slots) for kept in files)
+    if slots != segment.slots or any(kept.file.shape != shape for kept in files):
         raise DamagedMemory(
             segment.files[0].path,
-            f"begins a segment that holds {slots} slots of {files[0].shape}; "
+            f"begins a segment that holds {slots} slots of {files[0].file.shape}; "
             f"its manifest says {segment.slots} of {shape}",
         )
 

@@ -60,8 +60,8 @@ def store(tmp_path: Path) -> MemoryStore:
 class Kept:
     """A keeper of this test alone."""
 
-    def __init__(self, node: str, store: MemoryStore, budget: int) -> None:
-        self.actor = keeper_on(node, store.storage.root, budget, f"test-{uuid.uuid4().hex}")
+    def __init__(self, node: str, store: MemoryStore, budget: int, namespace: str | None = None) -> None:
+        self.actor = keeper_on(node, store.storage.root, budget, namespace or f"test-{uuid.uuid4().hex}")
 
     def chunks(self, group: SegmentGroup | Manifest) -> KeptMemory:
         group = whole(group) if isinstance(group, Manifest) else group
@@ -75,8 +75,8 @@ class Kept:
 def kept(nodes: list[str], store: MemoryStore) -> Iterator[Any]:
     made: list[Kept] = []
 
-    def make(budget: int = 2**20, node: int = 0) -> Kept:
-        made.append(Kept(nodes[node], store, budget))
+    def make(budget: int = 2**20, node: int = 0, namespace: str | None = None) -> Kept:
+        made.append(Kept(nodes[node], store, budget, namespace))
         return made[-1]
 
     yield make
@@ -107,9 +107,13 @@ def test_a_memory_is_handed_out_in_slot_order(kept: Any, store: MemoryStore, nod
     assert (memory.group, memory.shape, memory.fingerprint) == (whole(manifest), SHAPE, manifest.fingerprint)
     assert memory.total_slots == manifest.slots == 64
     assert torch.equal(slots_of(memory), expected(*documents.values()))
-    assert keeper.stats() == KeeperStats(64 * SLOT, 2**20, segments=4, hits=0, loads=4, evictions=0)
+    assert keeper.stats() == KeeperStats(
+        64 * SLOT, 2**20, 4, hits=0, loads=4, evictions=0, slots=64, moved_bytes=64 * SLOT
+    )
     assert keeper.chunks(manifest).chunks == memory.chunks
-    assert keeper.stats() == KeeperStats(64 * SLOT, 2**20, segments=4, hits=4, loads=4, evictions=0)
+    assert keeper.stats() == KeeperStats(
+        64 * SLOT, 2**20, 4, hits=4, loads=4, evictions=0, slots=64, moved_bytes=64 * SLOT
+    )
 
 
 def test_groups_of_several_memories_and_of_parts_of_them(kept: Any, store: MemoryStore) -> None:
@@ -318,6 +322,34 @@ def test_a_node_that_is_lost_takes_no_memory_with_it(
         keeper = kept(node=node)
         assert torch.equal(slots_of(keeper.chunks(manifest)), expected((40, 1), (20, 2)))
         assert keeper.stats().loads == 3
+
+
+def test_a_miss_is_served_by_a_peer_before_storage(kept: Any, store: MemoryStore, nodes: list[str]) -> None:
+    manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1), "two": (20, 2)})
+    namespace = f"test-{uuid.uuid4().hex}"
+    here, there = kept(node=0, namespace=namespace), kept(node=1, namespace=namespace)
+    here.chunks(manifest)
+    for segment in manifest.segments:
+        for file in segment.files:
+            Path(store.storage.root, file.path).unlink()
+    memory = there.chunks(manifest)
+    assert (there.stats().pulls, there.stats().loads) == (3, 0)
+    assert there.stats().moved_bytes == 60 * SLOT + HEAD
+    ray.kill(here.actor)  # what a peer put ends with it: the copies are one's own
+    assert torch.equal(slots_of(memory), expected((40, 1), (20, 2)))
+    assert torch.equal(slots_of(there.chunks(manifest)), expected((40, 1), (20, 2)))
+    assert there.stats().moved_bytes == 60 * SLOT + HEAD, "a warm question moves nothing"
+
+
+def test_a_peer_of_another_namespace_or_tenant_gives_nothing(kept: Any, store: MemoryStore) -> None:
+    mine = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1)})
+    same = store_memory(store, store.new_version("other", "book"), {"one": (40, 1)})
+    namespace = f"test-{uuid.uuid4().hex}"
+    here, there, apart = kept(node=0, namespace=namespace), kept(node=1, namespace=namespace), kept(node=1)
+    here.chunks(mine)
+    there.chunks(same)
+    apart.chunks(mine)
+    assert (there.stats().pulls, there.stats().loads) == (apart.stats().pulls, apart.stats().loads) == (0, 2)
 
 
 def test_what_is_prefetched_takes_nobodys_place(kept: Any, store: MemoryStore) -> None:
