@@ -401,7 +401,7 @@ def test_alerts_say_what_is_wrong_and_what_to_do():
 
 def test_dashboards_are_as_grafana_takes_them():
     boards = dashboards()
-    assert len({board["uid"] for board in boards.values()}) == len(boards) == 2
+    assert len({board["uid"] for board in boards.values()}) == len(boards) == 3
     for name, board in boards.items():
         assert board["title"] and board["schemaVersion"] >= 39 and "id" not in board
         source = [v for v in board["templating"]["list"] if v["type"] == "datasource"]
