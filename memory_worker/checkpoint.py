@@ -61,7 +61,8 @@ class Plan(_Part):
     ratio: int
     language: str
     head_tokens: tuple[int, ...]
-    group_windows: int
+    group_windows: int  # of all ranks together
+    ranks: int = 1
     checkpoint_windows: int
     segment_tokens: int
     documents: tuple[PlannedDocument, ...]

@@ -12,7 +12,15 @@ class MemorizeConfig(Settings):
 
     ratio: int = Field(4, description="tokens per beacon where a request names none; divides the window")
     group_windows: int | None = Field(
-        None, ge=1, description="windows that go through each layer together; none takes the device's measured default"
+        None,
+        ge=1,
+        description="windows of one rank that go through each layer together; none takes the device's measured default",
+    )
+    ranks: int = Field(
+        1, ge=1, description="processes that share each text of one Memorizer; each takes what the pool gives a replica"
+    )
+    rank_timeout_s: float = Field(
+        120.0, gt=0, description="seconds after which a rank that does not take part in an exchange is given up"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="weights and stored slots of the memory model"

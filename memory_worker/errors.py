@@ -247,3 +247,17 @@ class QuotaExceeded(MemoryProblem):
             f"this would make {self.wanted:,} {self.what}, and your quota is {self.limit:,}: delete what is no longer "
             "needed, or ask the operator for more"
         )
+
+
+class LostRank(MemoryProblem):
+    """A rank of a Memorizer died, failed or fell silent, and with it the group of windows under way."""
+
+    def __init__(self, rank: int, ranks: int, reason: str) -> None:
+        super().__init__(rank, ranks, reason)
+        self.rank, self.ranks, self.reason = rank, ranks, reason
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} of a Memorizer's {self.ranks} was lost: {self.reason}; its ranks are started anew for "
+            "the next attempt, which goes on from the last checkpoint"
+        )

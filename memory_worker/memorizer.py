@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -26,6 +26,7 @@ from memory_worker.messages import (
     MemorizeResult,
 )
 from memory_worker.prompts import head_tokens
+from memory_worker.ranks import Ranks, load_model, rank_share, replica_options
 from memory_worker.store import MemoryStore, head_path
 
 if TYPE_CHECKING:
@@ -39,31 +40,31 @@ def memorizer_application(
     config: MemoryConfig, pool: PoolConfig, storage_root: str, name: str = "Memorizer"
 ) -> serve.Application:
     """The Serve application of `Memorizer` on `pool`."""
-    deployment: Any = serve.deployment(Memorizer, name=name, **pool.deployment_options())
-    return deployment.bind(config, storage_root)
+    options = pool.deployment_options()
+    share = None
+    if config.memorize.ranks > 1:
+        share = rank_share(config, pool)
+        options |= replica_options(config, pool)
+    deployment: Any = serve.deployment(Memorizer, name=name, **options)
+    return deployment.bind(config, storage_root, share)
 
 
 class Memorizer:
-    """One memory model. Jobs share it group by group: a short text does not wait for a long one to end."""
+    """One memory model. Jobs share it group by group: a short text does not wait for a long one to end.
 
-    def __init__(self, config: MemoryConfig, storage_root: str) -> None:
-        import torch
+    With `memorize.ranks`, other ranks share each group; `share` is what each takes of Ray's resources.
+    """
+
+    def __init__(self, config: MemoryConfig, storage_root: str, share: Mapping[str, float] | None = None) -> None:
         from transformers import AutoTokenizer
-
-        from memory_worker.beacon import BeaconModel
 
         self._config = config
         self._store = MemoryStore(storage_root)
-        if config.memorize.threads:
-            torch.set_num_threads(config.memorize.threads)
-        device = config.memorize.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = BeaconModel.from_pretrained(
-            config.engine.model,
-            dtype=getattr(torch, config.memorize.dtype),
-            device=device,
-        )
+        # The other ranks load the model while this one does.
+        self._ranks = Ranks(config, share or {}) if config.memorize.ranks > 1 else None
+        self._model = load_model(config)
+        if self._ranks:
+            self._ranks.join(self._model)
         self._description = _described(config, self._model)
         wanted = config.memorize.segment_tokens
         if wanted is not None and wanted < self._model.window:
@@ -82,8 +83,8 @@ class Memorizer:
 
         A version whose work was cut short goes on after its last checkpoint, to the same files. Ending the iteration
         early stops the work after the group under way; what no checkpoint holds yet is done again the next time.
-        Raises `UnsupportedRatio`, `WindowTooLarge`, `EmptyDocument`, or `DamagedFile` naming a source or the given
-        head where it is not as it was written.
+        Raises `UnsupportedRatio`, `WindowTooLarge`, `EmptyDocument`, `DamagedFile` naming a source or the given
+        head where it is not as it was written, or `LostRank`, after which the same call goes on.
         """
         self._model.check_ratio(request.ratio)
         job = await asyncio.to_thread(self._prepare, request)
@@ -114,7 +115,7 @@ class Memorizer:
 
     def _prepare(self, request: MemorizeRequest) -> "_Job":
         """All that storage and tokenizer have for the request."""
-        head = self._heads[request.language]
+        memorize, head = self._config.memorize, self._heads[request.language]
         segment_tokens = self._segment_tokens(request.ratio, len(head))
         texts = tuple(self._read_text(document) for document in request.documents)
         plan = Plan(
@@ -124,8 +125,9 @@ class Memorizer:
             ratio=request.ratio,
             language=request.language,
             head_tokens=tuple(head),
-            group_windows=self._config.memorize.group_windows or self._model.group_windows,
-            checkpoint_windows=self._config.memorize.checkpoint_windows,
+            group_windows=(memorize.group_windows or self._model.group_windows) * memorize.ranks,
+            ranks=memorize.ranks,
+            checkpoint_windows=memorize.checkpoint_windows,
             segment_tokens=segment_tokens,
             documents=tuple(
                 PlannedDocument(
@@ -177,7 +179,8 @@ class Memorizer:
         memories = [start.head_slots] * len(segments.remaining)
         if start.unfinished is not None:
             memories[0] = Slots.concat([start.head_slots, start.unfinished])
-        for group in self._model.compress_documents(
+        encoder = self._ranks or self._model
+        for group in encoder.compress_documents(
             [torch.from_numpy(job.texts[s.document].tokens[s.start : s.end]) for s in segments.remaining],
             ratio=plan.ratio,
             memory=memories,

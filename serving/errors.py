@@ -48,6 +48,7 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (UnsupportedDocument, 422),
     (generator_errors.GenerationFailed, 503),
     (EngineFailed, 503),
+    (memory_errors.LostRank, 503),
     (StorageFull, 507),
     (StorageGone, 503),
     (retrieval_errors.DamagedIndex, 500),
@@ -115,7 +116,7 @@ def is_callers_fault(error: BaseException) -> bool:
 def is_unavailable(error: BaseException) -> bool:
     """Whether a process that died or is not there yet is to blame: the same call may succeed with its successor."""
     cause = cause_of(error)
-    return isinstance(cause, (*_UNAVAILABLE, EngineFailed))
+    return isinstance(cause, (*_UNAVAILABLE, EngineFailed, memory_errors.LostRank))
 
 
 def damaged_path(error: BaseException) -> str | None:

@@ -8,7 +8,7 @@ are turned twice: to their slot, for later windows, and to their place in the wi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from torch.nn.functional import linear, silu
 from memory_worker.beacon import checkpoint
 from memory_worker.beacon.attention import attend
 from memory_worker.beacon.checkpoint import Layer, Shape, Weights
+from memory_worker.beacon.exchange import Exchange
 from memory_worker.beacon.rope import Rope, rotate_by
 from memory_worker.beacon.slots import Part, Slots
+from memory_worker.beacon.windows import Group, Rows, Text, Window, slots_of
 
 RATIOS = (2, 4, 8, 16, 32)
 # Measured on two CPU cores with benchmarks/memorize.py; on a GPU enough rows to fill it at window 2048.
@@ -34,42 +36,17 @@ class UnsupportedRatio(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """Tokens `start … end` of a text that are fed together: with beacons, or raw as head and question are."""
+class _Pass:
+    """One group of windows on its way through the layers, on this rank."""
 
-    start: int
-    end: int
-    ratio: int  # tokens per beacon; 0 for raw
-    slot: int  # slots before it
-
-    @property
-    def tokens(self) -> int:
-        return self.end - self.start
-
-    @property
-    def kept(self) -> int:
-        """Slots it becomes."""
-        return -(-self.tokens // self.ratio) if self.ratio else self.tokens
-
-    @property
-    def rows(self) -> int:
-        return self.tokens + (self.kept if self.ratio else 0)
-
-    def beacon_rows(self) -> Tensor:
-        """Where in the window beacons stand: after every `ratio` tokens, the last one after the remainder."""
-        beacons = torch.arange(self.kept if self.ratio else 0)
-        return ((beacons + 1) * self.ratio).clamp(max=self.tokens) + beacons
-
-
-@dataclass(slots=True)
-class _Text:
-    """A text on its way through the model, with the slots it has so far."""
-
-    number: int  # among the documents of the call
-    tokens: Tensor  # [tokens] int64 on the CPU
-    windows: list[_Window]
-    keys: Tensor  # [layers, kv_heads, capacity, head_dim], rotated to their slots
-    values: Tensor  # [layers, kv_heads, capacity, head_dim]
+    group: Group
+    mine: Group  # what of the group this rank runs: all of it, if it is the only one
+    rows: Rows  # of `mine`
+    beacons: Tensor  # rows.beacons and rows.kept, on the device
+    kept: Tensor
+    in_place: tuple[Tensor, Tensor]  # the RoPE table of the rows
+    at_slot: tuple[Tensor, Tensor]  # and of the slots that the whole group becomes
+    exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # own kept keys, values: the whole group's
 
 
 @dataclass(frozen=True)
@@ -182,13 +159,16 @@ class BeaconModel:
         ratio: int,
         memory: Slots | Sequence[Slots | None] | None = None,
         group_windows: int | None = None,
+        exchange: Exchange | None = None,
     ) -> Iterator[tuple[Part, ...]]:
         """Compresses several documents, windows of different ones sharing a pass; yields what each pass added.
 
         Each document sees `memory` (the head's slots, or one entry per document) and itself alone. Parts of a
         document come in order; a document is resumed by giving the slots it has as its memory and the tokens from
         the next window on. Only documents in the present pass are held, so what is yielded can be stored and let go.
-        Raises as `compress`, and `ValueError` for an empty document.
+        With `exchange`, the windows of each pass are spread over its ranks, all of which must make the same calls in
+        the same order; each yields all parts.
+        Raises as `compress`, `ValueError` for an empty document, and `ExchangeFailed`.
         """
         memories = [memory] * len(documents) if memory is None or isinstance(memory, Slots) else memory
         texts = (
@@ -196,7 +176,7 @@ class BeaconModel:
             for number, (tokens, before) in enumerate(zip(documents, memories, strict=True))
         )
         self.check_ratio(ratio)
-        return self._encode(texts, group_windows)
+        return self._encode(texts, group_windows, exchange)
 
     def logits(self, tokens: Sequence[int] | Tensor, memory: Slots | None = None) -> Tensor:
         """Logits [tokens, vocab] float32 of `tokens` that follow `memory`, with stock weights alone."""
@@ -218,7 +198,7 @@ class BeaconModel:
                 return produced
             end, slot = len(text.tokens), text.windows[-1].slot + text.windows[-1].kept
             text.tokens = torch.cat([text.tokens, torch.tensor(produced[-1:])])
-            text.windows.append(_Window(end, end + 1, 0, slot))
+            text.windows.append(Window(end, end + 1, 0, slot))
             (last,) = self._run([(text, text.windows[-1])])
 
     def _begin(
@@ -230,7 +210,7 @@ class BeaconModel:
         head: int = 0,
         room: int = 0,
         number: int = 0,
-    ) -> _Text:
+    ) -> Text:
         """A text cut into windows, with its buffers: `memory` in its first slots, and `room` for more slots."""
         self.check_ratio(ratio)
         ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
@@ -246,7 +226,7 @@ class BeaconModel:
         windows = []
         starts = [*range(0, head, self.window), *range(head, len(ids), self.window)]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            windows.append(_Window(start, end, ratio if start >= head else 0, slot))
+            windows.append(Window(start, end, ratio if start >= head else 0, slot))
             slot += windows[-1].kept
         size = (self.layers, self.kv_heads, slot + room, self.head_dim)
         keys, values = (torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -256,12 +236,12 @@ class BeaconModel:
                 raw = memory.keys[layer].to(self.device, self.dtype)
                 keys[layer, :, : len(memory)] = self.rope.rotate(raw, places)
             values[:, :, : len(memory)] = memory.values
-        return _Text(number, ids, windows, keys, values)
+        return Text(number, ids, windows, keys, values)
 
-    def _pack(self, texts: Iterator[_Text], group_windows: int | None) -> Iterator[list[tuple[_Text, _Window]]]:
+    def _pack(self, texts: Iterator[Text], group_windows: int | None) -> Iterator[Group]:
         """Windows in order, as many together as the group's tokens allow; a text is begun when its turn comes."""
         room = self.window * (group_windows or self.group_windows)
-        group: list[tuple[_Text, _Window]] = []
+        group: Group = []
         held = 0
         for text in texts:
             for window in text.windows:
@@ -273,13 +253,15 @@ class BeaconModel:
         if group:
             yield group
 
-    def _encode(self, texts: Iterator[_Text], group_windows: int | None) -> Iterator[tuple[Part, ...]]:
+    def _encode(
+        self, texts: Iterator[Text], group_windows: int | None, exchange: Exchange | None = None
+    ) -> Iterator[tuple[Part, ...]]:
         """Runs all windows of `texts`; yields each group's new slots by text."""
         for group in self._pack(texts, group_windows):
             kept = sum(window.kept for _, window in group)
             size = (self.layers, self.kv_heads, kept, self.head_dim)
             fresh = torch.empty(size, dtype=self.dtype, device=self.device)
-            self._run(group, fresh)
+            self._run(group, fresh, exchange)
             parts, at = [], 0
             for _, members in groupby(group, key=lambda member: member[0].number):
                 present = [*members]
@@ -292,65 +274,72 @@ class BeaconModel:
             yield tuple(parts)
 
     @torch.inference_mode()
-    def _run(self, group: list[tuple[_Text, _Window]], fresh: Tensor | None = None) -> list[Tensor]:
+    def _run(self, group: Group, fresh: Tensor | None = None, exchange: Exchange | None = None) -> list[Tensor]:
         """One pass of `group` through all layers; writes its kept keys and values into the texts' buffers.
 
         `fresh` [layers, kv_heads, kept, head_dim] takes the same keys unrotated. Returns the last hidden states of
-        each window, [rows, hidden].
+        each window that this rank ran, [rows, hidden].
         """
-        rows = [window.rows for _, window in group]
-        spans = list(zip([sum(rows[:i]) for i in range(len(rows))], rows, strict=True))
-        beacons = torch.cat([start + w.beacon_rows() for (start, _), (_, w) in zip(spans, group, strict=True)])
-        ordinary = torch.ones(sum(rows), dtype=torch.bool)
-        ordinary[beacons] = False
-        raw = [torch.full((w.rows,), not w.ratio) for _, w in group]
-        kept = (~ordinary | torch.cat(raw)).nonzero()[:, 0].to(self.device)
-        ids = torch.cat([text.tokens[w.start : w.end] for text, w in group])
-        in_place = torch.cat([torch.arange(w.slot, w.slot + w.rows) for _, w in group])
-        at_slot = torch.cat([torch.arange(w.slot, w.slot + w.kept) for _, w in group])
-        tables = (*self.rope.table(in_place.to(self.device)), *self.rope.table(at_slot.to(self.device)))
-        beacons = beacons.to(self.device)
-
-        hidden = torch.empty(sum(rows), self.shape.hidden, dtype=self.dtype, device=self.device)
-        hidden[ordinary.to(self.device)] = self.weights.embedding[ids.to(self.device)]
-        hidden[beacons] = self.weights.beacon
+        present = self._prepare(group, exchange)
+        rows = present.rows
+        ordinary = torch.ones(rows.count, dtype=torch.bool)
+        ordinary[rows.beacons] = False
+        hidden = torch.empty(rows.count, self.shape.hidden, dtype=self.dtype, device=self.device)
+        hidden[ordinary.to(self.device)] = self.weights.embedding[rows.ids.to(self.device)]
+        hidden[present.beacons] = self.weights.beacon
         for index, layer in enumerate(self.weights.layers):
-            keys = self._attend(hidden, layer, index, group, spans, beacons, kept, tables)
+            keys = self._attend(hidden, layer, index, present)
             if fresh is not None:
                 fresh[index] = keys
             self._mlp(hidden, layer)
-        return [hidden[start : start + count] for start, count in spans]
+        return [hidden[start : start + count] for start, count in rows.spans]
 
-    def _attend(
-        self,
-        hidden: Tensor,
-        layer: Layer,
-        index: int,
-        group: list[tuple[_Text, _Window]],
-        spans: list[tuple[int, int]],
-        beacons: Tensor,
-        kept: Tensor,
-        tables: tuple[Tensor, ...],
-    ) -> Tensor:
-        """Adds the layer's attention to `hidden` [rows, hidden]; returns the unrotated kept keys."""
-        shape = self.shape
+    def _prepare(self, group: Group, exchange: Exchange | None) -> _Pass:
+        mine, gather = group, None
+        if exchange:
+            work = [self._work(window) for _, window in group]
+            spread = exchange.spread(work, [window.kept for _, window in group], self.device)
+            mine, gather = [group[index] for index in spread.mine], partial(exchange.gather, spread)
+        rows = Rows.of(mine)
+        return _Pass(
+            group,
+            mine,
+            rows,
+            rows.beacons.to(self.device),
+            rows.kept.to(self.device),
+            self.rope.table(rows.positions.to(self.device)),
+            self.rope.table(slots_of(group).to(self.device)),
+            gather,
+        )
+
+    def _work(self, window: Window) -> float:
+        """Multiply-adds of a window in one layer."""
+        shape, mlp = self.shape, self.weights.layers[0].down.shape[1]
+        matrices = shape.hidden * (shape.head_dim * 2 * (shape.heads + shape.kv_heads) + 3 * mlp)
+        return window.rows * (matrices + 2 * shape.heads * shape.head_dim * (window.slot + window.rows / 2))
+
+    def _attend(self, hidden: Tensor, layer: Layer, index: int, present: _Pass) -> Tensor:
+        """Adds the layer's attention to `hidden` [rows, hidden]; returns the group's unrotated kept keys."""
+        shape, beacons = self.shape, present.beacons
         normed = _rms_norm(hidden, layer.attention_norm, shape.epsilon)
         qkv = linear(normed, layer.qkv, layer.qkv_bias)
         if len(beacons):
             qkv[beacons] = linear(normed[beacons], layer.beacon_qkv, layer.beacon_qkv_bias)
-        heads = qkv.view(len(hidden), -1, shape.head_dim).transpose(0, 1)  # [heads + 2 kv_heads, rows, head_dim]
+        heads = qkv.unflatten(1, (-1, shape.head_dim)).transpose(0, 1)  # [heads + 2 kv_heads, rows, head_dim]
         split = shape.heads + shape.kv_heads
-        turned, values = rotate_by(heads[:split], *tables[:2]), heads[split:]
-        raw_keys, kept_values = heads[shape.heads : split, kept], values[:, kept]
-        slot_keys = rotate_by(raw_keys, *tables[2:])
+        turned, values = rotate_by(heads[:split], *present.in_place), heads[split:]
+        raw_keys, kept_values = heads[shape.heads : split, present.kept], values[:, present.kept]
+        if present.exchange:
+            raw_keys, kept_values = present.exchange(raw_keys, kept_values)
+        slot_keys = rotate_by(raw_keys, *present.at_slot)
         at = 0
-        for text, window in group:
+        for text, window in present.group:
             place, source = slice(window.slot, window.slot + window.kept), slice(at, at + window.kept)
             text.keys[index, :, place] = slot_keys[:, source]
             text.values[index, :, place] = kept_values[:, source]
             at += window.kept
         attended = torch.empty(len(hidden), shape.heads * shape.head_dim, dtype=self.dtype, device=self.device)
-        for (start, count), (text, window) in zip(spans, group, strict=True):
+        for (start, count), (text, window) in zip(present.rows.spans, present.mine, strict=True):
             own = slice(start, start + count)
             attend(
                 turned[: shape.heads, own],

@@ -1,0 +1,150 @@
+"""What work costs, in FLOPs, bytes and seconds: arithmetic on model shapes and rates, nothing else.
+
+`docs/scaling.md` and `memorag plan` count with it; benchmarks hold it against what is measured.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder, as its config.json has it."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    tied: bool  # input and output embedding are one
+    window: int  # tokens compressed together, for a memory model
+    dtype_bytes: int = 2
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], *, dtype_bytes: int = 2) -> "ModelShape":
+        """From the content of a config.json. Raises `ValueError` naming what it lacks."""
+        wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+        if missing := [name for name in wanted if not config.get(name)]:
+            raise ValueError(f"the model's config lacks {', '.join(missing)}: it is not a decoder that can be planned")
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            mlp=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            window=config.get("beacon_window") or 2048,
+            dtype_bytes=dtype_bytes,
+        )
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Of all layers' matrices: each row that passes costs two FLOPs for each."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of stock weights: layers and embeddings."""
+        return (self.matrix_parameters + self.vocabulary * self.hidden * (1 if self.tied else 2)) * self.dtype_bytes
+
+    @property
+    def beacon_bytes(self) -> int:
+        """Of what a memory model has besides: its beacons' projections."""
+        return self.layers * self.hidden * self.head_dim * (self.heads + 2 * self.kv_heads) * self.dtype_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Keys and values of one position, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RankRates:
+    """What one rank, and the links between ranks, are taken to do."""
+
+    flops: float  # FLOP/s, reached and not the device's peak
+    link: float  # bytes/s that one rank receives in an all-gather
+    latency_s: float  # of one all-gather, beside its bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Memorizing:
+    """What memorizing a text is predicted to take."""
+
+    flops: float  # of all ranks together
+    passes: int
+    compute_s: float
+    exchange_s: float
+    received_bytes: int  # by each rank
+    slots: int
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.exchange_s
+
+
+def slots_of(tokens: int, ratio: int) -> int:
+    """Slots of a text of whole windows but for its last."""
+    return -(-tokens // ratio)
+
+
+def window_flops(shape: ModelShape, tokens: int, ratio: int, slots: int) -> float:
+    """Of a window of `tokens` with `slots` before it: matrices for every row, attention for what each row sees."""
+    rows = tokens + slots_of(tokens, ratio)
+    seen = rows * slots + rows * (rows + 1) // 2
+    return 2.0 * rows * shape.matrix_parameters + 4.0 * shape.layers * shape.heads * shape.head_dim * seen
+
+
+def memorizing(
+    shape: ModelShape,
+    tokens: int,
+    *,
+    ratio: int,
+    segment_tokens: int,
+    ranks: int,
+    group_windows: int,
+    rates: RankRates,
+    head_slots: int = 0,
+) -> Memorizing:
+    """One text, in segments that each follow the head alone, `group_windows` of a rank to a pass.
+
+    Ranks of a pass have equal shares but for what does not divide; the exchange is not hidden behind any work.
+    """
+    flops = compute_s = exchange_s = 0.0
+    received = passes = 0
+    slot_bytes = shape.slot_bytes // shape.layers
+    for group in _passes(shape, tokens, ratio, segment_tokens, ranks * group_windows, head_slots):
+        work = sum(window_flops(shape, count, ratio, slots) for count, slots in group)
+        share = math.ceil(len(group) / ranks)
+        flops += work
+        compute_s += work * share / len(group) / rates.flops
+        passes += 1
+        if ranks > 1:
+            most = share * max(slots_of(count, ratio) for count, _ in group)
+            sent = (ranks - 1) * most * slot_bytes
+            received += shape.layers * sent
+            exchange_s += shape.layers * (rates.latency_s + sent / rates.link)
+    return Memorizing(flops, passes, compute_s, exchange_s, received, slots_of(tokens, ratio))
+
+
+def _passes(
+    shape: ModelShape, tokens: int, ratio: int, segment_tokens: int, group: int, head_slots: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Tokens of each window and the slots before it, as many windows as go together."""
+    windows: list[tuple[int, int]] = []
+    for start in range(0, tokens, shape.window):
+        within = start % segment_tokens
+        windows.append((min(shape.window, tokens - start), head_slots + within // ratio))
+        if len(windows) == group:
+            yield windows
+            windows = []
+    if windows:
+        yield windows
