@@ -238,7 +238,7 @@ class Router(KeyedAnswers):
             inquiry = await self._inquiry(tenant, manifests, question)
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
-                    self._count(tenant, item)
+                    self._metrics.question(tenant, item)
                 yield _event(item)
         except Exception as error:  # noqa: BLE001  the response has begun: the failure travels as its last event
             yield api.Event(name="error", data=(await self._problem(manifests, error)).body())
@@ -250,7 +250,7 @@ class Router(KeyedAnswers):
         try:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
-                    self._count(tenant, item)
+                    self._metrics.question(tenant, item)
                     return item
         except Exception as error:
             raise await self._problem(manifests, error) from error
@@ -316,9 +316,6 @@ class Router(KeyedAnswers):
         """Raises for more documents than one memory may have."""
         if count > self._profile.limits.documents:
             raise ProblemError(413, f"{count} documents; one memory takes {self._profile.limits.documents} at most")
-
-    def _count(self, tenant: str, answer: api.Answer) -> None:
-        self._metrics.question(tenant, answer.task, answer.timings_ms.total / 1000, answer.usage.completion_tokens)
 
     async def _memory_model(self) -> MemorizerDescription:
         if self._model is None:

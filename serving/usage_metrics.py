@@ -4,11 +4,14 @@ No label is an id of a memory, document or request: tenants are as many as have 
 Outside Ray, and in a cluster that collects no metrics, what is reported is dropped.
 """
 
+from collections import Counter as PlainCounter
 from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.api import Answer
 
 UNKNOWN = "unknown"  # the tenant of a request without a valid key, and the route of one that matches none
 
@@ -25,6 +28,11 @@ class UsageMetrics:
         self._question_seconds = Histogram(
             "memorag_question_seconds", "seconds from question to last token", _SECONDS, ("tenant", "task")
         )
+        self._stage_seconds = Histogram(
+            "memorag_stage_seconds", "seconds of one stage of a question", _SECONDS, ("tenant", "stage")
+        )
+        self._clues = Counter("memorag_clues", "clues that were recalled", ("tenant", "kind"))
+        self._degraded = Counter("memorag_degraded_answers", "answers that lacked something", ("tenant", "lacking"))
         self._memorized_tokens = Counter("memorag_memorized_tokens", "tokens of texts made into memories", ("tenant",))
         self._answer_tokens = Counter("memorag_answer_tokens", "tokens of answers", ("tenant",))
 
@@ -32,10 +40,18 @@ class UsageMetrics:
         """One HTTP request that was answered; `scope` is its ASGI scope."""
         self._requests.inc(tags={"tenant": tenant or UNKNOWN, "route": route_of(scope), "status": str(status)})
 
-    def question(self, tenant: str, task: str, seconds: float, answer_tokens: int) -> None:
+    def question(self, tenant: str, answer: Answer) -> None:
         """One question that was answered to its end."""
-        self._question_seconds.observe(seconds, tags={"tenant": tenant, "task": task})
-        _add(self._answer_tokens, answer_tokens, tenant)
+        timings = answer.timings_ms
+        self._question_seconds.observe(timings.total / 1000, tags={"tenant": tenant, "task": answer.task})
+        for stage in ("recall", "retrieve", "generate"):
+            if milliseconds := getattr(timings, stage):
+                self._stage_seconds.observe(milliseconds / 1000, tags={"tenant": tenant, "stage": stage})
+        for kind, number in PlainCounter(clue.kind for clue in answer.clues).items():
+            self._clues.inc(number, tags={"tenant": tenant, "kind": kind})
+        for lacking in answer.degraded:
+            self._degraded.inc(tags={"tenant": tenant, "lacking": lacking})
+        _add(self._answer_tokens, answer.usage.completion_tokens, tenant)
 
     def memorized(self, tenant: str, tokens: int) -> None:
         """One job that is done."""

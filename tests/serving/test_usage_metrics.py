@@ -4,7 +4,30 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
+from serving.api import Answer, ClueOut, Timings, Usage
 from serving.usage_metrics import UNKNOWN, CountedRequests, UsageMetrics, route_of
+
+NAMES = (
+    "_requests", "_question_seconds", "_stage_seconds", "_clues", "_degraded", "_memorized_tokens", "_answer_tokens",
+)  # fmt: skip
+
+
+def answer(tokens: int) -> Answer:
+    clues = [ClueOut(kind=kind, text="x") for kind in ("span", "span", "draft")]
+    return Answer(
+        memory="m",
+        version="v",
+        memories=[],
+        task="memorag",
+        answer="",
+        citations=[],
+        evidence=[],
+        clues=clues,
+        passages=[],
+        degraded=["untrained-model"],
+        usage=Usage(completion_tokens=tokens),
+        timings_ms=Timings(recall=750, generate=500, total=1500),
+    )
 
 
 def test_requests_are_counted_by_tenant_route_and_status(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,23 +52,28 @@ def test_requests_are_counted_by_tenant_route_and_status(monkeypatch: pytest.Mon
 def test_reporting_without_ray_is_dropped() -> None:
     for metrics in (UsageMetrics(), UsageMetrics()):
         metrics.request(None, {"method": "GET"}, 401)
-        metrics.question("a", "memorag", 1.5, 0)
+        metrics.question("a", answer(0))
         metrics.memorized("a", 0)
         metrics.memorized("a", 10)
 
 
 def test_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, seen = UsageMetrics(), []
-    for name in ("_requests", "_question_seconds", "_memorized_tokens", "_answer_tokens"):
+    for name in NAMES:
         monkeypatch.setattr(
             getattr(metrics, name), "_record", lambda value, tags, name=name: seen.append((value, tags))
         )
     metrics.request("a", {"method": "GET"}, 200)
-    metrics.question("a", "rag", 1.5, 7)
+    metrics.question("a", answer(7))
     metrics.memorized("b", 9)
     assert seen == [
         (1.0, {"tenant": "a", "route": UNKNOWN, "status": "200"}),
-        (1.5, {"tenant": "a", "task": "rag"}),
+        (1.5, {"tenant": "a", "task": "memorag"}),
+        (0.75, {"tenant": "a", "stage": "recall"}),
+        (0.5, {"tenant": "a", "stage": "generate"}),
+        (2, {"tenant": "a", "kind": "span"}),
+        (1, {"tenant": "a", "kind": "draft"}),
+        (1.0, {"tenant": "a", "lacking": "untrained-model"}),
         (7, {"tenant": "a"}),
         (9, {"tenant": "b"}),
     ]

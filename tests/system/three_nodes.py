@@ -21,9 +21,9 @@ from tests.system.conftest import ROOT
 
 # Which pools are on a node, and which deployments that are.
 NODES = {
-    "front": {"cpu": ("Ingress", "Router"), "retrieval": ("Embedder", "Retriever")},
-    "memory": {"memory": ("Memorizer", "Recaller")},
-    "generator": {"generator": ("Generator",)},
+    "front_pool": {"cpu": ("Ingress", "Router"), "retrieval": ("Embedder", "Retriever")},
+    "memory_pool": {"memory": ("Memorizer", "Recaller")},
+    "generator_pool": {"generator": ("Generator",)},
 }
 _ROOM = 1000  # of a node's own resource, of which each replica takes one
 
@@ -44,7 +44,6 @@ def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
                     resources={name: _ROOM},
                     object_store_memory=300 * 2**20,
                     include_dashboard=False,
-                    node_ip_address="127.0.0.1",
                 )
             cluster.wait_for_nodes()
             yield cluster.address, write_profile(storage, cluster.address)
