@@ -1,0 +1,32 @@
+"""Shapes of models as their config.json has them, for plans and calibrations."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.costs import ModelShape
+from serving.config import EMBEDDED
+
+
+def read_shape(model: str, files: Mapping[str, Path]) -> ModelShape:
+    """Of a model's config.json: a file given for it, its folder, or the hub's. Raises `ValueError`."""
+    if model in files:
+        return ModelShape.of(json.loads(files[model].read_text(encoding="utf-8")))
+    if model == EMBEDDED:
+        from memory_worker.embedded import ensure_embedded_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            config = ensure_embedded_model(folder) / "config.json"
+            return ModelShape.of(json.loads(config.read_text(encoding="utf-8")))
+    if Path(model).is_dir():
+        return ModelShape.of(json.loads((Path(model) / "config.json").read_text(encoding="utf-8")))
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(model).to_dict())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the shape of {model} cannot be read here ({type(error).__name__}): give its config.json with "
+            f"--shape {model}=FILE"
+        ) from error
