@@ -1,7 +1,8 @@
 """`memorag batch`, and `memorag memorize --recursive`: many questions, many files."""
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,19 +47,20 @@ def batch(
 
     out = Output(as_json)
     with _errors(out):
-        report = answer_all(
-            questions,
-            output,
-            concurrency=concurrency,
-            tenant=tenant,
-            group_by_memory=not in_order,
-            retry_failed=retry_failed,
-            rows_per_part=rows_per_part,
-            patience_s=patience,
-            storage=storage,
-            ray_address=ray_address,
-            progress=True,
-        )
+        with redirect_stdout(sys.stderr):  # where Ray has something to say
+            report = answer_all(
+                questions,
+                output,
+                concurrency=concurrency,
+                tenant=tenant,
+                group_by_memory=not in_order,
+                retry_failed=retry_failed,
+                rows_per_part=rows_per_part,
+                patience_s=patience,
+                storage=storage,
+                ray_address=ray_address,
+                progress=True,
+            )
         if report.ignored:
             out.note(f"columns that are no part of a question, and were left out: {', '.join(report.ignored)}")
         out.result(report.as_json(), _summary(report, output))
