@@ -13,9 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
-
-import ray
+from typing import Literal
 
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import (
@@ -29,9 +27,8 @@ from memory_worker.errors import (
     VersionChanged,
 )
 from memory_worker.job_queue import JobQueue
-from memory_worker.keeper import NAMESPACE
 from memory_worker.manifest import JobDocument, JobRecord, Manifest, now
-from memory_worker.messages import Job, MemoryKey, MemoryRecord, Reservation, TenantUsage
+from memory_worker.messages import CatalogTotals, Job, MemoryKey, MemoryRecord, Reservation, TenantUsage
 from memory_worker.quotas import QuotasConfig, require
 from memory_worker.rates import RateLimiter
 from memory_worker.records import Name, Page, Records
@@ -40,12 +37,10 @@ from memory_worker.retention import Retention
 from memory_worker.store import MemoryStore, check_id
 
 logger = logging.getLogger(__name__)
-CATALOG = "memory-catalog"  # the actor, in the namespace of the deployment
-_CONCURRENT_CALLS = 10_000  # every open event stream is a call that waits
 
 
 class Catalog:
-    """Names to memories; create it through `catalog()`. Raises `InvalidId` for a name that cannot be one."""
+    """Names to memories; `memory_worker.catalog_actor` makes it. Raises `InvalidId` for a name that cannot be one."""
 
     def __init__(
         self, storage_root: str, config: CatalogConfig | None = None, quotas: QuotasConfig | None = None
@@ -331,6 +326,10 @@ class Catalog:
         """What the tenant has."""
         return self._records.usage(check_id(tenant, "tenant"))
 
+    async def totals(self) -> CatalogTotals:
+        """What all tenants have together, and what was done since this actor started."""
+        return self._records.totals(self._queue.running, self._retention.reads)
+
     async def grant(self, tenant: str, wanted: int) -> tuple[int, float]:
         """How many of `wanted` requests the tenant may make now, and seconds until it may make another."""
         per_minute = self._quotas.of(tenant).requests_per_minute
@@ -374,26 +373,6 @@ class Catalog:
                     record = self._records.get(name)
                     kept = {record.version, record.job.key.version if record.job else ""} if record else set()
                     await self._retention.collect(name, kept)
-
-
-def catalog(
-    storage_root: str,
-    namespace: str = NAMESPACE,
-    config: CatalogConfig | None = None,
-    quotas: QuotasConfig | None = None,
-) -> "ray.actor.ActorHandle":
-    """The cluster's catalog, started if there is none; all who use one namespace share it."""
-    actor: Any = ray.remote(Catalog)
-    return actor.options(
-        name=CATALOG,
-        namespace=namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=_CONCURRENT_CALLS,
-    ).remote(storage_root, config, quotas)
 
 
 def _key(manifest: Manifest) -> MemoryKey:

@@ -86,6 +86,11 @@ class JobQueue:
     def state(self, key: MemoryKey) -> Literal["queued", "running"]:
         return "queued" if self._entries[key].runner is None else "running"
 
+    @property
+    def running(self) -> int:
+        """Jobs that somebody works on."""
+        return sum(entry.runner is not None for entry in self._entries.values())
+
     def of_tenant(self, tenant: str) -> int:
         """The tenant's jobs, waiting or running."""
         return sum(key.tenant == tenant for key in self._entries)

@@ -40,7 +40,7 @@ def memorizer_application(
     config: MemoryConfig, pool: PoolConfig, storage_root: str, name: str = "Memorizer"
 ) -> serve.Application:
     """The Serve application of `Memorizer` on `pool`."""
-    options = pool.deployment_options()
+    options = pool.deployment_options(amounts={"queued_tokens": pool.scaling.queued_tokens})
     share = None
     if config.memorize.ranks > 1:
         share = rank_share(config, pool)
@@ -77,6 +77,7 @@ class Memorizer:
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
+        self._left: dict[int, int] = {}  # tokens of each call under way that are not encoded yet
 
     async def memorize(self, request: MemorizeRequest) -> AsyncIterator[_Step]:
         """Writes the head's and the documents' segments; yields progress after each group, then the result.
@@ -88,16 +89,24 @@ class Memorizer:
         """
         self._model.check_ratio(request.ratio)
         job = await asyncio.to_thread(self._prepare, request)
+        self._left[id(job)] = job.plan.tokens
         steps = self._steps(job)
         try:
             while (step := await self._next(steps)) is not None:
+                if isinstance(step, MemorizeProgress):
+                    self._left[id(job)] = step.total_tokens - step.done_tokens
                 yield step
         finally:
+            del self._left[id(job)]
             self._torch.submit(steps.close)  # after the group under way, which cannot be interrupted
 
     async def describe(self) -> MemorizerDescription:
         """What this replica has loaded."""
         return self._description
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """`queued_tokens`: of all calls under way, those that are not encoded yet."""
+        return {"queued_tokens": float(sum(self._left.values()))}
 
     async def check_health(self) -> None:
         """Raises once the device has failed, which only a new process mends."""

@@ -147,6 +147,20 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogTotals:
+    """From `Catalog.totals`: what all tenants have together."""
+
+    memories: int  # that are ready
+    slots: int  # of these
+    tokens: int  # of these
+    running_jobs: int
+    waiting_jobs: int
+    job_tokens: int  # of the jobs that know how many they have
+    done_tokens: int  # of these
+    reads: int  # versions handed to readers since the catalog started: each question reads one or more
+
+
+@dataclass(frozen=True, slots=True)
 class TenantUsage:
     """From the `Catalog`: what one tenant has, jobs under way counted in."""
 

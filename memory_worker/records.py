@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import replace
 
 from memory_worker.errors import MemoryNotFound
-from memory_worker.messages import Job, MemoryRecord, TenantUsage
+from memory_worker.messages import CatalogTotals, Job, MemoryRecord, TenantUsage
 
 Name = tuple[str, str]  # tenant, memory
 Page = tuple[list[MemoryRecord], str | None]  # and the next cursor
@@ -90,6 +90,22 @@ class Records:
             tokens=sum(manifest.tokens for manifest in ready) + sum(job.total_tokens for job in jobs),
             bytes=sum(manifest.bytes for manifest in ready),
             jobs=len(jobs),
+        )
+
+    def totals(self, running: int, reads: int) -> CatalogTotals:
+        """What there is of all tenants; `running` of the jobs are worked on."""
+        records = self._records.values()
+        jobs = [record.job for record in records if record.job]
+        ready = [record.manifest for record in records if record.manifest]
+        return CatalogTotals(
+            memories=len(ready),
+            slots=sum(manifest.slots for manifest in ready),
+            tokens=sum(manifest.tokens for manifest in ready),
+            running_jobs=running,
+            waiting_jobs=len(jobs) - running,
+            job_tokens=sum(job.total_tokens for job in jobs),
+            done_tokens=sum(job.done_tokens for job in jobs),
+            reads=reads,
         )
 
 

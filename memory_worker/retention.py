@@ -29,6 +29,7 @@ class Retention:
         self._old: dict[MemoryKey, float] = {}  # since when it is not needed
         self._read: dict[MemoryKey, float] = {}  # when it was last handed to a reader
         self._reserved: dict[MemoryKey, float] = {}
+        self.reads = 0  # times a version was handed to a reader
 
     def reserve(self, key: MemoryKey) -> None:
         """Texts will be put into a version that has no job yet."""
@@ -41,6 +42,7 @@ class Retention:
     def read(self, key: MemoryKey) -> None:
         """The version was handed to a reader."""
         self._read[key] = self._clock()
+        self.reads += 1
 
     def replaced(self, key: MemoryKey) -> None:
         """The version is not needed any more, readers apart."""

@@ -40,7 +40,7 @@ from retrieval_worker.passage_file import Piece, read_passages, write_passages
 from retrieval_worker.passages import cut
 from retrieval_worker.vectors import PassageVectors
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 _BATCHES_IN_FLIGHT = 4  # enough for several Embedder replicas, and bounds what an index job holds
 _STORAGE_THREADS = 8

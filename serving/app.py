@@ -48,7 +48,7 @@ class Running:
         import ray
         from ray import serve
 
-        from memory_worker.catalog import CATALOG
+        from memory_worker.catalog_actor import CATALOG
         from memory_worker.keeper import keeper_names
 
         serve.shutdown()
@@ -86,7 +86,15 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
         _leave_ray(running.ray_folder)
         raise
     try:
-        serve.start(http_options={"host": host, "port": port})
+        tracing = profile.ray.tracing
+        serve.start(
+            http_options={"host": host, "port": port},
+            tracing_config={
+                "enabled": tracing.enabled,
+                "exporter_import_path": tracing.exporter,
+                "sampling_ratio": tracing.sampling_ratio,
+            },
+        )
         _run(profile, storage)
     except BaseException:
         running.stop()
@@ -153,7 +161,8 @@ def build(profile: Profile, storage_root: str) -> "Application":
         retriever,
         generator_application(profile.generator, pools.generator),
     )
-    return _versioned(ingress_deployment(profile, storage_root).bind(router), repr(profile))
+    application = _versioned(ingress_deployment(profile, storage_root).bind(router), repr(profile))
+    return _logging(application, profile.ray.logs.upper())
 
 
 def _versioned(application: "Application", settings: str = "") -> "Application":
@@ -170,6 +179,19 @@ def _versioned(application: "Application", settings: str = "") -> "Application":
     for argument in named.values():
         if isinstance(argument, Application):
             _versioned(argument)
+    return application
+
+
+def _logging(application: "Application", encoding: str) -> "Application":
+    """`application`, all of whose replicas write their logs in that encoding: TEXT or JSON."""
+    from ray.serve import Application
+
+    deployment = application._bound_deployment
+    settings = deployment._deployment_config.logging_config or {}
+    deployment._deployment_config.logging_config = dict(settings) | {"encoding": encoding}
+    for argument in (*deployment.init_args, *deployment.init_kwargs.values()):
+        if isinstance(argument, Application):
+            _logging(argument, encoding)
     return application
 
 

@@ -8,8 +8,6 @@ watches. Nothing here imports Ray before it is needed: Ray reads how to authenti
 """
 
 import hashlib
-import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from serving.attach import NotAttached, attached
 from serving.batch_progress import OnCount, counting
 
 if TYPE_CHECKING:
@@ -206,41 +205,11 @@ def _drop_failed(job: BatchJob) -> None:
 
 @contextmanager
 def _connected(storage: str | Path | None, address: str | None) -> Iterator[None]:
-    """Connects this process to the server's Ray cluster, unless it is connected to one."""
-    if "ray" in sys.modules:
-        import ray
-
-        if ray.is_initialized():
+    try:
+        with attached(storage, address):
             yield
-            return
-    options: dict[str, Any] = {"address": address}
-    if address is None:
-        from serving.config import load_profile
-        from serving.daemon import state_of
-        from serving.local_ray import address_in
-
-        folder = Path(storage or os.environ.get("MEMORAG_STORAGE", "~/.memorag")).expanduser().resolve()
-        state = state_of(folder)
-        if state is None or state.process() is None or state.address is None:
-            raise BatchError(
-                f"no server runs on {folder}; start one with 'memorag up', name its folder with --storage, or give "
-                "the address of its Ray cluster"
-            )
-        options = {"address": load_profile(state.profile).ray.address}
-        if options["address"] == "local":
-            if "ray" in sys.modules:
-                raise BatchError("Ray is imported already, and would not see its token: call this before importing it")
-            options = {"address": address_in(Path(state.temporary)), "_node_ip_address": "127.0.0.1"}
-    import ray
-
-    try:
-        ray.init(**options, log_to_driver=False, configure_logging=False)
-    except ConnectionError as error:
-        raise BatchError(f"the Ray cluster at {options['address']} cannot be reached: {error}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    except NotAttached as error:
+        raise BatchError(str(error)) from None
 
 
 def located(place: str | Path) -> str:

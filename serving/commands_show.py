@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -49,6 +50,18 @@ class Output:
     def error(self, line: str) -> None:
         """Why the command could not be done."""
         self._err.print(Text("error: ", style="bold red"), Text(line), sep="")
+
+    @contextmanager
+    def errors(self, *expected: type[Exception]) -> Iterator[None]:
+        """Expected errors as one message and exit code 1; an interrupt as 130."""
+        try:
+            yield
+        except expected as error:
+            self.error(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            self.error("interrupted")
+            raise typer.Exit(130) from None
 
     @contextmanager
     def waiting(self, line: str) -> Iterator[Callable[[str], None]]:

@@ -34,6 +34,18 @@ class PoolsConfig(Settings):
     cpu: PoolConfig = Field(PoolConfig(), description="Ingress and Router")
 
 
+class TracingConfig(Settings):
+    """OpenTelemetry traces: a span for each stage of a question, and for each call between processes."""
+
+    enabled: bool = Field(False, description="whether traces are made")
+    exporter: str = Field(
+        "",
+        description="package.module:function that returns OpenTelemetry span processors; none writes files beside "
+        "Serve's logs",
+    )
+    sampling_ratio: float = Field(0.01, ge=0, le=1, description="share of requests that are traced")
+
+
 class RayConfig(Settings):
     """The Ray cluster."""
 
@@ -44,6 +56,8 @@ class RayConfig(Settings):
     autoscaling: bool = Field(
         False, description="whether the cluster adds nodes by itself: a pool that has none is then waited for"
     )
+    tracing: TracingConfig = TracingConfig()
+    logs: Literal["text", "json"] = Field("text", description="how replicas write their logs")
     object_store_bytes: int | None = Field(
         None, ge=80 * 2**20, description="object store of a local cluster; none takes Ray's default"
     )

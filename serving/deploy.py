@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.config import Settings
 from cluster.placement import PoolUnplaceable
-from memory_worker.catalog import CATALOG
+from memory_worker.catalog_actor import CATALOG
 from memory_worker.keeper import keeper_names
 from serving.app import build, memories_root, models_folder, require_nodes, require_safe, with_models
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile, parse_profile

@@ -32,7 +32,7 @@ from retrieval_worker.messages import DocumentText, IndexedDocument, IndexProgre
 from serving.errors import cause_of, is_unavailable, problem_for
 from serving.usage_metrics import UsageMetrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 _TAKE_S = 2.0  # how long one call to the catalog waits: a job given to a caller that died waits for its lease to end
 _REPORT_S = 2.0  # a job says that it lives at least so often

@@ -27,7 +27,7 @@ from memory_worker.store import check_id
 if TYPE_CHECKING:
     from serving.errors import ProblemError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 DEFAULT_TENANT = "default"  # owns everything where keys are off
 _PATH = "keys.json"

@@ -24,8 +24,9 @@ from retrieval_worker.messages import EvidenceRequest, Hit, Index
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
 from serving.manifests import index_of
+from serving.spans import StageSpans
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
     "memorag": ("span", "question", "draft"),
@@ -95,6 +96,7 @@ class Inquiry:
         self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
         self._tasks: list[asyncio.Task[Any]] = []
         self._started = time.perf_counter()
+        self._spans = StageSpans(manifests, question.task)
         self._deadline = time.monotonic() + pools.question_deadline_s
         self.clues: list[Clue] = []
         self.hits: list[Hit] = []  # in the order that citations number them
@@ -162,6 +164,7 @@ class Inquiry:
         finally:
             for task in asking:
                 task.cancel()
+            self._spans.ended("recall", self._started, clues=len(self.clues), groups=len(self._groups))
         self.timings.recall = self._elapsed_ms()
 
     async def _recall_group(
@@ -199,6 +202,7 @@ class Inquiry:
         fused.sort(key=lambda hit: hit.passage.id not in best)  # stable: the others stay in their order
         self.hits = fit(fused, self._pools.search.passages, self._pools.search.budget_tokens)
         self.timings.retrieve = self._elapsed_ms() - began
+        self._spans.ended("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
 
     async def _search(self) -> list[list[Hit]]:
         """All rankings, the question's first. What came during one search goes into the next, together."""
@@ -245,6 +249,7 @@ class Inquiry:
             ) from error
         assert generation is not None, "the generator's stream ends with a Generation"
         self.timings.generate = self._elapsed_ms() - began
+        self._spans.ended("generate", self._started + began / 1000, tokens=generation.completion_tokens)
         self.usage.prompt_tokens = generation.prompt_tokens
         self.usage.completion_tokens = generation.completion_tokens
         kept = {replace(source, score=0.0) for source in generation.sources}
@@ -259,7 +264,9 @@ class Inquiry:
         if self.hits:
             ids = tuple(hit.passage.id for hit in self.hits)
             request = EvidenceRequest(self._index, ids, self._question.question, generation.text)
+            began = time.perf_counter()
             evidence = await self._asked(self._retriever.evidence, request)
+            self._spans.ended("evidence", began, sentences=len(evidence))
         return self._finish(
             answer=generation.text,
             citations=[
@@ -294,6 +301,7 @@ class Inquiry:
                 pieces.append(item.text)
                 yield item
         self.timings.recall = self._elapsed_ms()
+        self._spans.ended("recall", self._started, tokens=self.usage.recall_completion_tokens)
         yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
 
     def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:

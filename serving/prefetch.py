@@ -8,7 +8,7 @@ from memory_worker.groups import segment_groups
 from memory_worker.manifest import Manifest
 from serving.config import Profile
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 
 class Prefetch:

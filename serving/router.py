@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import TextDelta
-from memory_worker.catalog import catalog
+from memory_worker.catalog_actor import catalog
 from memory_worker.errors import WrongModel
 from memory_worker.groups import segment_groups
 from memory_worker.manifest import FileEntry, JobDocument, JobRecord, Manifest
@@ -292,17 +292,19 @@ class Router(KeyedAnswers):
     # -- health --------------------------------------------------------------------------------------------
 
     async def ready(self) -> api.Readiness:
-        """Returns when every pool has answered."""
+        """Returns when every pool has answered, but for those that may sleep: asking would wake them."""
+        pools, handles = self._profile.pools, self._pools
+        engines = {"Recaller": (pools.memory, handles.recaller), "Generator": (pools.generator, handles.generator)}
+        awake = {name: handle for name, (pool, handle) in engines.items() if pool.min_replicas}
         try:
-            _, _, recaller, generator = await asyncio.gather(
-                self._memory_model(),
-                self._pools.retriever.describe.remote(),
-                self._pools.recaller.stats.remote(),
-                self._pools.generator.stats.remote(),
-            )
+            stats = await asyncio.gather(*(handle.stats.remote() for handle in awake.values()))
+            if pools.memory.min_replicas:
+                await self._memory_model()
+            if pools.retrieval.min_replicas:
+                await handles.retriever.describe.remote()
         except Exception as error:
             raise problem_for(error) from error
-        running = {"Recaller": recaller.requests, "Generator": generator.requests}
+        running = {name: each.requests for name, each in zip(awake, stats, strict=True)}
         return api.Readiness(status="ok", running=running)
 
     def check_health(self) -> None:

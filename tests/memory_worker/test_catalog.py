@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from memory_worker.catalog import catalog
+from memory_worker.catalog_actor import catalog
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import (
     DocumentNotFound,

@@ -1,6 +1,7 @@
 """Pools on nodes of their own: a server on a Ray cluster of three nodes."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ class OnNodes:
 
     server: Server
     address: str
+    folder: Path  # of its logs
+    version: str  # of the memory "ledger"
+
+    def logs(self, pattern: str) -> list[Path]:
+        """Files below Serve's folder of logs."""
+        return sorted((self.folder / "session_latest" / "logs" / "serve").glob(pattern))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,8 @@ def on_nodes(tmp_path_factory) -> Iterator[OnNodes]:
         assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
         server.url = json.loads((storage / "server.json").read_text())["address"]
         try:
-            yield OnNodes(server, address)
+            made = memorize(server, [{"id": "one", "text": TEXT}], id="ledger")
+            yield OnNodes(server, address, Path(os.environ["RAY_TMPDIR"]) / "ray", made["version"])
         finally:
             server.memorag("down")
 
@@ -58,7 +66,6 @@ def actors(address: str) -> list[tuple[str, str]]:
 
 
 def test_an_answer_over_three_nodes(on_nodes: OnNodes) -> None:
-    memorize(on_nodes.server, [{"id": "one", "text": TEXT}], id="ledger")
     with on_nodes.server.client() as client:
         answer = client.post("/v1/memories/ledger/answer", json={"question": "Who owed nine sacks of barley?"}).json()
     assert answer["degraded"] == ["untrained-model"], "no clues"
@@ -102,6 +109,52 @@ def test_what_tenants_do_is_exported_to_prometheus(on_nodes: OnNodes) -> None:
         wanted = {pattern for pattern in wanted if not re.search(pattern.replace("/{memory}", "/.memory."), scraped)}
         time.sleep(0.5)
     assert not wanted
+
+
+def test_a_question_is_one_trace_over_all_processes(on_nodes: OnNodes) -> None:
+    with on_nodes.server.client() as client:
+        client.post("/v1/memories/ledger/answer", json={"question": "Who was owed?"}, headers={"x-request-id": "r-17"})
+    wanted = {"memorag.recall", "memorag.retrieve", "memorag.generate", "memorag.evidence"}
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        spans = [span for path in on_nodes.logs("spans/*.json") for span in objects(path.read_text())]
+        stages = [span for span in spans if span["name"] in wanted]
+        traces = {span["context"]["trace_id"] for span in stages}
+        whole = [
+            trace
+            for trace in traces
+            if {span["name"] for span in stages if span["context"]["trace_id"] == trace} == wanted
+        ]
+        if whole:
+            break
+        time.sleep(0.5)
+    of_one = [span for span in spans if span["context"]["trace_id"] == whole[0]]
+    attributes = next(span["attributes"] for span in of_one if span["name"] == "memorag.recall")
+    assert attributes["memorag.memory"] == ["ledger"] and attributes["memorag.clues"] >= 0
+    assert attributes["memorag.version"] == [on_nodes.version]
+    called = " ".join(span["name"] for span in of_one)
+    assert all(name in called for name in ("Recaller", "Retriever", "Generator", "Router")), called
+
+
+def test_logs_are_json_with_the_request_they_are_about(on_nodes: OnNodes) -> None:
+    with on_nodes.server.client() as client:
+        missing = client.get("/v1/memories/nobody", headers={"x-request-id": "request-4711"})
+    assert missing.status_code == 404
+    lines = [line for path in on_nodes.logs("replica_memorag_Router_*.log") for line in path.read_text().splitlines()]
+    assert lines and all(json.loads(line)["deployment"] == "memorag_Router" for line in lines)
+    assert any(json.loads(line).get("request_id") == "request-4711" for line in lines)
+
+
+def objects(text: str) -> list[dict]:
+    """The JSON objects that stand one after another in a file that may still be written to."""
+    found, decoder, start = [], json.JSONDecoder(), 0
+    while (start := text.find("{", start)) >= 0:
+        try:
+            value, start = decoder.raw_decode(text, start)
+        except ValueError:
+            break
+        found.append(value)
+    return found
 
 
 def test_a_pool_without_nodes_is_named(on_nodes: OnNodes, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _ROOM = 1000  # of a node's own resource, of which each replica takes one
 
 @contextmanager
 def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
-    """The cluster's address, and the embedded profile with its pools on the cluster's nodes."""
+    """The cluster's address, and the embedded profile with its pools on its nodes. RAY_TMPDIR is its folder."""
     environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares"}
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="three", dir="/tmp") as folder:
@@ -56,7 +56,11 @@ def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
 def write_profile(storage: Path, address: str, **resources: dict[str, float]) -> Path:
     """The embedded profile for that cluster; `resources` are those of pools that are to differ."""
     settings = yaml.safe_load((ROOT / "serving" / "profiles" / "embedded.yaml").read_text())
-    settings["ray"] = {"address": address}
+    settings["ray"] = {
+        "address": address,
+        "logs": "json",
+        "tracing": {"enabled": True, "sampling_ratio": 1.0},
+    }
     for node, pools in NODES.items():
         for pool in pools:
             settings["pools"].setdefault(pool, {})["resources"] = resources.get(pool, {node: 1})

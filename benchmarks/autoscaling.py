@@ -1,0 +1,182 @@
+"""Replicas that come and go with the load: a server whose pools may grow, under few clients, many, and few again.
+
+    python -m benchmarks.autoscaling [--json FILE] [--plot docs/autoscaling.svg]
+
+The `embedded` profile on this machine, but its retrieval and cpu pools may have three replicas of each deployment and
+its generator pool two, with targets and delays small enough for minutes. On a machine with fewer cores than replicas
+more of them answer no faster: what is shown is that the policy follows the load, and that no request fails while
+replicas come and go.
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks.report import report
+from cluster.pools import ScalingConfig
+from serving.app import APPLICATION, deploy
+from serving.config import Profile, load_profile
+
+PHASES = ((1, 45.0), (24, 240.0), (1, 210.0))  # clients, seconds
+EVERY_S = 3.0
+EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
+MOST = {"Embedder": 3, "Retriever": 3, "Router": 3, "Ingress": 3, "Generator": 2}
+
+
+@dataclass
+class Seen:
+    """What was seen over time; seconds since the beginning."""
+
+    at: list[float] = field(default_factory=list)
+    replicas: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in MOST})
+    latency_at: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+    failed: int = 0
+
+
+def settings() -> Profile:
+    profile = load_profile("embedded")
+    scaling = ScalingConfig(ongoing_requests=6, upscale_delay_s=5, downscale_delay_s=30, queue_s=0.05)
+    grown = {"max_replicas": 3, "scaling": scaling}
+    pools = profile.pools.model_copy(
+        update={
+            "cpu": profile.pools.cpu.model_copy(update=grown),
+            "retrieval": profile.pools.retrieval.model_copy(update=grown),
+            "generator": profile.pools.generator.model_copy(update=grown | {"max_replicas": 2}),
+        }
+    )
+    return profile.model_copy(
+        update={"pools": pools, "ray": profile.ray.model_copy(update={"logical_cpus": 32, "metrics": True})}
+    )
+
+
+async def clients(http: aiohttp.ClientSession, number: int, seconds: float, began: float, seen: Seen) -> None:
+    ends = time.monotonic() + seconds
+
+    async def client(which: int) -> None:
+        asked = 0
+        while time.monotonic() < ends:
+            asked += 1
+            body = {"question": f"Client {which} asks {number} {asked}: who sailed?", "max_tokens": 16}
+            start = time.monotonic()
+            async with http.post("/v1/memories/town/answer", json=body) as response:
+                if response.status != 200:
+                    seen.failed += 1
+                    await response.read()
+                    await asyncio.sleep(0.5)
+                    continue
+                await response.read()
+            seen.latency_at.append(time.monotonic() - began)
+            seen.latency_s.append(time.monotonic() - start)
+
+    async with asyncio.TaskGroup() as group:
+        for which in range(number):
+            group.create_task(client(which))
+
+
+async def watch(began: float, seen: Seen) -> None:
+    from ray import serve
+
+    while True:
+        deployments = (await asyncio.to_thread(serve.status)).applications[APPLICATION].deployments
+        seen.at.append(time.monotonic() - began)
+        for name, counts in seen.replicas.items():
+            counts.append(deployments[name].replica_states.get("RUNNING", 0))
+        await asyncio.sleep(EVERY_S)
+
+
+async def run(address: str) -> Seen:
+    seen = Seen()
+    async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(600)) as http:
+        await http.post("/v1/memories", json={"id": "town", "documents": [{"text": EXAMPLE.read_text()}]})
+        async with http.get("/v1/memories/town/events") as events:
+            if "event: ready" not in await events.text():
+                raise RuntimeError("the example could not be memorized")
+        began = time.monotonic()
+        watching = asyncio.create_task(watch(began, seen))
+        for number, seconds in PHASES:
+            print(f"{number} clients for {seconds:.0f} s …", file=sys.stderr)
+            await clients(http, number, seconds, began, seen)
+        watching.cancel()
+    return seen
+
+
+def rows_of(seen: Seen) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    rows, start = [], 0.0
+    for number, seconds in PHASES:
+        inside = [i for i, at in enumerate(seen.at) if start <= at < start + seconds]
+        times = [s for s, at in zip(seen.latency_s, seen.latency_at, strict=True) if start <= at < start + seconds]
+        row: dict[str, Any] = {
+            "clients": number,
+            "seconds": seconds,
+            "questions": len(times),
+            "median (s)": statistics.median(times),
+        }
+        rows.append(row | {name: _span([counts[i] for i in inside]) for name, counts in seen.replicas.items()})
+        start += seconds
+    grew = [max(counts) for counts in seen.replicas.values()]
+    shrank = [counts[-1] for counts in seen.replicas.values()]
+    return rows, {"most_replicas": sum(grew), "replicas_at_the_end": sum(shrank), "failed_requests": seen.failed}
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{counts[0]} → {counts[-1]}" if counts[0] != counts[-1] else str(counts[0])
+
+
+def plot(seen: Seen, path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6))
+    for name, counts in seen.replicas.items():
+        above.step(seen.at, counts, where="post", label=name)
+    above.set_ylabel("replicas running")
+    above.legend(loc="upper right")
+    below.plot(seen.latency_at, seen.latency_s, ".", markersize=2, color="gray")
+    below.set_ylabel("seconds of a question")
+    below.set_xlabel("seconds")
+    below.set_yscale("log")
+    at = 0.0
+    for number, seconds in PHASES:
+        for axes in (above, below):
+            axes.axvspan(at, at + seconds, alpha=0.08 if number > 1 else 0, color="tab:red")
+        below.text(at + 4, max(seen.latency_s), f"{number} clients", va="top")
+        at += seconds
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="SVG file of replicas and latencies over time")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as storage:
+        server = deploy(settings(), storage, "127.0.0.1", 0)
+
+        async def measured() -> Seen:
+            try:
+                return await run(server.address)
+            finally:
+                server.stop()
+
+        seen = asyncio.run(measured())
+    rows, ratios = rows_of(seen)
+    report("autoscaling", rows, ratios, arguments.json)
+    if arguments.plot:
+        plot(seen, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a running server looks like from inside its Ray cluster: pools, replicas, memories, rates.
+
+Asked by `memorag status --live`, from a process that has joined the cluster (`serving.attach`).
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from memory_worker.catalog_actor import CATALOG
+from memory_worker.keeper import KeeperStats, keeper_names
+from memory_worker.messages import CatalogTotals
+from serving.app import APPLICATION
+from serving.attach import NotAttached
+from serving.config import Profile
+
+POOLS = {
+    "cpu": ("Ingress", "Router"),
+    "memory": ("Memorizer", "Recaller"),
+    "retrieval": ("Embedder", "Retriever"),
+    "generator": ("Generator",),
+}
+_ANSWER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """One deployment."""
+
+    pool: str
+    deployment: str
+    running: int
+    wanted: int  # of the autoscaler, or fixed
+    most: int  # that the pool may have
+    status: str  # Serve's, such as HEALTHY or UPSCALING
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """One look at a server. Rates are since the look before; there are none in the first."""
+
+    at: float  # monotonic seconds
+    replicas: tuple[Replicas, ...]
+    keepers: dict[str, KeeperStats]  # by node
+    totals: CatalogTotals
+    reads_per_s: float | None = None  # versions read for questions
+    memorized_tokens_per_s: float | None = None
+
+    def since(self, before: "Overview | None") -> "Overview":
+        """This look, with the rates since that one."""
+        if before is None or (seconds := self.at - before.at) <= 0:
+            return self
+        reads = max(0, self.totals.reads - before.totals.reads)  # a catalog that died counts anew
+        tokens = max(0, self.totals.done_tokens + self.totals.tokens - before.totals.done_tokens - before.totals.tokens)
+        return Overview(self.at, self.replicas, self.keepers, self.totals, reads / seconds, tokens / seconds)
+
+    def as_json(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return asdict(self)
+
+
+def look(profile: Profile) -> Overview:
+    """Raises `NotAttached` where the server that has this profile does not run on the cluster."""
+    import ray
+    from ray import serve
+
+    applications = serve.status().applications
+    if APPLICATION not in applications:
+        raise NotAttached(f"the cluster runs no application {APPLICATION!r}; start one with 'memorag up'")
+    deployments = applications[APPLICATION].deployments
+    replicas = []
+    for pool, names in POOLS.items():
+        settings = getattr(profile.pools, pool)
+        for name in names:
+            if status := deployments.get(name):
+                running = status.replica_states.get("RUNNING", 0)
+                wanted = status.target_num_replicas
+                replicas.append(Replicas(pool, name, running, wanted, settings.max_replicas, status.status.value))
+    namespace = profile.ray.namespace
+    named = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == namespace]
+    keepers = keeper_names(named)
+    asked = [ray.get_actor(name, namespace).stats.remote() for name in keepers]
+    totals, *stats = ray.get([ray.get_actor(CATALOG, namespace).totals.remote(), *asked], timeout=_ANSWER_S)
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    # Nodes of one machine share its address: there their ids tell them apart.
+    ids = [name.rpartition("-")[2] for name in keepers]
+    labels = [nodes.get(id, "?") if len(set(nodes.values())) == len(nodes) else id[:8] for id in ids]
+    return Overview(time.monotonic(), tuple(replicas), dict(zip(labels, stats, strict=True)), totals)
