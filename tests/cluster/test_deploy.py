@@ -379,6 +379,14 @@ def test_every_expression_reads_metrics_that_exist_with_labels_that_they_have():
                 assert not strangers, f"{place}: {use.name} has no label {strangers}"
 
 
+def test_every_metric_of_ours_is_on_a_dashboard():
+    shown = {use.name for text in expressions().values() for use in known_metrics.uses(text)}
+    ours = {name for name in known_metrics.declared() if name.startswith("ray_memorag_")}
+    ends = r"_(bucket|count|sum|total)$"
+    missing = {re.sub(ends, "", name) for name in ours} - {re.sub(ends, "", name) for name in shown}
+    assert not missing, f"no panel shows {missing}"
+
+
 def test_alerts_say_what_is_wrong_and_what_to_do():
     assert len({rule["alert"] for rule in rules()}) == len(rules())
     for rule in rules():
