@@ -16,6 +16,7 @@ import typer
 from serving.commands_batch import batch, memorize_folder
 from serving.commands_keys import app as keys_app
 from serving.commands_show import Output
+from serving.commands_train import app as train_app
 
 if TYPE_CHECKING:
     from serving.client import MemoRAG, Memory
@@ -32,6 +33,7 @@ app.add_typer(memories_app, name="memories")
 documents_app = typer.Typer(help="Add, replace and delete the documents of a memory.", no_args_is_help=True)
 app.add_typer(documents_app, name="documents")
 app.add_typer(keys_app, name="keys")
+app.add_typer(train_app, name="train")
 app.command()(batch)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"

@@ -1,0 +1,242 @@
+"""A family of chronicles of invented towns, with exact ground truth: texts to train on and to be measured on.
+
+    python -m examples.chronicles --seed 7 --facts 300 --split test  # one chronicle, as text
+    python -m examples.chronicles --seed 7 --facts 40 --count 1000 --json  # documents with questions, one a line
+
+The same seed gives the same chronicle. A document is a dictionary as `memorag train` reads it:
+
+    {"id", "title", "language", "text", "questions": [{"question", "answers", "kind", "evidence", "bridge",
+                                                       "clues", "surrogate"}]}
+
+`evidence` are the character offsets of the sentence that holds the answer. `kind` is `direct` (asked by the
+person), `inverse` (asked for the person), `event` (asked by the year) or `two-step`: asked by a description of the
+person, in words of which no content word is in the evidence; `bridge` are the offsets of the sentence that
+resolves the description. `clues` are the sentences to recall, in the order in which they are needed, and `surrogate`
+is a question that names what the two-step one only describes.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from examples.chronicle_words import EVENTS, PEOPLE, PORTS, QUIET, RELATIONS, SYLLABLES
+
+Split = Literal["train", "test"]
+KINDS = ("direct", "inverse", "event", "two-step")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sentence of a chronicle that can be asked for."""
+
+    relation: str
+    person: str
+    value: str
+    start: int  # offsets of its sentence
+    end: int
+
+
+@dataclass
+class Chronicle:
+    """A text, what is true in it, and what can be asked."""
+
+    text: str
+    facts: list[Fact] = field(default_factory=list)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Style:
+    """What the chronicles of a stage of training hold. The default is the whole family."""
+
+    relations: tuple[str, ...] = tuple(RELATIONS)
+    kinds: tuple[str, ...] = KINDS  # of questions
+    facts_a_person: int = 4  # at most, and on average one less
+    quiet: float = 0.1  # sentences that tell nothing, a fact
+    years: bool = True  # in paragraphs, each with its year and event
+    wordings: int = 3  # sentences of a relation that are used; held-out ones come with the split
+
+
+def write(seed: int, facts: int = 40, split: Split = "train", style: Style | None = None) -> Chronicle:
+    """A chronicle of `facts` facts. The split `test` has held-out names, and held-out templates among the others."""
+    style = style or Style()
+    draw = random.Random(f"{split} {seed}")
+    held_out = split == "test"
+    told = [*_draw_facts(draw, facts, held_out, style)]
+    draw.shuffle(told)
+    chronicle = Chronicle("")
+    events = draw.sample(EVENTS, len(EVENTS))
+    year = draw.randrange(1201, 1260)
+    pieces: list[str] = []
+    length = 0
+
+    def tell(sentence: str, end: str = " ") -> tuple[int, int]:
+        nonlocal length
+        start = length
+        pieces.append(sentence + end)
+        length += len(sentence) + len(end)
+        return start, start + len(sentence)
+
+    left = 0
+    for relation, person, value in told:
+        if style.years and not left:
+            if pieces:
+                pieces[-1] = pieces[-1][:-1] + "\n"
+            year += 1
+            left = draw.randint(2, 6)
+            if events and draw.random() < 0.7:
+                event = events.pop()
+                chronicle.facts.append(Fact("event", str(year), event, *tell(f"In the year {year} came {event}.")))
+            else:
+                tell(f"The year {year}.")
+        left -= 1
+        templates = RELATIONS[relation].sentences
+        sentence = _pick(draw, templates, held_out, style.wordings).format(p=person, v=value)
+        chronicle.facts.append(Fact(relation, person, value, *tell(sentence)))
+        if draw.random() < style.quiet:
+            tell(draw.choice(QUIET))
+    chronicle.text = "".join(pieces).rstrip()
+    chronicle.questions = [q for q in _questions(draw, chronicle, held_out, style) if q["kind"] in style.kinds]
+    return chronicle
+
+
+def document(seed: int, facts: int = 40, split: Split = "train", style: Style | None = None) -> dict[str, Any]:
+    """A chronicle as a document with questions."""
+    chronicle = write(seed, facts, split, style)
+    return {
+        "id": f"chronicle-{split}-{seed}",
+        "title": f"Chronicle {seed}",
+        "language": "en",
+        "text": chronicle.text,
+        "questions": chronicle.questions,
+    }
+
+
+def training_documents(
+    seed: int,
+    count: int,
+    facts: Sequence[int] = (20, 60),
+    split: Split = "train",
+    **style: Any,
+) -> list[dict[str, Any]]:
+    """`count` documents for one step of training, of as many facts as drawn from the range `facts`."""
+    made = Style(**{name: tuple(v) if isinstance(v, list) else v for name, v in style.items()})
+    draw = random.Random(seed)
+    return [document(draw.randrange(2**60), draw.randint(*facts), split, made) for _ in range(count)]
+
+
+def tokenizer_texts() -> Iterator[str]:
+    """What the tokenizer of a model of chronicles is made from: chronicles, questions, and the syllables of names."""
+    for seed in range(1500):
+        made = document(seed, 40)
+        yield made["text"]
+        yield from (question["question"] for question in made["questions"])
+    for syllable in SYLLABLES:
+        yield f"{syllable}\n" * 400
+
+
+def _draw_facts(draw: random.Random, count: int, held_out: bool, style: Style) -> list[tuple[str, str, str]]:
+    people = draw.sample(PEOPLE[held_out], min(2 * count + 2, len(PEOPLE[held_out])))
+    ports = PORTS[held_out]
+    unused = {
+        name: draw.sample(values, len(values))
+        for name in style.relations
+        if (values := RELATIONS[name].values or (ports if name == "voyage" else ()))
+    }
+    told: list[tuple[str, str, str]] = []
+    while len(told) < count:
+        if len(people) < 2:
+            raise ValueError(f"{count} facts are more than the names of a split allow; ask for fewer")
+        person = people.pop()
+        at_most = min(style.facts_a_person, len(style.relations))
+        for relation in draw.sample(style.relations, draw.randint(max(1, at_most - 2), at_most)):
+            pool = unused.get(relation)
+            if relation == "marriage":
+                value = people.pop()
+            else:
+                if not pool:
+                    pool = unused[relation] = list(RELATIONS[relation].values or ports)
+                    draw.shuffle(pool)
+                value = pool.pop()
+            told.append((relation, person, value))
+            if len(told) == count or len(people) < 2:
+                break
+    return told
+
+
+def _questions(draw: random.Random, chronicle: Chronicle, held_out: bool, style: Style) -> list[dict[str, Any]]:
+    """Every question that has one answer."""
+    asked: list[dict[str, Any]] = []
+    holders: dict[tuple[str, str], list[Fact]] = {}
+    of_person: dict[str, list[Fact]] = {}
+    for fact in chronicle.facts:
+        holders.setdefault((fact.relation, fact.value), []).append(fact)
+        of_person.setdefault(fact.person, []).append(fact)
+
+    def ask(kind: str, question: str, answer: str, fact: Fact, bridge: Fact | None, surrogate: str) -> None:
+        parts = [bridge, fact] if bridge else [fact]
+        entry: dict[str, Any] = {
+            "question": question,
+            "answers": [answer],
+            "kind": kind,
+            "evidence": [[fact.start, fact.end]],
+            "clues": [chronicle.text[part.start : part.end] for part in parts],
+            "surrogate": surrogate,
+        }
+        if bridge:
+            entry["bridge"] = [[bridge.start, bridge.end]]
+        asked.append(entry)
+
+    for fact in chronicle.facts:
+        if fact.relation == "event":
+            question = f"What came in the year {fact.person}?"
+            ask("event", question, fact.value, fact, None, question)
+            continue
+        relation = RELATIONS[fact.relation]
+        direct = _pick(draw, relation.direct, held_out, 2).format(p=fact.person)
+        ask("direct", direct, fact.value, fact, None, direct)
+        if relation.inverse and len(holders[fact.relation, fact.value]) == 1:
+            inverse = _pick(draw, relation.inverse, held_out, 2).format(v=fact.value)
+            ask("inverse", inverse, fact.person, fact, None, inverse)
+        bridges = [
+            other
+            for other in of_person[fact.person]
+            if other is not fact
+            and RELATIONS[other.relation].described
+            and len(holders[other.relation, other.value]) == 1
+        ]
+        if bridges:
+            bridge = draw.choice(bridges)
+            who = RELATIONS[bridge.relation].described.format(v=_definite(bridge.value))
+            hidden = _pick(draw, relation.hidden, held_out, 2).format(who=who)
+            ask("two-step", hidden, fact.value, fact, bridge, direct)
+    return asked
+
+
+def _pick(draw: random.Random, templates: tuple[str, ...], held_out: bool, wordings: int) -> str:
+    """One of the first `wordings` templates, never the last one; in the test split any."""
+    return draw.choice(templates if held_out else templates[: min(wordings, len(templates) - 1)])
+
+
+def _definite(value: str) -> str:
+    return f"the {value[2:]}" if value.startswith("a ") else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--facts", type=int, default=300)
+    parser.add_argument("--split", choices=("train", "test"), default="train")
+    parser.add_argument("--count", type=int, default=1, help="chronicles, with seeds from --seed on")
+    parser.add_argument("--json", action="store_true", help="documents with their questions, one a line")
+    arguments = parser.parse_args()
+    for seed in range(arguments.seed, arguments.seed + arguments.count):
+        made = document(seed, arguments.facts, arguments.split)
+        print(json.dumps(made) if arguments.json else made["text"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The training loop of one worker. Alone it trains on one device; several shard the model between them.
+
+What a step does depends on the run's settings, the step's number and the weights, and on nothing else: a run that
+is resumed from a checkpoint goes on bit for bit as if it had not been interrupted (on one kind of device).
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memory_worker.beacon.checkpoint import resolve
+from memory_worker.training.config import RunConfig, StageConfig
+from memory_worker.training.curve import write_curve
+from memory_worker.training.data import Source, batches
+from memory_worker.training.fresh import fresh_config, fresh_model, write_fresh_tokenizer
+from memory_worker.training.grow import grow
+from memory_worker.training.model import BEACON_MARK, TrainedModel
+from memory_worker.training.state import RunFolder, State, beginning, copy_tokenizer, write_model
+
+_SMOOTHING = 0.98  # of the accuracy that ends a stage: about 50 steps
+_CURVE_EVERY_S = 60.0
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its last step is in a checkpoint."""
+
+
+class Loop:
+    """One worker's part in a run. `rank` of `ranks` workers; a process group is there if there are several."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device | str = "cpu",
+        on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.run = run
+        self.rank, self.ranks = rank, ranks
+        self.device = torch.device(device)
+        self.folder = RunFolder(run.output)
+        self._on_progress = on_progress or (lambda line: None)
+        self._stop = stop
+        self._saved_at = self._drawn_at = 0.0
+
+    def train(self) -> Path:
+        """Trains from the latest checkpoint, or from the beginning, to the end; returns the result's folder.
+
+        Raises `RunError` for settings or files that cannot be used, `Stopped` when it was asked to stop.
+        """
+        if self.run.threads:
+            torch.set_num_threads(self.run.threads)
+        latest = self.folder.latest()
+        if self.rank == 0:
+            self._prepare(latest)
+        self._wait()
+        state, moments = self.folder.load(latest) if latest else (State(), {})
+        config, weights = beginning(latest) if latest else self._begin()
+        if self.rank == 0:
+            self.folder.progress(state.total_steps)
+        self._wait()
+        tokenizer = _tokenizer(self.folder.path / "tokenizer")
+        while state.stage < len(self.run.stages):
+            stage = self.run.stages[state.stage]
+            if stage.grow and state.step == 0:
+                config, weights = grow(config, weights, stage.grow, self.run.seed)
+            model = TrainedModel(config)
+            model.load_state_dict(weights)
+            weights = self._stage(model, tokenizer, stage, state, moments)
+            moments = {}
+            state.stage, state.step = state.stage + 1, 0
+            state.accuracy = state.loss_sum = state.weight_sum = state.hit_sum = 0.0
+            if self.rank == 0:
+                self.folder.save(state, config, weights, {})
+                write_model(self.folder.path / "stages" / stage.name, config, weights, self.folder.path / "tokenizer")
+        if self.rank == 0:
+            write_model(self.folder.result, config, weights, self.folder.path / "tokenizer")
+            write_curve(self.folder.path / "loss.svg", self.folder.progress())
+        self._wait()
+        return self.folder.result
+
+    def _prepare(self, latest: Path | None) -> None:
+        """The folder and the tokenizer, once, before any worker reads them."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        tokenizer = self.folder.path / "tokenizer"
+        if self.run.model:
+            copy_tokenizer(resolve(self.run.model), tokenizer)
+        elif not (tokenizer / "tokenizer_config.json").is_file():
+            write_fresh_tokenizer(tokenizer, self.run.fresh.tokenizer)
+
+    def _begin(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.run.model:
+            return beginning(resolve(self.run.model))
+        config = fresh_config(self.run.fresh, len(_tokenizer(self.folder.path / "tokenizer")))
+        model = fresh_model(config, self.run.seed, local_heads=self.run.fresh.local_heads)
+        return config, model.state_dict()
+
+    def _stage(
+        self, model: TrainedModel, tokenizer: Any, stage: StageConfig, state: State, moments: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Trains one stage from `state.step` on; returns all weights."""
+        config = model.config
+        window = stage.window or config["beacon_window"]
+        sources = [Source(data, tokenizer) for data in stage.data]
+        model.checkpoint_layers = self.run.checkpoint_layers
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = self.run.parameters == "all" or BEACON_MARK in name
+        model = self._sharded(model.to(self.device))
+        optimizer = self._optimizer(model)
+        _restore(model, optimizer, moments)
+        self._saved_at = time.monotonic()
+        while state.step < stage.steps and not _reached(stage, state):
+            begun = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(stage, state.step)
+            self._step(model, optimizer, sources, stage, window, state)
+            state.step += 1
+            state.total_steps += 1
+            state.seconds += time.monotonic() - begun
+            if state.total_steps % self.run.log_every == 0:
+                self._report(stage, state)
+            stopping = self._agreed(self._stop())
+            if stopping or self._agreed(time.monotonic() - self._saved_at > self.run.save_every_s):
+                weights, held = _gathered(model, optimizer)
+                if self.rank == 0:
+                    self.folder.save(state, config, weights, held)
+                self._wait()
+                self._saved_at = time.monotonic()
+            if stopping:
+                raise Stopped(f"stopped after step {state.total_steps}; the same command goes on from there")
+        return _gathered(model, optimizer)[0]
+
+    def _step(
+        self,
+        model: TrainedModel,
+        optimizer: torch.optim.Optimizer,
+        sources: list[Source],
+        stage: StageConfig,
+        window: int,
+        state: State,
+    ) -> None:
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, weight, hits, tokens
+        parts = [*batches(sources, stage, window, self.run.seed, state.total_steps, self.rank, self.ranks)]
+        weight = torch.stack([part.weight for part in parts]).sum().double()
+        if self.ranks > 1:
+            dist.all_reduce(weight)
+        scale = self.ranks / float(weight)  # gradients are averaged over ranks; a target counts alike on each
+        for part in parts:
+            half = self.run.precision == "bfloat16"
+            with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+                loss, counted, hits = model(part.to(self.device))
+            (loss * scale).backward()
+            sums += torch.tensor([float(loss.detach()), float(counted), float(hits), part.token_count])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), self.run.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.ranks > 1:
+            dist.all_reduce(sums)
+        state.loss_sum += float(sums[0])
+        state.weight_sum += float(sums[1])
+        state.hit_sum += float(sums[2])
+        state.tokens += int(sums[3])
+        share = float(sums[2] / sums[1])
+        state.accuracy = share if state.step == 0 else _SMOOTHING * state.accuracy + (1 - _SMOOTHING) * share
+
+    def _optimizer(self, model: TrainedModel) -> torch.optim.AdamW:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.run.weight_decay},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], betas=self.run.betas, fused=True)
+
+    def _sharded(self, model: TrainedModel) -> TrainedModel:
+        if self.ranks == 1:
+            return model
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        return model
+
+    def _report(self, stage: StageConfig, state: State) -> None:
+        line = {
+            "stage": stage.name,
+            "step": state.step,
+            "total_steps": state.total_steps,
+            "loss": state.loss_sum / state.weight_sum,
+            "accuracy": state.hit_sum / state.weight_sum,
+            "learning_rate": _rate(stage, state.step),
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 1),
+        }
+        state.loss_sum = state.weight_sum = state.hit_sum = 0.0
+        if self.rank == 0:
+            self.folder.report(line)
+            if time.monotonic() - self._drawn_at > _CURVE_EVERY_S:
+                self._drawn_at = time.monotonic()
+                write_curve(self.folder.path / "loss.svg", self.folder.progress())
+        self._on_progress(line)
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether it is so on the first worker."""
+        if self.ranks == 1:
+            return mine
+        told = torch.tensor([mine], dtype=torch.int32, device=self.device)
+        dist.broadcast(told, 0)
+        return bool(told.item())
+
+    def _wait(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def _rate(stage: StageConfig, step: int) -> float:
+    """Rises over the warm-up, then falls along a line."""
+    if step < stage.warmup_steps:
+        return stage.learning_rate * (step + 1) / stage.warmup_steps
+    done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
+    return stage.learning_rate * (1 - (1 - stage.final_rate) * min(1.0, done))
+
+
+def _reached(stage: StageConfig, state: State) -> bool:
+    return stage.until_accuracy is not None and state.step > 50 and state.accuracy >= stage.until_accuracy
+
+
+def _gathered(model: TrainedModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All weights, and the optimiser's tensors by `<parameter>/<moment>`, whole and on the CPU. Every rank calls."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    weights = {name: _whole(parameter) for parameter, name in names.items()}
+    moments = {
+        f"{names[parameter]}/{moment}": _whole(tensor)
+        for parameter, held in optimizer.state.items()
+        for moment, tensor in held.items()
+    }
+    return weights, moments
+
+
+def _restore(model: TrainedModel, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parameters = dict(model.named_parameters())
+    for key, tensor in moments.items():
+        name, _, moment = key.rpartition("/")
+        parameter = parameters[name]
+        if isinstance(parameter, DTensor) and tensor.ndim:
+            tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][moment] = tensor.clone() if moment == "step" else tensor.to(parameter.device)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().cpu().clone()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
