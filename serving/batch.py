@@ -156,7 +156,7 @@ def _run_of(job: BatchJob, retry_failed: bool) -> Any:
         try:
             running: BatchJob = ray.get(actor.job.remote())
             if running.caller != job.caller and ray.get(actor.report.remote()).ended:
-                ray.kill(actor)  # the run before: nobody came for its report
+                ray.kill(actor)  # the run before, which waits for others to ask how it went
                 continue
         except ray.exceptions.RayActorError:
             time.sleep(_POLL_S)  # until its name is free
@@ -191,7 +191,6 @@ def _watched(actor: Any, show: OnCount) -> BatchReport:
                 f"the run does not answer ({type(error).__name__}); what it recorded stays. When the server is well, "
                 "give the same command again"
             ) from None
-    ray.kill(actor)
     if report.error:
         raise BatchError(report.error)
     return report

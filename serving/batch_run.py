@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _APPLICATION = "memorag"
 _NOT_NOW = (429, 503)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-_UNWATCHED_S = 60.0  # how long a run that has ended waits for somebody to ask how it went
+_UNWATCHED_S = 10.0  # how long a run that has ended stays after the last who asked how it went
 
 
 class BatchRun:
