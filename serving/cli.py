@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from serving.commands_batch import batch, memorize_folder
 from serving.commands_keys import app as keys_app
+from serving.commands_plan import calibrate, plan
 from serving.commands_show import Output
+from serving.commands_status import status
 from serving.commands_train import app as train_app
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ documents_app = typer.Typer(help="Add, replace and delete the documents of a mem
 app.add_typer(documents_app, name="documents")
 app.add_typer(keys_app, name="keys")
 app.add_typer(train_app, name="train")
+app.command()(status)
 app.command()(batch)
+app.command()(calibrate)
+app.command()(plan)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
@@ -104,36 +109,6 @@ def down(storage: Storage = _STORAGE, as_json: Json = False) -> None:
         with out.waiting("stopping the server"):
             stopped = daemon.stop(folder)
         out.result({"stopped": stopped}, "stopped" if stopped else f"no server was running on {folder}")
-
-
-@app.command()
-def status(storage: Storage = _STORAGE, as_json: Json = False) -> None:
-    """Say whether the server of a storage folder runs, where, since when, and what it holds."""
-    out = Output(as_json)
-    with _errors(out):
-        from serving import daemon
-
-        folder = storage.expanduser().resolve()
-        state = daemon.state_of(folder)
-        if state is None or state.process() is None:
-            hint = "it was killed; 'memorag down' removes what it left" if state else "start one with 'memorag up'"
-            out.result({"running": False, "storage": str(folder)}, f"no server runs on {folder}; {hint}")
-            raise typer.Exit(1)
-        facts: dict[str, Any] = {
-            "running": True,
-            "address": state.address,
-            "profile": state.profile,
-            "pid": state.pid,
-            "storage": str(folder),
-            "uptime_s": round(time.time() - state.started),
-        }
-        if state.address:
-            from serving.client import MemoRAG
-
-            with MemoRAG(state.address, os.environ.get("MEMORAG_API_KEY"), timeout=30) as client:
-                facts["memories"] = len(list(client.memories()))
-                facts["busy"] = client.ready()["running"]
-        out.facts(facts)
 
 
 @app.command()
