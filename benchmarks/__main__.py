@@ -18,6 +18,10 @@ TARGETS = {
     "first_token": {},
     "pipeline": {"over_first_sketch_16": "≥ 2"},
     "memorize": {"time_per_flop_1M_over_10k": "0.7 to 1.3"},
+    "ranks": {
+        **{f"counted_over_predicted_ratio_{ratio}": "1" for ratio in (32, 8)},
+        **{f"difference_ratio_{ratio}": "≤ 1e-4" for ratio in (32, 8)},
+    },
     "corpus": {},
     "routing": {"hits": "≥ 0.95, out of reach: best_without_foresight", "highest_load_of_all_runs": "≤ 1.25"},
 }

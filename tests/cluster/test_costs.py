@@ -1,0 +1,89 @@
+"""Counted costs: against what the benchmarks count by their own formulas, and the table of docs/scaling.md."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import memorize
+from cluster.costs import ModelShape, RankRates, memorizing
+
+QWEN2_7B = ModelShape(
+    layers=28,
+    hidden=3584,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    mlp=18944,
+    vocabulary=152064,
+    tied=False,
+    window=2048,
+)
+WITHIN_NODE = RankRates(flops=0.6 * 790e12, link=300e9, latency_s=1e-4)
+ACROSS_NODES = RankRates(flops=0.6 * 790e12, link=40e9, latency_s=1e-4)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+def test_a_config_gives_the_shape() -> None:
+    config = {
+        "num_hidden_layers": 28,
+        "hidden_size": 3584,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }
+    assert ModelShape.of(config) == QWEN2_7B
+    assert QWEN2_7B.slot_bytes == 57_344 and round(QWEN2_7B.weight_bytes / 2e9, 1) == 7.6
+    with pytest.raises(ValueError, match="lacks hidden_size, vocab_size"):
+        ModelShape.of(config | {"hidden_size": None, "vocab_size": 0})
+
+
+@pytest.mark.parametrize("tokens", [1, 5000, 123_456])
+def test_flops_are_those_that_the_benchmark_counts(tokens: int) -> None:
+    m = memorize
+    shape = ModelShape(m.LAYERS, m.HIDDEN, m.HEADS, m.KV_HEADS, m.HEAD_DIM, m.MLP, m.VOCABULARY, True, m.WINDOW)
+    rates = RankRates(flops=1e12, link=1e9, latency_s=0.0)
+    whole = 10**6 * m.WINDOW
+    counted = memorizing(shape, tokens, ratio=m.RATIO, segment_tokens=whole, ranks=1, group_windows=4, rates=rates)
+    assert counted.flops == pytest.approx(sum(m.counted_flops(tokens)))
+    assert counted.seconds == pytest.approx(counted.flops / 1e12) and counted.received_bytes == 0
+    assert counted.slots == math.ceil(tokens / m.RATIO)
+
+
+def test_the_exchange_is_each_ranks_slots_to_each_other_rank() -> None:
+    tokens, ranks = 64 * 2048, 4
+    found = memorizing(
+        QWEN2_7B, tokens, ratio=16, segment_tokens=tokens, ranks=ranks, group_windows=8, rates=WITHIN_NODE
+    )
+    assert found.passes == 2
+    assert found.received_bytes == tokens // 16 * QWEN2_7B.slot_bytes * (ranks - 1) // ranks
+    assert found.exchange_s == pytest.approx(2 * 28 * 1e-4 + found.received_bytes / 300e9)
+
+
+@pytest.mark.parametrize("segment_tokens", [2_074_624, 10_000 * 2048], ids=["segments", "one sequence"])
+def test_the_documents_table_is_what_is_computed(segment_tokens: int) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for tokens in (10**6, 10**7):
+        alone = 0.0
+        for ranks, rates in ((1, WITHIN_NODE), (8, WITHIN_NODE), (64, ACROSS_NODES)):
+            x = memorizing(
+                QWEN2_7B,
+                tokens,
+                ratio=16,
+                segment_tokens=segment_tokens,
+                ranks=ranks,
+                group_windows=8,
+                rates=rates,
+            )
+            alone = alone or x.seconds
+            cells = [
+                f"{tokens:,}",
+                f"{ranks}",
+                f"{x.flops / 1e15:,.0f}",
+                f"{x.passes}",
+                f"{x.received_bytes / 1e9:.1f}",
+            ]
+            cells += [f"{x.compute_s:,.2f}", f"{x.exchange_s:.2f}", f"{x.seconds:,.1f}", f"{alone / x.seconds:.1f}"]
+            assert f"| {' | '.join(cells)} |" in text
