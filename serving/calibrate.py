@@ -5,6 +5,7 @@ of its own, in a temporary folder, and is ended afterwards.
 """
 
 import asyncio
+import itertools
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 16  # calls at a time: enough to fill an engine's batches on small machines
 _TENANT, _MEMORY = "default", "calibration"
+_ASKED = itertools.count(0, 10_000)  # so that no answer comes from an engine's prefix cache
 _BATCH = 256  # passages in one call to the Embedder
 
 
@@ -241,13 +243,15 @@ class Stages:
         return busy, sum(tokens) / len(tokens)
 
     async def answer(self, seconds: float) -> "Busy":
-        """Whole answers over HTTP."""
+        """Whole answers over HTTP, to questions that were not asked before."""
         import httpx
+
+        offset = next(_ASKED)
 
         async with httpx.AsyncClient(base_url=self.address, timeout=300) as client:
 
             async def once(number: int) -> None:
-                body = {"question": f"Once more, {_question(number)}"}
+                body = {"question": f"Once more, {_question(number + offset)}"}
                 (await client.post(f"/v1/memories/{self.manifest.memory}/answer", json=body)).raise_for_status()
 
             return await _busy(once, CLIENTS, seconds)
