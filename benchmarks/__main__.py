@@ -23,6 +23,7 @@ TARGETS = {
         **{f"difference_ratio_{ratio}": "≤ 1e-4" for ratio in (32, 8)},
     },
     "corpus": {},
+    "batch": {},
     "routing": {"hits": "≥ 0.95, out of reach: best_without_foresight", "highest_load_of_all_runs": "≤ 1.25"},
 }
 

@@ -1,0 +1,144 @@
+"""A batch run against the same questions over HTTP from 16 clients, and against itself with grouping switched off.
+
+    python -m benchmarks.batch [--json FILE] [--questions 384] [--memories 96] [--tokens 32768]
+
+One `embedded` server on this machine. All memories are archives of one text at ratio 2, so that together they have more
+slots than the Recaller's engine (524,288) and its node's keeper hold: when a memory is asked decides what is loaded.
+The questions are shuffled over the memories; HTTP clients, and the run without grouping, ask them in that order. 16
+questions are in flight in each way. Each way asks other words, so that none profits from the other's cache.
+
+A run has a fixed cost before its first question: processes that read and sort. It is in `seconds` and not in `asking`,
+of which the ratios are: over 10,000 questions it would hardly count. The load average is the machine's at the end of
+each way, with all that ran on it: where it is far above the number of cores, this benchmark was not alone.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pyarrow as pa
+
+from benchmarks.report import report
+from serving.app import deploy
+from serving.batch import answer_all
+from serving.client import MemoRAG
+from serving.config import load_profile
+
+CLIENTS = 16
+WAYS = ("HTTP, 16 clients", "batch, not grouped", "batch")
+ANSWER_TOKENS = 8
+RATIO = 2
+EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--questions", type=int, default=384, help="asked in each way")
+    parser.add_argument("--memories", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of each memory's text, about")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as storage:
+        _say("starting a server")
+        server = deploy(load_profile("embedded"), storage, "127.0.0.1", 0)
+        try:
+            slots = _memorize(server.address, arguments.memories, arguments.tokens, Path(storage))
+            rows = [_row(way, arguments, slots, server.address, Path(storage)) for way in WAYS]
+        finally:
+            server.stop()
+    http, ungrouped, grouped = rows
+    ratios = {
+        "over_http": http["asking (s)"] / grouped["asking (s)"],
+        "over_ungrouped": ungrouped["asking (s)"] / grouped["asking (s)"],
+        "whole_call_over_http": http["seconds"] / grouped["seconds"],
+        "whole_call_over_ungrouped": ungrouped["seconds"] / grouped["seconds"],
+    }
+    report("batch", rows, ratios, arguments.json)
+
+
+def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, folder: Path) -> dict[str, Any]:
+    table = _questions(arguments.questions, arguments.memories, way)
+    _say(way)
+    began = time.perf_counter()
+    asking = None
+    if way == WAYS[0]:
+        asyncio.run(_over_http(address, table.to_pylist()))
+    else:
+        done = answer_all(table, folder / way, concurrency=CLIENTS, group_by_memory=way == "batch")
+        if done.answered != arguments.questions:
+            raise RuntimeError(f"not all were answered: {done}")
+        asking = done.seconds
+    seconds = time.perf_counter() - began
+    return {
+        "way": way,
+        "questions": arguments.questions,
+        "memories": arguments.memories,
+        "slots of one": slots,
+        "seconds": seconds,
+        "asking (s)": asking or seconds,
+        "questions/s": arguments.questions / (asking or seconds),
+        "load average": os.getloadavg()[0],
+    }
+
+
+def _memorize(address: str, count: int, tokens: int, folder: Path) -> int:
+    """Makes one memory, and the others of its archive; returns its slots."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    with MemoRAG(address) as client:
+        _say("memorizing one text")
+        client.memorize(text=text[:4000], id="probe", ratio=RATIO, progress=False)
+        per_character = client.memory("probe").info["tokens"] / 4000
+        characters = int(tokens / per_character)
+        text = (text * (characters // len(text) + 1))[:characters]
+        first = client.memorize(text=text, id="memory-0", ratio=RATIO, progress=False)
+        archive = folder / "memory.tar"
+        first.export(archive)
+        _say(f"importing it {count - 1} times")
+        for n in range(1, count):
+            client.import_archive(archive, f"memory-{n}")
+        return int(first.info["slots"])
+
+
+def _questions(count: int, memories: int, way: str) -> pa.Table:
+    order = [n % memories for n in range(count)]
+    random.Random(0).shuffle(order)
+    return pa.table(
+        {
+            "id": [f"q{n:06d}" for n in range(count)],
+            "memory": [f"memory-{memory}" for memory in order],
+            "question": [f"{way}: who took office or sailed in the year {1201 + n}?" for n in range(count)],
+            "max_tokens": [ANSWER_TOKENS] * count,
+        }
+    )
+
+
+async def _over_http(address: str, questions: list[dict[str, Any]]) -> None:
+    waiting = list(reversed(questions))
+
+    async def client(http: aiohttp.ClientSession) -> None:
+        while waiting:
+            row = waiting.pop()
+            body = {"question": row["question"], "max_tokens": row["max_tokens"]}
+            async with http.post(f"/v1/memories/{row['memory']}/answer", json=body) as response:
+                response.raise_for_status()
+                await response.read()
+
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(address, timeout=timeout) as http, asyncio.TaskGroup() as group:
+        for _ in range(CLIENTS):
+            group.create_task(client(http))
+
+
+def _say(line: str) -> None:
+    print(f"{line} …", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
