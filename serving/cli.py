@@ -330,18 +330,13 @@ def _errors(out: Output) -> Iterator[None]:
     from serving.daemon import DaemonError
 
     try:
-        yield
-    except (MemoRAGError, DaemonError, OSError) as error:
-        out.error(str(error))
-        raise typer.Exit(1) from None
+        with out.errors(MemoRAGError, DaemonError, OSError):
+            yield
     except ValueError as error:  # ProfileError, which takes a moment to import
         if type(error).__name__ != "ProfileError":
             raise
         out.error(str(error))
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        out.error("interrupted")
-        raise typer.Exit(130) from None
 
 
 @contextmanager

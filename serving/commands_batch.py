@@ -115,11 +115,6 @@ def _errors(out: Output) -> Iterator[None]:
     from serving.config import ProfileError
     from serving.daemon import DaemonError
 
-    try:
+    interrupted = "interrupted; the run goes on: give the same command to watch it"
+    with out.errors(BatchError, ProfileError, DaemonError, OSError, interrupted=interrupted):
         yield
-    except (BatchError, ProfileError, DaemonError, OSError) as error:
-        out.error(str(error))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        out.error("interrupted; the run goes on: give the same command to watch it")
-        raise typer.Exit(130) from None

@@ -86,8 +86,5 @@ def _errors(out: Output) -> Iterator[None]:
     from memory_worker.errors import InvalidId
     from serving.keys import KeyFileDamaged, UnknownKey
 
-    try:
+    with out.errors(InvalidId, KeyFileDamaged, UnknownKey, OSError):
         yield
-    except (InvalidId, KeyFileDamaged, UnknownKey, OSError) as error:
-        out.error(str(error))
-        raise typer.Exit(1) from None

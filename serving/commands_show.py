@@ -52,15 +52,15 @@ class Output:
         self._err.print(Text("error: ", style="bold red"), Text(line), sep="")
 
     @contextmanager
-    def errors(self, *expected: type[Exception]) -> Iterator[None]:
-        """Expected errors as one message and exit code 1; an interrupt as 130."""
+    def errors(self, *expected: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+        """Expected errors as one message and exit code 1; an interrupt as 130, with what that means."""
         try:
             yield
         except expected as error:
             self.error(str(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            self.error("interrupted")
+            self.error(interrupted)
             raise typer.Exit(130) from None
 
     @contextmanager
