@@ -1,6 +1,7 @@
 """Measures what one replica of each deployment does on this machine: the rates that `memorag plan` counts with.
 
-Every deployment is measured alone, through its handle, with as many calls at a time as keep it busy. The server is one
+Every deployment is measured alone, through its handle, with as many calls at a time as keep it busy; what a question
+costs each of them in CPU time is taken from whole answers, in which the pipeline calls them more often. The server is one
 of its own, in a temporary folder, and is ended afterwards.
 """
 
@@ -105,7 +106,7 @@ class Stages:
         searched = await self._retriever(clues, seconds)
         note("measuring the Generator …")
         generated, tokens = await self._generator(passages, seconds)
-        note("measuring Router and Ingress …")
+        note("measuring whole answers …")
         answered = await self.answer(seconds)
         characters = document.characters
         return Rates(
@@ -123,9 +124,9 @@ class Stages:
             passage_characters=characters / document.passage_count,
             passage_bytes=document.passages.size / document.passage_count,
             head_slots=len(self.manifest.head_tokens),
-            recall_core_s=recalled.core_s("Recaller"),
-            search_core_s=searched.core_s("Embedder", "Retriever"),
-            generate_core_s=generated.core_s("Generator") / tokens,
+            recall_core_s=answered.core_s("Recaller"),
+            search_core_s=answered.core_s("Embedder", "Retriever"),
+            generate_core_s=answered.core_s("Generator") / tokens,
             route_core_s=answered.core_s("Router", "Ingress"),
         )
 
