@@ -1,8 +1,8 @@
 """Measures what one replica of each deployment does on this machine: the rates that `memorag plan` counts with.
 
 Every deployment is measured alone, through its handle, with as many calls at a time as keep it busy; what a question
-costs each of them in CPU time is taken from whole answers, in which the pipeline calls them more often. The server is one
-of its own, in a temporary folder, and is ended afterwards.
+costs each of them in CPU time is taken from whole answers, in which the pipeline calls them more often. The server
+is one of its own, in a temporary folder, and is ended afterwards.
 """
 
 import asyncio
