@@ -18,8 +18,10 @@ is a question that names what the two-step one only describes.
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from examples.chronicle_words import EVENTS, PEOPLE, PORTS, QUIET, RELATIONS, SYLLABLES
@@ -126,6 +128,65 @@ def training_documents(
     made = Style(**{name: tuple(v) if isinstance(v, list) else v for name, v in style.items()})
     draw = random.Random(seed)
     return [document(draw.randrange(2**60), draw.randint(*facts), split, made) for _ in range(count)]
+
+
+def training_passages(
+    seed: int, count: int, facts: Sequence[int] = (20, 40), passages: int = 3, characters: int = 400, **style: Any
+) -> list[dict[str, Any]]:
+    """`count` prompts as the generator is given them: passages of a chronicle, in order, some of them needed.
+
+    As documents with a frame; an answer names the passage it rests on. Two-step questions need both sentences in.
+    """
+    draw = random.Random(seed)
+    made = []
+    for source in training_documents(seed, count, facts, **style):
+        slices = _passages(source["text"], characters)
+        chosen = sorted(draw.sample(slices, min(passages, len(slices))))
+        text, questions = "", []
+        for number, (start, end) in enumerate(chosen, 1):
+            shift = len(text) + len(f"[{number}] ") - start
+            text += f"[{number}] {source['text'][start:end]}\n\n"
+            for question in source["questions"]:
+                (a, b), *_ = question["evidence"]
+                if start <= a and b <= end:
+                    moved = {"evidence": [[a + shift, b + shift]], "answers": [f"{question['answers'][0]} [{number}]"]}
+                    questions.append(question | moved)
+        inside = [
+            q for q in questions if all(any(s <= a and b <= e for s, e in chosen) for a, b in q.get("bridge", []))
+        ]
+        asked = [{name: value for name, value in question.items() if name != "bridge"} for question in inside]
+        made.append({"language": "en", "text": text.rstrip(), "questions": asked, "frame": _generator_frame()})
+    return made
+
+
+def _passages(text: str, characters: int) -> list[tuple[int, int]]:
+    """Slices of whole sentences, each as long as fits."""
+    slices: list[tuple[int, int]] = []
+    for sentence in re.finditer(r"\S[^.]*\.", text):
+        if slices and sentence.end() - slices[-1][0] <= characters:
+            slices[-1] = slices[-1][0], sentence.end()
+        else:
+            slices.append(sentence.span())
+    return slices
+
+
+@cache
+def _generator_frame() -> dict[str, str]:
+    """What stands around passages and question in the generator's own prompt."""
+    from generator_worker.messages import GenerateRequest, Source
+    from generator_worker.prompts import build_prompt
+
+    class Verbatim:
+        chat_template, all_special_tokens = None, ()
+
+        def encode(self, text: str) -> str:
+            return text
+
+    source = Source(memory="", document="", start=0, end=1, text="\ue000")
+    request = GenerateRequest("answer", "\ue001", (source,), "en", None, "")
+    prompt = build_prompt(Verbatim(), request, 10**6, 1)
+    before, between = prompt.messages[0]["content"].removesuffix("\ue001").split("[1] \ue000")
+    return {"before": before, "between": between}
 
 
 def tokenizer_texts() -> Iterator[str]:

@@ -22,6 +22,8 @@ from memory_worker.training.config import DataConfig, RunError, StageConfig
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch
 
+_TEXT, _QUESTION = "\ue0f2", "\ue0f3"  # private-use characters, which no chat template contains or changes
+
 
 @dataclass(slots=True)
 class Example:
@@ -44,7 +46,9 @@ class Source:
         if bool(config.files) == bool(config.generator):
             raise RunError("a source of data has either `files` or a `generator`: give one of them")
         self._make = imported(config.generator) if config.generator else None
-        self._records = [] if self._make else [*records(config.files)]
+        self._records = (
+            [] if self._make else sorted(records(config.files), key=lambda record: len(record.get("text", "")))
+        )
         if not self._make and not self._records:
             raise RunError(f"there is nothing in {', '.join(config.files)}: name files that hold texts")
 
@@ -55,8 +59,11 @@ class Source:
         if self._make:
             records = self._make(draw.randrange(2**60), count, **self.config.arguments)
         else:
-            records = [draw.choice(self._records) for _ in range(count)]
+            records = self._alike(draw, count)
         encoded = self._encode([record["text"] for record in records])
+        tokens = min(
+            tokens, *(len(ids) + len(self._before(record)) for record, (ids, _) in zip(records, encoded, strict=True))
+        )
         made = []
         for record, (ids, starts) in zip(records, encoded, strict=True):
             if self.config.kind == "text":
@@ -66,12 +73,27 @@ class Source:
                 made.append(self._asked(draw, record, ids, starts, stage.questions, tokens))
         return made
 
+    def _alike(self, draw: random.Random, count: int) -> list[dict[str, Any]]:
+        """Records of like lengths: all texts of a batch are cut to the shortest."""
+        near = min(len(self._records), 4 * count)
+        first = draw.randrange(len(self._records) - near + 1)
+        return draw.choices(self._records[first : first + near], k=count)
+
+    def _before(self, record: dict[str, Any]) -> list[int]:
+        """The head of a record's text."""
+        if self.config.kind == "text":
+            return []
+        if "frame" in record:
+            return self._ids(self._framed(record["frame"])[0])
+        return self._head(record.get("language", "en"))
+
     def _asked(
         self, draw: random.Random, record: dict[str, Any], ids: list[int], starts: list[int], count: int, tokens: int
     ) -> Example:
         """A stretch of a document that holds the evidence of some question, and questions on it."""
         language = record.get("language", "en")
-        head = self._head(language)
+        frame = self._framed(record["frame"]) if "frame" in record else None
+        head = self._before(record)
         room = tokens - len(head)
         questions = record.get("questions", [])
         begin = 0
@@ -87,6 +109,10 @@ class Source:
             task = draw.choices(tasks, shares)[0]
             if task == "recite" or not inside:
                 example.tails.append(_recited(draw, example.text))
+            elif frame:
+                question = draw.choice(inside)
+                asked = self._ids(f"{frame[1]}{question['question']}{frame[2]}")
+                example.tails.append(([*asked, *self._ids(f" {question['answers'][0]}"), *self._end], len(asked)))
             else:
                 example.tails.append(self._tail(task, draw.choice(inside), language, record["text"]))
         return example
@@ -130,12 +156,19 @@ class Source:
             self._heads[language] = head_tokens(self._tokenizer, "zh" if language == "zh" else "en")
         return self._heads[language]
 
+    def _framed(self, frame: dict[str, str]) -> list[str]:
+        """What stands before the text, between text and question, and after it, in a chat."""
+        content = f"{frame['before']}{_TEXT}{frame['between']}{_QUESTION}"
+        messages = [{"role": "user", "content": content}]
+        prompt = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, rest = prompt.split(_TEXT)
+        return [before, *rest.split(_QUESTION)]
+
     def _frame(self, task: str, language: str) -> tuple[list[int], list[int]]:
         """What stands before and after a question."""
         if (task, language) not in self._questions:
-            mark = "\ue0f2"
-            tokens = question_tokens(self._tokenizer, task, mark, "zh" if language == "zh" else "en")  # type: ignore[arg-type]
-            inner = self._tokenizer.encode(mark, add_special_tokens=False)
+            tokens = question_tokens(self._tokenizer, task, _QUESTION, "zh" if language == "zh" else "en")  # type: ignore[arg-type]
+            inner = self._tokenizer.encode(_QUESTION, add_special_tokens=False)
             at = next(i for i in range(len(tokens)) if tokens[i : i + len(inner)] == inner)
             self._questions[task, language] = tokens[:at], tokens[at + len(inner) :]
         return self._questions[task, language]

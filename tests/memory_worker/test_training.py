@@ -1,9 +1,8 @@
 """Training runs: they learn, they resume bit for bit, they leave alone what they should, and their result is served."""
 
 import json
-import os
-import subprocess
-import sys
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,13 @@ from memory_worker.loading import Expected, LoadFailed, MemoryLoader, SlotRange
 from memory_worker.manifest import MemoryShape
 from memory_worker.messages import SegmentGroup
 from memory_worker.training import RunConfig, RunError, load_run
+from memory_worker.training.config import DataConfig, StageConfig
+from memory_worker.training.data import Example, Source
 from memory_worker.training.loop import Loop, Stopped
 from memory_worker.training.model import BEACON_MARK
 from memory_worker.training.prepare import prepare
 from memory_worker.training.state import RunFolder, read_weights
-from tests.memory_worker.training_runs import tiny_run
+from tests.memory_worker.training_runs import tiny_run, train_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,21 +113,51 @@ def test_transformers_reads_the_result(finished):
     torch.testing.assert_close(logits, served.logits(tokens), atol=1e-4, rtol=1e-4)
 
 
-def test_two_ray_workers_share_the_model_and_resume(tmp_path):
-    run = tiny_run(tmp_path, workers=2)
-    first = json.loads(run.model_dump_json())
-    for name, stages in (("first", first["stages"][:1]), ("both", first["stages"])):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**first, "stages": stages}))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    for name in ("first", "both"):
-        command = [str(Path(sys.executable).with_name("memorag")), "train", str(tmp_path / f"{name}.yaml"), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["model"] == str(Path(run.output, "model"))
-    assert "short" not in done.stderr and "wider step 8" in done.stderr  # it went on where the first had come to
-    last = RunFolder(run.output).progress()[-1]
-    assert last["total_steps"] == 16 and last["tokens"] > 1.9 * 16 * 4 * 48  # both workers' texts count
-    assert BeaconModel.from_pretrained(Path(run.output, "model")).shape.hidden == 40
+def test_two_workers_share_the_model_and_resume(tmp_path):
+    for stages in (1, 2):  # the second time it goes on where the first had come to
+        torch.multiprocessing.spawn(train_rank, (str(tmp_path), stages), nprocs=2)
+    progress = RunFolder(tmp_path / "run").progress()
+    assert [line["total_steps"] for line in progress] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert progress[-1]["tokens"] > 1.9 * 16 * 4 * 48  # both workers' texts count
+    assert progress[3]["loss"] < progress[0]["loss"]
+    assert BeaconModel.from_pretrained(tmp_path / "run" / "model").shape.hidden == 40
+
+
+def test_what_is_trained_on_is_what_is_served_and_the_answer_is_there_to_read(finished):
+    from transformers import AutoTokenizer
+
+    from examples.chronicles import training_passages
+    from generator_worker.messages import GenerateRequest
+    from generator_worker.messages import Source as Passage
+    from generator_worker.prompts import build_prompt
+    from memory_worker.prompts import head_tokens, question_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(finished.output, "model"))
+    arguments = {"facts": [12, 16]}
+
+    def made(name: str, task: str, count: int = 8) -> list[Example]:
+        config = DataConfig(
+            kind="documents", generator=f"examples.chronicles:{name}", arguments=arguments, tasks={task: 1}
+        )
+        stage = StageConfig(name="any", data=(config,), steps=1, questions=4)
+        return Source(config, tokenizer).examples(random.Random(3), count, stage, 4096)
+
+    examples = made("training_documents", "draft")
+    least = min(len(example.text) for example in examples)
+    for example in examples:
+        assert example.head == head_tokens(tokenizer, "en") and len(example.text) == least
+        for ids, prompt in example.tails:
+            question = tokenizer.decode(ids[:prompt]).split("Question:\n")[1].split("<|im_end|>")[0]
+            assert ids[:prompt] == question_tokens(tokenizer, "draft", question, "en")
+            assert tokenizer.decode(ids[prompt:-1]) in f" {tokenizer.decode(example.text)}"
+
+    (example,) = made("training_passages", "draft", count=1)
+    (record,) = training_passages(random.Random(3).randrange(2**60), 1, **arguments)
+    passages = tuple(Passage("m", "d", 0, 1, part) for part in re.split(r"\[\d\] ", record["text"]) if part)
+    for ids, prompt in example.tails:
+        question = tokenizer.decode(ids[:prompt]).split("Question: ")[1].split("<|im_end|>")[0]
+        served = build_prompt(tokenizer, GenerateRequest("answer", question, passages, "en", None, ""), 10**5, 10)
+        assert [*example.head, *example.text, *ids[:prompt]] == served.token_ids
 
 
 def test_the_command_line_trains_and_prepares(tmp_path):
