@@ -2,9 +2,10 @@
 
     python -m benchmarks.corpus [--tokens 5000000] [--texts FOLDER] [--json FILE]
 
+
 One `embedded` server on this machine, at ratio 16. The documents are the `.txt` files of the folder, or generated
 sentences, until there are so many tokens. Eight sentences that differ in a name and a place are put into eight of them;
-`found` is the share of these that are among the three passages when they are asked for, with clues that are noise. Every
+`found` is the share of these that are among the three passages when they are asked for, with clues that are noise. A
 passage has to be exactly what its document says. One document as a memory of its own is the baseline of the latencies.
 """
 
