@@ -8,7 +8,7 @@ import hashlib
 import ipaddress
 import logging
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from serving.local_ray import new_ray_folder, start_ray, stop_ray
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
     from ray.serve import Application
 
+    from cluster.placement import Need
     from serving.daemon import ServerOptions
 
 APPLICATION = "memorag"
@@ -112,11 +113,28 @@ def require_nodes(profile: Profile) -> None:
     """Raises `cluster.placement.PoolUnplaceable` if the cluster lacks the nodes of a pool and adds none by itself."""
     import ray
 
-    from cluster.placement import Need, Node, PoolUnplaceable, require_placeable
+    from cluster.placement import Node, PoolUnplaceable, require_placeable
 
-    pools, generator = profile.pools, profile.generator.engine
-    needs = [
-        Need.of("Memorizer", "memory", pools.memory),
+    try:
+        require_placeable(needs_of(profile), [Node.of(node) for node in ray.nodes() if node["Alive"]])
+    except PoolUnplaceable as error:
+        if not profile.ray.autoscaling:
+            raise
+        logger.warning("waiting for the cluster to grow: %s", error)
+
+
+def needs_of(profile: Profile) -> list["Need"]:
+    """What the fewest replicas of each deployment need of the cluster's nodes."""
+    from cluster.placement import Need
+    from memory_worker.ranks import rank_share
+
+    pools, generator, ranks = profile.pools, profile.generator.engine, profile.memory.memorize.ranks
+    memorizer = Need.of("Memorizer", "memory", pools.memory)
+    if ranks > 1:  # its other ranks are actors of their own
+        share = rank_share(profile.memory, pools.memory)
+        memorizer = replace(memorizer, parts=pools.memory.min_replicas * ranks, resources=share)
+    return [
+        memorizer,
         Need.of("Recaller", "memory", pools.memory, profile.memory.engine.ranks),
         Need.of("Embedder", "retrieval", pools.retrieval),
         Need.of("Retriever", "retrieval", pools.retrieval),
@@ -124,12 +142,6 @@ def require_nodes(profile: Profile) -> None:
         Need.of("Router", "cpu", pools.cpu),
         Need.of("Ingress", "cpu", pools.cpu),
     ]
-    try:
-        require_placeable(needs, [Node.of(node) for node in ray.nodes() if node["Alive"]])
-    except PoolUnplaceable as error:
-        if not profile.ray.autoscaling:
-            raise
-        logger.warning("waiting for the cluster to grow: %s", error)
 
 
 def build(profile: Profile, storage_root: str) -> "Application":

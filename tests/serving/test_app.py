@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.app import memories_root, models_folder, require_safe, untrained, with_models
+from serving.app import memories_root, models_folder, needs_of, require_safe, untrained, with_models
 from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
 
 
@@ -49,3 +49,19 @@ def test_without_keys_no_other_address_is_listened_at(host):
 def test_keys_are_asked_for_unless_a_profile_says_otherwise():
     text = "memory: {engine: {model: a}}\ngenerator: {engine: {model: b}}"
     assert parse_profile(text, "mine").auth.mode == "keys"
+
+
+def test_what_the_cluster_profile_needs_of_its_nodes():
+    profile = load_profile("cluster")
+    needs = {need.deployment: (need.pool, need.parts, dict(need.resources)) for need in needs_of(profile)}
+    assert needs["Recaller"] == ("memory", 1, {"CPU": 1, "GPU": 1, "memory_pool": 1}) == needs["Memorizer"]
+    assert needs["Generator"] == ("generator", 2, {"CPU": 1, "GPU": 1, "generator_pool": 0.5})
+    assert needs["Router"] == ("cpu", 2, {"CPU": 1}) == needs["Ingress"]
+
+
+def test_each_rank_of_a_memorizer_needs_a_place():
+    profile = load_profile("cluster")
+    memorize = profile.memory.memorize.model_copy(update={"ranks": 4})
+    profile = profile.model_copy(update={"memory": profile.memory.model_copy(update={"memorize": memorize})})
+    (memorizer,) = [need for need in needs_of(profile) if need.deployment == "Memorizer"]
+    assert (memorizer.parts, memorizer.resources["GPU"]) == (4, 1)
