@@ -63,20 +63,21 @@ class Overview:
 def look(profile: Profile) -> Overview:
     """Raises `NotAttached` where the server that has this profile does not run on the cluster."""
     import ray
-    from ray import serve
+    from ray.serve.context import _get_global_client
 
-    applications = serve.status().applications
+    client = _get_global_client(raise_if_no_controller_running=False)  # `serve.status` leaves out what is wanted
+    applications = client.get_serve_details()["applications"] if client else {}
     if APPLICATION not in applications:
         raise NotAttached(f"the cluster runs no application {APPLICATION!r}; start one with 'memorag up'")
-    deployments = applications[APPLICATION].deployments
+    deployments = applications[APPLICATION]["deployments"]
     replicas = []
     for pool, names in POOLS.items():
         settings = getattr(profile.pools, pool)
         for name in names:
-            if status := deployments.get(name):
-                running = status.replica_states.get("RUNNING", 0)
-                wanted = status.target_num_replicas
-                replicas.append(Replicas(pool, name, running, wanted, settings.max_replicas, status.status.value))
+            if found := deployments.get(name):
+                running = sum(replica["state"] == "RUNNING" for replica in found["replicas"])
+                wanted = found["target_num_replicas"]
+                replicas.append(Replicas(pool, name, running, wanted, settings.max_replicas, found["status"]))
     namespace = profile.ray.namespace
     named = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == namespace]
     keepers = keeper_names(named)

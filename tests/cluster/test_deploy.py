@@ -30,6 +30,7 @@ from serving.config import load_profile
 from serving.deploy import Arguments, application
 from tests.cluster import known_metrics
 from tests.cluster.known_metrics import ROOT
+from tests.cluster.tiny_engine import ray_session
 
 DEPLOY = ROOT / "cluster" / "deploy"
 SCHEMA = ROOT.parent / "shared" / "data" / "schemas" / "rayservice-v1.schema.json.xz"
@@ -115,7 +116,8 @@ def demands(tmp_path_factory) -> dict[str, tuple[int, int, list[dict[str, float]
     """Of each deployment that `serve-cluster.yaml` builds: fewest and most replicas, and what one takes."""
     arguments = read("serve-cluster.yaml")["applications"][0]["args"]
     arguments["storage"] = str(tmp_path_factory.mktemp("storage"))
-    built = build_app(call_user_app_builder_with_args_if_necessary(application, arguments), name="memorag")
+    with ray_session():  # an engine's settings are checked in a Ray task
+        built = build_app(call_user_app_builder_with_args_if_necessary(application, arguments), name="memorag")
     found = {}
     for deployment in built.deployments:
         scaling, replica = deployment._deployment_config.autoscaling_config, deployment._replica_config

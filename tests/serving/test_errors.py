@@ -57,7 +57,7 @@ def test_the_status_of_every_failure(error: Exception, status: int) -> None:
 @pytest.mark.parametrize("error", [e for e in vars(memory_errors).values() if isinstance(e, type)])
 def test_no_error_of_a_memory_is_unforeseen(error: type) -> None:
     """Those that only a job meets are 500 to nobody: they become the memory's own error."""
-    of_jobs = {"MemoryProblem", "JobEnded", "WindowTooLarge", "MixedMemories"}
+    of_jobs = {"MemoryProblem", "JobEnded", "LostRank", "WindowTooLarge", "MixedMemories"}
     if issubclass(error, memory_errors.MemoryProblem) and error.__name__ not in of_jobs:
         arguments = {"QueueFull": (3,), "QuotaExceeded": ("x", 1, 2), "MemoryTooLarge": ("m", 1, 2)}
         count = error.__init__.__code__.co_argcount - 1

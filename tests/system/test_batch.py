@@ -64,7 +64,14 @@ def run_process(server: Server) -> psutil.Process | None:
     """The process of the batch run that is under way."""
     state = json.loads((server.storage / "server.json").read_text())
     family = psutil.Process(state["pid"]).children(recursive=True)
-    return next((p for p in family if p.is_running() and "BatchRun" in " ".join(p.cmdline())), None)
+    return next((p for p in family if "BatchRun" in title_of(p)), None)
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is a zombie
+        return ""
 
 
 def test_killed_half_way_nothing_is_lost_or_asked_twice(server, memories, tmp_path):
