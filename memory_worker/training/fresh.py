@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory_worker.qwen2 import qwen2_config
 from memory_worker.training.config import FreshConfig, TokenizerConfig
 from memory_worker.training.data import imported, records
 from memory_worker.training.model import BEACON_MARK, TrainedModel
-from memory_worker.training.tokenizer import END_OF_TURN, write_tokenizer
+from memory_worker.training.tokenizer import write_training_tokenizer
 
 _LOCAL_STRENGTH = 6.5  # of queries and keys of local heads: the right distance wins by e^5 over its neighbours
 _LOCAL_PAIRS = 4  # of the fastest rotary frequencies, which tell near distances apart
@@ -19,40 +20,25 @@ _LOCAL_PAIRS = 4  # of the fastest rotary frequencies, which tell near distances
 
 def fresh_config(settings: FreshConfig, vocabulary: int) -> dict[str, Any]:
     """The config.json of a new model."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": vocabulary,
-        "hidden_size": settings.hidden,
-        "intermediate_size": settings.mlp,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": settings.heads,
-        "num_key_value_heads": settings.kv_heads,
-        "head_dim": settings.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": settings.max_positions,
-        "rope_theta": settings.rope_theta,
-        "use_sliding_window": False,
-        "tie_word_embeddings": settings.tied,
-        "pad_token_id": 0,
-        "eos_token_id": END_OF_TURN,
-        "torch_dtype": "float32",
-        "beacon_window": settings.window,
-        "beacon_stride": settings.window,
-        "beacon_ratio": list(settings.ratios),
-        "beacon_attn": "full-coverage",
-        "beacon_attend_prev": True,
-        "beacon_pos": "interleave",
-        "beacon_param": ["q", "k", "v"],
-        "beacon_embed_init": "eos",
-        "beacon_sink_size": 0,
-    }
+    return qwen2_config(
+        vocabulary=vocabulary,
+        layers=settings.layers,
+        hidden=settings.hidden,
+        heads=settings.heads,
+        kv_heads=settings.kv_heads,
+        head_dim=settings.head_dim,
+        mlp=settings.mlp,
+        window=settings.window,
+        ratios=settings.ratios,
+        rope_theta=settings.rope_theta,
+        max_positions=settings.max_positions,
+        tied=settings.tied,
+    )
 
 
 def write_fresh_tokenizer(folder: Path, settings: TokenizerConfig) -> int:
     """Makes the tokenizer of a new model in `folder`; returns the size of its vocabulary."""
-    return write_tokenizer(folder, _texts(settings), settings.vocabulary, settings.phrases)
+    return write_training_tokenizer(folder, _texts(settings), settings.vocabulary, settings.phrases)
 
 
 def fresh_model(config: Mapping[str, Any], seed: int, *, local_heads: bool) -> TrainedModel:
