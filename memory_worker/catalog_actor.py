@@ -1,12 +1,14 @@
 """The catalog as the one actor of its name in a Ray namespace: found, or started, by whoever needs it."""
 
-from typing import Any
+import contextlib
 
 import ray
 
+from cluster.actors import actor_names, lasting_actor
 from memory_worker.catalog import Catalog
 from memory_worker.config import CatalogConfig
 from memory_worker.keeper import NAMESPACE
+from memory_worker.peers import KEEPER
 from memory_worker.quotas import QuotasConfig
 
 CATALOG = "memory-catalog"
@@ -20,14 +22,13 @@ def catalog(
     quotas: QuotasConfig | None = None,
 ) -> "ray.actor.ActorHandle":
     """The cluster's catalog, started if there is none; all who use one namespace share it."""
-    actor: Any = ray.remote(Catalog)
-    return actor.options(
-        name=CATALOG,
-        namespace=namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=_CONCURRENT_CALLS,
-    ).remote(storage_root, config, quotas)
+    actor = lasting_actor(Catalog, CATALOG, namespace, max_concurrency=_CONCURRENT_CALLS)
+    return actor.remote(storage_root, config, quotas)
+
+
+def end_actors(namespace: str) -> None:
+    """Ends the catalog and the keepers of a server that is gone: they would greet the next with another's storage."""
+    for name in actor_names(namespace):
+        if name == CATALOG or name.startswith(KEEPER):
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name, namespace))

@@ -8,7 +8,7 @@ any time and is read again: a reader whose `ray.get` fails because the keeper or
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.actors import lasting_actor
 from memory_worker.errors import DamagedMemory, MixedMemories
 from memory_worker.manifest import FileEntry, Manifest, MemoryShape, SegmentEntry
 from memory_worker.messages import MemoryKey, SegmentGroup
@@ -101,7 +102,7 @@ class MemoryKeeper:
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant/memory
         self._peers = Peers(namespace)
         self._metrics = TierMetrics()
-        self._bytes = self._hits = self._loads = self._evictions = self._pulls = self._moved = 0
+        self._bytes = self._slots = self._hits = self._loads = self._evictions = self._pulls = self._moved = 0
 
     async def chunks(self, group: SegmentGroup) -> KeptMemory:
         """The group in the object store, loaded as far as it was not there; calls at the same time load it once.
@@ -160,10 +161,6 @@ class MemoryKeeper:
             self._files.move_to_end((tenant, digest))
             return kept.file
         return None
-
-    @property
-    def _slots(self) -> int:
-        return sum(sum(kept.file.slots) for kept in self._files.values())
 
     async def _manifest(self, key: MemoryKey) -> Manifest:
         if key not in self._manifests:
@@ -230,6 +227,7 @@ class MemoryKeeper:
         if name not in self._files:  # the same bytes may have come from another memory meanwhile
             self._files[name] = _KeptFile(loaded)
             self._bytes += loaded.bytes
+            self._slots += sum(loaded.slots)
             self._moved += loaded.bytes
             self._pulls += pulled is not None
             self._loads += pulled is None
@@ -266,37 +264,25 @@ class MemoryKeeper:
         for name in [name for name, file in self._files.items() if not file.readers]:
             if self._bytes + coming_bytes <= self._budget:
                 return
-            gone = self._files.pop(name).file.bytes
-            self._bytes -= gone
+            gone = self._files.pop(name).file
+            self._bytes -= gone.bytes
+            self._slots -= sum(gone.slots)
             self._evictions += 1
-            self._metrics.evicted(gone)
+            self._metrics.evicted(gone.bytes)
 
 
 def keeper_on(
     node_id: str, storage_root: str, budget_bytes: int, namespace: str = NAMESPACE
 ) -> "ray.actor.ActorHandle":
     """The keeper of this node, started if there is none. A keeper that dies comes back empty."""
-    actor: Any = ray.remote(MemoryKeeper)
-    return actor.options(
-        name=KEEPER + node_id,
-        namespace=namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    ).remote(storage_root, budget_bytes, namespace=namespace)
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    actor = lasting_actor(MemoryKeeper, KEEPER + node_id, namespace, scheduling_strategy=there)
+    return actor.remote(storage_root, budget_bytes, namespace=namespace)
 
 
 def local_keeper(storage_root: str, budget_bytes: int, namespace: str = NAMESPACE) -> "ray.actor.ActorHandle":
     """The keeper of the caller's own node."""
     return keeper_on(ray.get_runtime_context().get_node_id(), storage_root, budget_bytes, namespace)
-
-
-def keeper_names(actors: Iterable[str]) -> list[str]:
-    """Which of these names of actors are keepers'."""
-    return [name for name in actors if name.startswith(KEEPER)]
 
 
 def _segments(group: SegmentGroup, manifests: Sequence[Manifest]) -> list[tuple[MemoryKey, SegmentEntry]]:

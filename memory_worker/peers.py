@@ -1,9 +1,9 @@
 """The keepers of other nodes, asked for what one's own node lacks before storage is: used by `MemoryKeeper`."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from cluster.actors import actor_names
 from memory_worker.manifest import MemoryShape
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Peers:
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self._names: list[str] = []
+        self._peers: list[Any] = []
         self._looked_up = -_LOOKED_UP_S
 
     async def fetch(self, tenant: str, digest: str) -> tuple[HeldFile, list[npt.NDArray[Any]]] | None:
@@ -45,11 +46,9 @@ class Peers:
         None where no peer has it, or says so in time: nothing that goes wrong with a peer is an error here.
         """
         if time.monotonic() - self._looked_up > _LOOKED_UP_S:
-            self._names = await asyncio.to_thread(self._others)
+            self._peers = await asyncio.to_thread(self._others)
             self._looked_up = time.monotonic()
-        if not self._names:
-            return None
-        held = await self._first(lambda peer: peer.held.remote(tenant, digest))
+        held = await self._first(tenant, digest)
         if held is None:
             return None
         try:
@@ -59,14 +58,14 @@ class Peers:
             logger.info("a peer's copy of %s is gone, it is read from storage: %r", digest, error)
             return None
 
-    async def _first(self, ask: Callable[[Any], Awaitable[HeldFile | None]]) -> HeldFile | None:
+    async def _first(self, tenant: str, digest: str) -> HeldFile | None:
         """What the first peer that has it says."""
 
-        async def asked(name: str) -> HeldFile | None:
-            peer = await asyncio.to_thread(ray.get_actor, name, self._namespace)
-            return await ask(peer)
+        async def asked(peer: Any) -> HeldFile | None:
+            held: HeldFile | None = await peer.held.remote(tenant, digest)
+            return held
 
-        asking = {asyncio.create_task(asked(name)) for name in self._names}
+        asking = {asyncio.create_task(asked(peer)) for peer in self._peers}
         deadline = time.monotonic() + _ANSWER_S
         try:
             while asking and (left := deadline - time.monotonic()) > 0:
@@ -75,21 +74,20 @@ class Peers:
                     error = task.exception()
                     if error is None and (held := task.result()) is not None:
                         return held
-                    if error is not None and not isinstance(error, ValueError | ray.exceptions.RayError):
-                        raise error  # ValueError: that actor has ended
+                    if error is not None and not isinstance(error, ray.exceptions.RayError):
+                        raise error
             return None
         finally:
             for task in asking:
                 task.cancel()
 
-    def _others(self) -> list[str]:
-        own = KEEPER + ray.get_runtime_context().get_node_id()
-        named = ray.util.list_named_actors(all_namespaces=True)
-        return [
-            each["name"]
-            for each in named
-            if each["namespace"] == self._namespace and each["name"].startswith(KEEPER) and each["name"] != own
-        ]
+    def _others(self) -> list[Any]:
+        own, peers = KEEPER + ray.get_runtime_context().get_node_id(), []
+        for name in actor_names(self._namespace, KEEPER):
+            if name != own:
+                with contextlib.suppress(ValueError):  # it has ended meanwhile
+                    peers.append(ray.get_actor(name, self._namespace))
+        return peers
 
 
 def copied(arrays: list[npt.NDArray[Any]]) -> tuple[ray.ObjectRef, ...]:

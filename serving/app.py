@@ -3,7 +3,6 @@
 `build` is what every way of deploying shares; `deploy` is what `memorag up` runs.
 """
 
-import contextlib
 import hashlib
 import ipaddress
 import logging
@@ -49,15 +48,11 @@ class Running:
         import ray
         from ray import serve
 
-        from memory_worker.catalog_actor import CATALOG
-        from memory_worker.keeper import keeper_names
+        from memory_worker.catalog_actor import end_actors
 
         serve.shutdown()
-        if self.ray_folder is None:
-            # The cluster lives on: what only this server used must not greet the next one, which may keep other things.
-            for name in (CATALOG, *keeper_names(ray.util.list_named_actors())):
-                with contextlib.suppress(ValueError):  # it has ended
-                    ray.kill(ray.get_actor(name))
+        if self.ray_folder is None:  # the cluster lives on
+            end_actors(ray.get_runtime_context().namespace)
         _leave_ray(self.ray_folder)
 
 

@@ -128,6 +128,7 @@ def _run_of(job: BatchJob, retry_failed: bool) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from cluster.actors import lasting_actor
     from serving.batch_run import BatchRun
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft="://" in job.output)
@@ -138,21 +139,9 @@ def _run_of(job: BatchJob, retry_failed: bool) -> Any:
         except ValueError:
             if retry_failed:
                 _drop_failed(job)
-            actor = (
-                ray.remote(BatchRun)
-                .options(
-                    name=name,
-                    namespace=_NAMESPACE,
-                    lifetime="detached",
-                    get_if_exists=True,
-                    num_cpus=0,
-                    max_restarts=-1,
-                    max_task_retries=-1,
-                    max_concurrency=8,
-                    scheduling_strategy=here,  # where the folders are
-                )
-                .remote(job)
-            )
+            # On this node, where the folders are.
+            lasting = lasting_actor(BatchRun, name, _NAMESPACE, max_concurrency=8, scheduling_strategy=here)
+            actor = lasting.remote(job)
         try:
             running: BatchJob = ray.get(actor.job.remote())
             if running.caller != job.caller and ray.get(actor.report.remote()).ended:

@@ -5,7 +5,6 @@ both come from `serving.app.build`. Ray itself is started by whoever runs the cl
 under `ray` only `namespace` and `autoscaling` count here.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.config import Settings
 from cluster.placement import PoolUnplaceable
-from memory_worker.catalog_actor import CATALOG
-from memory_worker.keeper import keeper_names
+from memory_worker.catalog_actor import end_actors
 from serving.app import build, memories_root, models_folder, require_nodes, require_safe, with_models
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile, parse_profile
 
@@ -49,7 +47,7 @@ def application(arguments: Arguments) -> Application:
             require_safe(profile, str(client.http_config.host))
             require_nodes(profile)
             if not any(running.deployments for running in serve.status().applications.values()):
-                _end_what_was_left(profile.ray.namespace)
+                end_actors(profile.ray.namespace)
         storage = arguments.storage if "://" in arguments.storage else str(Path(arguments.storage).expanduser())
         return build(with_models(profile, models_folder(storage)), memories_root(storage))
     except (PoolUnplaceable, ProfileError) as error:
@@ -58,11 +56,3 @@ def application(arguments: Arguments) -> Application:
 
 def _profile(given: str | dict[str, Any]) -> Profile:
     return load_profile(given) if isinstance(given, str) else parse_profile(yaml.safe_dump(given), "args.profile")
-
-
-def _end_what_was_left(namespace: str) -> None:
-    """Ends the actors that outlived an earlier server on this cluster: they may keep another storage."""
-    named = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == namespace]
-    for name in {CATALOG, *keeper_names(named)}.intersection(named):
-        with contextlib.suppress(ValueError):  # it has ended meanwhile
-            ray.kill(ray.get_actor(name, namespace=namespace))

@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.actors import actor_names
 from memory_worker.catalog_actor import CATALOG
-from memory_worker.keeper import KeeperStats, keeper_names
+from memory_worker.keeper import KeeperStats
 from memory_worker.messages import CatalogTotals
+from memory_worker.peers import KEEPER
 from serving.app import APPLICATION
 from serving.attach import NotAttached
 from serving.config import Profile
@@ -79,8 +81,7 @@ def look(profile: Profile) -> Overview:
                 wanted = found["target_num_replicas"]
                 replicas.append(Replicas(pool, name, running, wanted, settings.max_replicas, found["status"]))
     namespace = profile.ray.namespace
-    named = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == namespace]
-    keepers = keeper_names(named)
+    keepers = actor_names(namespace, KEEPER)
     asked = [ray.get_actor(name, namespace).stats.remote() for name in keepers]
     totals, *stats = ray.get([ray.get_actor(CATALOG, namespace).totals.remote(), *asked], timeout=_ANSWER_S)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
