@@ -1,6 +1,5 @@
 """A pool is a named set of GPUs (or CPUs) that one kind of model runs on; each deployment belongs to one."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -63,7 +62,7 @@ class PoolConfig(Settings):
         return options
 
     def deployment_options(
-        self, *, amounts: Mapping[str, float] | None = None, levels: Mapping[str, float] | None = None
+        self, *, amounts: dict[str, float] | None = None, levels: dict[str, float] | None = None
     ) -> dict[str, Any]:
         """Options of a Serve deployment on this pool: a fixed number of replicas, or an autoscaled one.
 
@@ -90,7 +89,7 @@ class PoolConfig(Settings):
             "downscale_delay_s": self.scaling.downscale_delay_s,
             "policy": {
                 "policy_function": "cluster.autoscaling:DemandPolicy",
-                "policy_kwargs": {"requests": requests, "amounts": dict(amounts or {}), "levels": dict(levels or {})},
+                "policy_kwargs": {"requests": requests, "amounts": amounts or {}, "levels": levels or {}},
             },
         }
         return options

@@ -129,13 +129,13 @@ def needs_of(profile: Profile) -> list["Need"]:
         share = rank_share(profile.memory, pools.memory)
         memorizer = replace(memorizer, parts=pools.memory.min_replicas * ranks, resources=share)
     return [
+        Need.of("Ingress", "cpu", pools.cpu),
+        Need.of("Router", "cpu", pools.cpu),
         memorizer,
         Need.of("Recaller", "memory", pools.memory, profile.memory.engine.ranks),
         Need.of("Embedder", "retrieval", pools.retrieval),
         Need.of("Retriever", "retrieval", pools.retrieval),
         Need.of("Generator", "generator", pools.generator, generator.ranks if generator else 1),
-        Need.of("Router", "cpu", pools.cpu),
-        Need.of("Ingress", "cpu", pools.cpu),
     ]
 
 
@@ -168,37 +168,27 @@ def build(profile: Profile, storage_root: str) -> "Application":
         retriever,
         generator_application(profile.generator, pools.generator),
     )
-    application = _versioned(ingress_deployment(profile, storage_root).bind(router), repr(profile))
-    return _logging(application, profile.ray.logs.upper())
+    return _finished(ingress_deployment(profile, storage_root).bind(router), profile)
 
 
-def _versioned(application: "Application", settings: str = "") -> "Application":
-    """`application`, each deployment's version made of its arguments and `settings`: what is as it was keeps running.
+def _finished(application: "Application", profile: Profile) -> "Application":
+    """`application`, its deployments with versions, and with logs as the profile has them.
 
+    A version is made of a deployment's arguments, the Ingress's also of the profile: what is as it was keeps running.
     Left to itself, Serve takes every deployment of a second `serve.run` for a new one, and replaces them all.
     """
     from ray.serve import Application
 
-    deployment = application._bound_deployment
-    named = {str(i): argument for i, argument in enumerate(deployment.init_args)} | deployment.init_kwargs
-    plain = {name: value for name, value in named.items() if not isinstance(value, Application)}
-    deployment._version = hashlib.sha256(f"{plain!r} {settings}".encode()).hexdigest()[:16]
-    for argument in named.values():
-        if isinstance(argument, Application):
-            _versioned(argument)
-    return application
-
-
-def _logging(application: "Application", encoding: str) -> "Application":
-    """`application`, all of whose replicas write their logs in that encoding: TEXT or JSON."""
-    from ray.serve import Application
-
-    deployment = application._bound_deployment
-    settings = deployment._deployment_config.logging_config or {}
-    deployment._deployment_config.logging_config = dict(settings) | {"encoding": encoding}
-    for argument in (*deployment.init_args, *deployment.init_kwargs.values()):
-        if isinstance(argument, Application):
-            _logging(argument, encoding)
+    bound = [application]
+    for each in bound:
+        deployment = each._bound_deployment
+        named = {str(i): argument for i, argument in enumerate(deployment.init_args)} | deployment.init_kwargs
+        plain = {name: value for name, value in named.items() if not isinstance(value, Application)}
+        settings = repr(profile) if each is application else ""
+        deployment._version = hashlib.sha256(f"{plain!r} {settings}".encode()).hexdigest()[:16]
+        logging_config = dict(deployment._deployment_config.logging_config or {})
+        deployment._deployment_config.logging_config = logging_config | {"encoding": profile.ray.logs.upper()}
+        bound += [argument for argument in named.values() if isinstance(argument, Application)]
     return application
 
 

@@ -4,7 +4,7 @@ Asked by `memorag status --live`, from a process that has joined the cluster (`s
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.actors import actor_names
@@ -12,16 +12,10 @@ from memory_worker.catalog_actor import CATALOG
 from memory_worker.keeper import KeeperStats
 from memory_worker.messages import CatalogTotals
 from memory_worker.peers import KEEPER
-from serving.app import APPLICATION
+from serving.app import APPLICATION, needs_of
 from serving.attach import NotAttached
 from serving.config import Profile
 
-POOLS = {
-    "cpu": ("Ingress", "Router"),
-    "memory": ("Memorizer", "Recaller"),
-    "retrieval": ("Embedder", "Retriever"),
-    "generator": ("Generator",),
-}
 _ANSWER_S = 10.0
 
 
@@ -54,11 +48,9 @@ class Overview:
             return self
         reads = max(0, self.totals.reads - before.totals.reads)  # a catalog that died counts anew
         tokens = max(0, self.totals.done_tokens + self.totals.tokens - before.totals.done_tokens - before.totals.tokens)
-        return Overview(self.at, self.replicas, self.keepers, self.totals, reads / seconds, tokens / seconds)
+        return replace(self, reads_per_s=reads / seconds, memorized_tokens_per_s=tokens / seconds)
 
     def as_json(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
         return asdict(self)
 
 
@@ -73,13 +65,12 @@ def look(profile: Profile) -> Overview:
         raise NotAttached(f"the cluster runs no application {APPLICATION!r}; start one with 'memorag up'")
     deployments = applications[APPLICATION]["deployments"]
     replicas = []
-    for pool, names in POOLS.items():
-        settings = getattr(profile.pools, pool)
-        for name in names:
-            if found := deployments.get(name):
-                running = sum(replica["state"] == "RUNNING" for replica in found["replicas"])
-                wanted = found["target_num_replicas"]
-                replicas.append(Replicas(pool, name, running, wanted, settings.max_replicas, found["status"]))
+    for need in needs_of(profile):
+        if found := deployments.get(need.deployment):
+            running = sum(replica["state"] == "RUNNING" for replica in found["replicas"])
+            most = getattr(profile.pools, need.pool).max_replicas
+            wanted = found["target_num_replicas"]
+            replicas.append(Replicas(need.pool, need.deployment, running, wanted, most, found["status"]))
     namespace = profile.ray.namespace
     keepers = actor_names(namespace, KEEPER)
     asked = [ray.get_actor(name, namespace).stats.remote() for name in keepers]
