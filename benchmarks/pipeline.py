@@ -66,7 +66,7 @@ def engines_alone(storage: str) -> Ask:
         recalled = recaller.options(stream=True).recall.remote(request)
         queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
         found = await retriever.search.remote(index, queries)
-        hits = fit(fuse([r for each in found for r in each], search.rrf_k), search.passages, search.budget_tokens)
+        hits = fit(fuse(found, search.rrf_k), search.passages, search.budget_tokens)
         passages = [hit.passage for hit in hits]
         sources = tuple(Source(p.memory, p.document, p.start, p.end, p.text) for p in passages)
         request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, "benchmark", stream=False)

@@ -30,10 +30,19 @@ class PassageConfig(Settings):
 
 
 class IndexConfig(Settings):
-    """The FAISS index."""
+    """The index: vectors in FAISS, words beside them."""
 
     exact_limit: int = Field(100_000, gt=0, description="passages up to which search is exact (fp16); IVF beyond")
     nprobe: int = Field(16, gt=0, description="IVF lists searched")
+    dense_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of similarity in a passage's score; the rest is words, and 1 leaves them out",
+    )
+    lexical: Literal["auto", "bm25"] = Field(
+        "auto", description="how words are scored; auto: the embedder's sparse weights, BM25 where it has none"
+    )
     gpu: Literal["auto", "never"] = Field("auto", description="auto searches on a GPU where FAISS finds one")
     cached_indexes: int = Field(64, gt=0, description="indexes one Retriever keeps open")
     cached_files_mib: int = Field(

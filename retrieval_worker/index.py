@@ -1,11 +1,17 @@
-"""The FAISS index of passages and their sparse weights: built in memory and searched by the Retriever."""
+"""The index of passages: vectors in FAISS, and words beside them. Built in memory and searched by the Retriever.
+
+A query's ranking is hybrid: a passage scores `dense_weight` × its similarity + the rest × its lexical score, each over
+the best of that query. Such a sum of scores finds more than either part, and more than the fusion of their ranks
+(Bruch et al., TOIS 2023, arXiv 2210.11934); docs/quality.md has what it finds here.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from retrieval_worker.bm25 import Bm25
 from retrieval_worker.config import IndexConfig
 from retrieval_worker.messages import EmbedderDescription, Embeddings
 from retrieval_worker.vectors import PassageVectors, SparseRows
@@ -16,18 +22,31 @@ _ROWS_AT_ONCE = 16_384  # FAISS takes float32: so many rows are widened at a tim
 Ranking = list[tuple[int, float]]  # passage id and score, best first
 
 
-class PassageIndex:
-    """Vectors and sparse weights of passages `0 … n-1`. Immutable, so that threads may search it together."""
+class Lexical(Protocol):
+    """Scores of passages by the words they share with a query."""
 
-    def __init__(self, dense: Any, sparse: "SparseWeights | None") -> None:
-        self._dense = dense  # a faiss.Index
-        self._sparse = sparse
+    def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
+        """float32 `[passages]` for a query's text and its sparse weights; 0 where nothing is shared."""
+
+
+class PassageIndex:
+    """Passages `0 … n-1`. Immutable, so that threads may search it together."""
+
+    def __init__(self, dense: Any, vectors: Any, lexical: Lexical | None, dense_weight: float) -> None:
+        self._dense = dense  # the faiss.Index that is searched
+        self._vectors = vectors  # one that gives vectors back: the same, or what was copied to a GPU
+        self._lexical = lexical
+        self._dense_weight = dense_weight if lexical else 1.0
 
     @classmethod
     def build(
-        cls, parts: Sequence[PassageVectors], embedder: EmbedderDescription, config: IndexConfig
+        cls,
+        parts: Sequence[PassageVectors],
+        texts: Iterable[str],
+        embedder: EmbedderDescription,
+        config: IndexConfig,
     ) -> "PassageIndex":
-        """The passages of all parts, one after another, searched by what `embedder` makes of a query.
+        """The passages of all parts, one after another, with their texts; searched by what `embedder` makes of a query.
 
         Exact up to `config.exact_limit` passages: vectors are copied, at memory speed. Beyond, inverted lists are
         trained on a sample first, which takes minutes for millions of passages.
@@ -43,27 +62,42 @@ class PassageIndex:
             dense = faiss.index_factory(embedder.dimension, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
             dense.nprobe = config.nprobe
             dense.train(_sample(parts, count, lists * _TRAINING_VECTORS_PER_LIST))
+            dense.make_direct_map()  # to give vectors back
         for rows in _widened(parts):
             dense.add(rows)
-        if config.gpu == "auto" and faiss.get_num_gpus() > 0:
-            dense = _on_gpu(dense)
-        if not embedder.has_sparse:
-            return cls(dense, None)
-        return cls(dense, SparseWeights.build([part.sparse for part in parts if part.sparse is not None]))
+        searched = _on_gpu(dense) if config.gpu == "auto" and faiss.get_num_gpus() > 0 else dense
+        return cls(searched, dense, _lexical(parts, texts, embedder, config), config.dense_weight)
 
     @property
     def count(self) -> int:
         """Passages in it."""
-        return int(self._dense.ntotal)
+        return int(self._vectors.ntotal)
 
-    def search(self, query: Embeddings, row: int, hits: int) -> list[Ranking]:
-        """Rankings for text `row` of `query`: by similarity and, where there are sparse weights, by those."""
-        scores, ids = self._dense.search(query.dense[row : row + 1], min(hits, max(self.count, 1)))
-        found = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
-        rankings = [[(passage, score) for passage, score in found if passage >= 0]]
-        if self._sparse is not None and query.sparse is not None:
-            rankings.append(self._sparse.search(query.sparse[row], hits))
-        return rankings
+    def search(self, text: str, query: Embeddings, row: int, hits: int) -> Ranking:
+        """The passages that fit `text`, which is row `row` of `query`, best first.
+
+        The best `hits` by similarity and the best `hits` by words are scored by both, and the best of them returned.
+        """
+        if not self.count:
+            return []
+        vector, share = query.dense[row : row + 1], self._dense_weight
+        near: Ranking = []
+        if share > 0:
+            scores, ids = self._dense.search(vector, min(hits, self.count))
+            near = [(id, score) for id, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if id >= 0]
+        if self._lexical is None or share == 1:
+            return near
+        words = self._lexical.scores(text, None if query.sparse is None else query.sparse[row])
+        best = np.lexsort((np.arange(self.count), -words))[:hits]
+        found = np.unique([id for id, _ in near] + [id for id in best.tolist() if words[id] > 0]).astype(np.int64)
+        if not len(found):
+            return []
+        total = (1 - share) * words[found] / _scale(words.max())
+        if share > 0:
+            similarities = self._vectors.reconstruct_batch(found) @ vector[0]
+            total += share * similarities / _scale(similarities.max())
+        order = np.lexsort((found, -total))[:hits]
+        return [(int(found[place]), float(total[place])) for place in order]
 
 
 class SparseWeights:
@@ -84,18 +118,33 @@ class SparseWeights:
         tokens, places = np.unique(rows.tokens, return_inverse=True)
         return cls(tokens, csr_matrix((rows.weights, (places, passages)), (len(tokens), count)), count)
 
-    def search(self, query: dict[int, float], hits: int) -> Ranking:
-        """The passages with the greatest sum over shared tokens of query weight × passage weight, if above 0."""
+    def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
+        """float32 `[passages]`: the sum over shared tokens of query weight × passage weight."""
+        query = sparse or {}
         wanted = np.fromiter(query, np.int64, len(query))
         rows = np.searchsorted(self._tokens, wanted)
         known = rows < len(self._tokens)
         known[known] = self._tokens[rows[known]] == wanted[known]
         if not known.any():
-            return []
+            return np.zeros(self._count, np.float32)
         weights = np.fromiter(query.values(), np.float32, len(query))[known]
-        scores = self._postings[rows[known]].T @ weights  # [passages]
-        best = np.lexsort((np.arange(self._count), -scores))[:hits]
-        return [(int(passage), float(scores[passage])) for passage in best if scores[passage] > 0]
+        scores: np.ndarray = self._postings[rows[known]].T @ weights
+        return scores
+
+
+def _lexical(
+    parts: Sequence[PassageVectors], texts: Iterable[str], embedder: EmbedderDescription, config: IndexConfig
+) -> Lexical | None:
+    if config.dense_weight == 1:
+        return None
+    if embedder.has_sparse and config.lexical == "auto":
+        return SparseWeights.build([part.sparse for part in parts if part.sparse is not None])
+    return Bm25(texts)
+
+
+def _scale(best: float) -> float:
+    """What scores are divided by, so that the best is 1; cosines may all be negative, and stay as they are."""
+    return best if best > 0 else 1.0
 
 
 def _widened(parts: Sequence[PassageVectors]) -> Iterator[np.ndarray]:

@@ -43,7 +43,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage found, with its score: similarity in one ranking, or the fused score of several."""
+    """A passage found, with its score: of similarity and words in one ranking, or the fused score of several."""
 
     passage: Passage
     score: float

@@ -23,6 +23,7 @@ from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedder import Embedder
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
 from retrieval_worker.evidence import Sentences, choose, sentence_texts
+from retrieval_worker.index import Ranking
 from retrieval_worker.messages import (
     EmbedderDescription,
     Embeddings,
@@ -92,8 +93,8 @@ class Retriever(ReportsRank):
         stored = await _in(self._storage_threads, write, self._storage, request.path, pieces, vectors)
         yield IndexedDocument(stored, len(pieces))
 
-    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[list[list[Hit]]]:
-        """For each text the passages, best first: one ranking by similarity, one more by sparse weights if there are.
+    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[list[Hit]]:
+        """For each text the passages that fit it, best first.
 
         Raises `DamagedIndex`, which names the file, if one cannot be searched. An index that is open is searched
         whatever has become of its files.
@@ -106,13 +107,11 @@ class Retriever(ReportsRank):
             embedding.cancel()
         wanted = hits or self._config.search.hits_per_query
 
-        def search_all() -> list[list[list[tuple[int, float]]]]:
-            return [opened.search.search(queries, row, wanted) for row in range(len(texts))]
+        def search_all() -> list[Ranking]:
+            return [opened.search.search(text, queries, row, wanted) for row, text in enumerate(texts)]
 
-        return [
-            [[Hit(opened.passage(id), score) for id, score in ranking] for ranking in rankings]
-            for rankings in await _in(self._search_threads, search_all)
-        ]
+        rankings = await _in(self._search_threads, search_all)
+        return [[Hit(opened.passage(id), score) for id, score in ranking] for ranking in rankings]
 
     async def evidence(self, request: EvidenceRequest) -> list[Evidence]:
         """The sentences of the passages that best support question and answer, best first.

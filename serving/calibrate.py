@@ -194,7 +194,7 @@ class Stages:
         from serving.manifests import index_of
 
         ranked = await self.handles["Retriever"].search.remote(index_of([self.manifest]), [_question(0)], _BATCH)
-        hits = {hit.passage.id: hit.passage for rankings in ranked for ranking in rankings for hit in ranking}
+        hits = {hit.passage.id: hit.passage for ranking in ranked for hit in ranking}
         return list(hits.values())
 
     async def _embedder(self, texts: list[str], seconds: float) -> float:
@@ -215,7 +215,7 @@ class Stages:
             question = _question(number)
             queries = [question, *(f"{number} {clue}" for clue in clues)]
             ranked = await retriever.search.remote(index, queries)
-            hits = fit(fuse([r for each in ranked for r in each], search.rrf_k), search.passages, search.budget_tokens)
+            hits = fit(fuse(ranked, search.rrf_k), search.passages, search.budget_tokens)
             ids = tuple(hit.passage.id for hit in hits)
             await retriever.evidence.remote(EvidenceRequest(index, ids, question, " ".join(queries[1:3])))
 

@@ -215,7 +215,7 @@ class Inquiry:
             more = None not in queries
             if texts := [query for query in queries if query is not None]:
                 found = await self._asked(self._retriever.search, self._index, texts)
-                rankings += [ranking for each in found for ranking in each]
+                rankings += found
         return rankings
 
     async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:

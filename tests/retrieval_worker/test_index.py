@@ -1,15 +1,18 @@
-"""The FAISS index and the sparse weights against brute force."""
+"""The FAISS index, the sparse weights and their sum against brute force."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from retrieval_worker.bm25 import Bm25
 from retrieval_worker.config import IndexConfig
 from retrieval_worker.index import PassageIndex, SparseWeights
 from retrieval_worker.messages import Embeddings
 from retrieval_worker.vectors import PassageVectors, SparseRows
 from tests.retrieval_worker.made import described, made_vectors, random_sparse, unit
+
+VECTORS = IndexConfig(dense_weight=1)
 
 
 def vectors_of(dense: np.ndarray, sparse: list[dict[int, float]] | None = None) -> PassageVectors:
@@ -18,7 +21,7 @@ def vectors_of(dense: np.ndarray, sparse: list[dict[int, float]] | None = None) 
 
 def recall(index: PassageIndex, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
     true = np.argsort(-(queries @ vectors.T), axis=1)[:, :k]
-    found = [index.search(Embeddings(queries, None), row, k)[0] for row in range(len(queries))]
+    found = [index.search("", Embeddings(queries, None), row, k) for row in range(len(queries))]
     return float(np.mean([len({i for i, _ in f} & set(t.tolist())) / k for f, t in zip(found, true, strict=True)]))
 
 
@@ -30,17 +33,17 @@ def in_parts(vectors: np.ndarray, sparse: list[dict[int, float]] | None = None) 
 
 def test_exact_index_is_brute_force_over_fp16():
     vectors = unit(3000).astype(np.float16).astype(np.float32)
-    index = PassageIndex.build([vectors_of(vectors)], described(), IndexConfig())
+    index = PassageIndex.build([vectors_of(vectors)], (), described(), VECTORS)
     queries = unit(50, seed=1)
     assert recall(index, vectors, queries) == 1.0
-    (best, score), *_ = index.search(Embeddings(queries, None), 0, 3)[0]
+    (best, score), *_ = index.search("", Embeddings(queries, None), 0, 3)
     assert score == pytest.approx(float(queries[0] @ vectors[best]), abs=1e-4)
 
 
 def test_beyond_the_limit_inverted_lists():
     vectors = unit(3000)
-    config = IndexConfig(exact_limit=1000)
-    index = PassageIndex.build(in_parts(vectors), described(), config)
+    config = IndexConfig(exact_limit=1000, dense_weight=1)
+    index = PassageIndex.build(in_parts(vectors), (), described(), config)
     assert type(index._dense).__name__.startswith("IndexIVF") and index._dense.nprobe == config.nprobe
     assert index.count == 3000 and recall(index, vectors, unit(50, seed=1)) >= 0.9
 
@@ -48,11 +51,11 @@ def test_beyond_the_limit_inverted_lists():
 @pytest.mark.parametrize("limit", [100_000, 400])
 def test_parts_are_searched_as_one(limit):
     vectors, weights, config = unit(500), random_sparse(500), IndexConfig(exact_limit=limit)
-    whole = PassageIndex.build([vectors_of(vectors, weights)], described(True), config)
-    parts = PassageIndex.build(in_parts(vectors, weights), described(True), config)
+    whole = PassageIndex.build([vectors_of(vectors, weights)], (), described(True), config)
+    parts = PassageIndex.build(in_parts(vectors, weights), (), described(True), config)
     query = Embeddings(unit(4, seed=3), random_sparse(4, seed=3))
     for row in range(4):
-        assert parts.search(query, row, 10) == whole.search(query, row, 10)
+        assert parts.search("", query, row, 10) == whole.search("", query, row, 10)
 
 
 def test_sparse_scores_are_dot_products():
@@ -60,15 +63,41 @@ def test_sparse_scores_are_dot_products():
     index = SparseWeights.build([SparseRows.of(weights[:100]), SparseRows.of(weights[100:])])
     for query in queries:
         true = [sum(v * row.get(t, 0.0) for t, v in query.items()) for row in weights]
-        expected = sorted((i for i in range(300) if true[i] > 0), key=lambda i: (-true[i], i))[:10]
-        found = index.search(query, 10)
-        assert [score for _, score in found] == pytest.approx([true[i] for i in expected], rel=1e-5)
-    assert index.search({}, 10) == [] and index.search({10**6: 1.0}, 10) == []
+        assert index.scores("", query) == pytest.approx(np.array(true), rel=1e-5)
+    assert not index.scores("", {}).any() and not index.scores("", {10**6: 1.0}).any()
+
+
+TEXTS = ["The gate opened.", "A keeper opens gates, a gate and a gate.", "Bread costs two coins.", "Nothing of that."]
+
+
+@pytest.mark.parametrize("limit", [100_000, 1])
+def test_a_passage_scores_similarity_and_words_each_over_the_best(limit):
+    vectors = unit(len(TEXTS)).astype(np.float16).astype(np.float32)
+    query = Embeddings(unit(1, seed=1), None)
+    words = Bm25(TEXTS).scores("When do gates open?")
+    similar = vectors @ query.dense[0]
+    for share in (0.0, 0.25, 0.5, 1.0):
+        config = IndexConfig(dense_weight=share, exact_limit=limit, nprobe=100)
+        index = PassageIndex.build([vectors_of(vectors)], TEXTS, described(), config)
+        found = dict(index.search("When do gates open?", query, 0, 10))
+        both = (1 - share) * words / words.max() + share * similar / similar.max()
+        expected = similar if share == 1 else both
+        assert found == pytest.approx({i: expected[i] for i in range(4) if share or words[i] > 0}, abs=2e-3)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert list(index.search("When do gates open?", query, 0, 1)) == list(found.items())[:1] or 0 < share < 1
+
+
+def test_what_has_no_words_in_common_is_found_by_similarity_alone():
+    index = PassageIndex.build([made_vectors(4)], TEXTS, described(), IndexConfig())
+    query = Embeddings(made_vectors(4).dense[2:3].astype(np.float32), None)
+    assert index.search("?", query, 0, 2)[0][0] == 2
+    words_only = PassageIndex.build([made_vectors(4)], TEXTS, described(), IndexConfig(dense_weight=0))
+    assert words_only.search("?", query, 0, 2) == [] and [i for i, _ in words_only.search("coins", query, 0, 2)] == [2]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("parts", [0, 1, 2])
 def test_empty_index(sparse, parts):
-    index = PassageIndex.build([made_vectors(0, sparse)] * parts, described(sparse), IndexConfig())
+    index = PassageIndex.build([made_vectors(0, sparse)] * parts, (), described(sparse), IndexConfig())
     query = Embeddings(unit(1), [{3: 1.0}] if sparse else None)
-    assert index.count == 0 and index.search(query, 0, 5) == [[]] * (2 if sparse else 1)
+    assert index.count == 0 and index.search("gate", query, 0, 5) == []

@@ -68,7 +68,7 @@ def index_of(*files) -> Index:
 def best(opened: OpenIndex, seed: int, row: int) -> int:
     """The passage found with the very vector of row `row` of the file made from `seed`."""
     query = made_vectors(row + 1, seed=seed).dense.astype(np.float32)
-    return opened.search.search(Embeddings(query, None), row, 1)[0][0][0]
+    return opened.search.search("", Embeddings(query, None), row, 1)[0][0]
 
 
 async def test_passages_are_numbered_over_all_parts_and_know_where_they_are_from(shelf, storage):
