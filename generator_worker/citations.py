@@ -34,4 +34,5 @@ def finished_generation(pieces: list[str], prompt: Prompt, finished: Finished) -
         prompt_tokens=finished.prompt_tokens,
         completion_tokens=finished.completion_tokens,
         finish_reason=finished.reason,
+        cut=prompt.cut,
     )

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+# hyde and rewrite take no sources: they write what to search with. full takes whole documents.
+GenerateTask = Literal["answer", "summarize", "full", "hyde", "rewrite"]
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -20,7 +23,7 @@ class Source:
 class GenerateRequest:
     """To `Generator.generate`. Streams `cluster.messages.TextDelta`s, then one `Generation`."""
 
-    task: Literal["answer", "summarize"]
+    task: GenerateTask
     question: str  # empty for summarize
     sources: tuple[Source, ...]
     language: Literal["en", "zh"]
@@ -50,6 +53,7 @@ class Generation:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str  # stop, or length where max_tokens or the context window ended it
+    cut: bool = False  # of a whole text, the middle was left out
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,23 +30,48 @@ _INSTRUCTIONS = {
         "下面编号的段落摘自同一文本。请概括该文本：主题是什么，发生或论述了什么，结果如何。只能依据这些段落。"
         "每个论断之后，用方括号注明所依据的段落编号，例如 [1] 或 [2][3]。"
     ),
+    ("full", "en"): (
+        "Answer the question from the text below and from nothing else. If the text does not hold the answer, say so. "
+        "Be brief."
+    ),
+    ("full", "zh"): "请只根据下面的文本回答问题。如果文本中没有答案，请直接说明。回答要简洁。",
+    # HyDE (Gao et al., ACL 2023, arXiv 2212.10496): a made-up passage lies near the real one.
+    (
+        "hyde",
+        "en",
+    ): "Write a short passage of a text that answers the question below. Write nothing but the passage.",
+    ("hyde", "zh"): "请写一小段能够回答下面问题的文字。只写这段文字，不要写其他内容。",
+    ("rewrite", "en"): (
+        "A text is to be searched for what answers the question below. Write up to four precise search queries, one "
+        "to a line, and nothing else."
+    ),
+    ("rewrite", "zh"): "需要在一篇文本中检索下面问题的答案。请写出最多四条具体的检索语句，每行一条，不要写其他内容。",
 }
 _LABELS = {
     "en": {
         "passages": "Passages:",
+        "text": "Text:",
         "none": "(none)",
         "question": "Question: ",
         "answer": "Answer:",
-        "summary": "Summary:",
+        "full": "Answer:",
+        "summarize": "Summary:",
+        "hyde": "Passage:",
+        "rewrite": "Queries:",
     },
     "zh": {
         "passages": "段落：",
+        "text": "文本：",
         "none": "（无）",
         "question": "问题：",
         "answer": "回答：",
-        "summary": "摘要：",
+        "full": "回答：",
+        "summarize": "摘要：",
+        "hyde": "文字：",
+        "rewrite": "检索语句：",
     },
 }
+_MOST_CHARACTERS_PER_TOKEN = 16  # on average over a long text; English has some 4
 # Without a chat template a model does not know where its turn ends: it goes on with a question of its own.
 _PLAIN_STOP = ("\nQuestion:", "\n问题：", "\nPassages:", "\n段落：")
 
@@ -60,15 +85,18 @@ class Prompt:
     sources: tuple[Source, ...]  # those of the request it holds, in order; the first is passage 1
     max_tokens: int
     stop: list[str]
+    cut: bool = False  # the middle of a whole text was left out
 
 
 def build_prompt(tokenizer: Any, request: GenerateRequest, max_model_len: int, max_tokens: int) -> Prompt:
     """The prompt of `request`, never beyond `max_model_len` tokens together with its answer.
 
     Room for `max_tokens` of answer is kept, but no more than half the window; of the sources the lowest-scored
-    (of equals the later) are left out until the rest fit. `max_tokens` is cut to what is left in the end.
-    Raises `QuestionTooLong` if not even the prompt without sources fits.
+    (of equals the later) are left out until the rest fit; of a whole text (`full`) the middle, as LongBench does.
+    `max_tokens` is cut to what is left in the end. Raises `QuestionTooLong` if not even that without sources fits.
     """
+    if request.task == "full":
+        return _full_prompt(tokenizer, request, max_model_len, max_tokens)
     limit = max_model_len - min(max_tokens, max_model_len // 2)
     ranked = sorted(range(len(request.sources)), key=lambda i: (-request.sources[i].score, i))
 
@@ -96,6 +124,29 @@ def build_prompt(tokenizer: Any, request: GenerateRequest, max_model_len: int, m
     return best
 
 
+def _full_prompt(tokenizer: Any, request: GenerateRequest, max_model_len: int, max_tokens: int) -> Prompt:
+    """`build_prompt` of a whole text. Beginning and end are kept alike (Liu et al., TACL 2024: what is read best)."""
+    limit = max_model_len - min(max_tokens, max_model_len // 2)
+    text = "\n\n".join(source.text for source in request.sources)
+    most = limit * _MOST_CHARACTERS_PER_TOKEN  # a longer text is cut so far before it is counted, which takes time
+    kept = text if len(text) <= most else text[: most // 2] + text[-(most // 2) :]
+    offsets = tokenizer(kept, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    room = min(len(offsets), limit)
+    while True:
+        whole = room >= len(offsets) and len(kept) == len(text)
+        half = room // 2
+        ends = (offsets[half - 1][1] if half else 0, offsets[len(offsets) - half][0] if half else len(kept))
+        part = kept if whole else f"{kept[: ends[0]]}\n…\n{kept[ends[1] :]}"
+        messages, ids = _render(tokenizer, request, (Source("", "", 0, len(part), part),) if part.strip() else ())
+        left = min(max_tokens, max_model_len - len(ids))
+        if len(ids) <= limit or (not room and left > 0):
+            plain = not getattr(tokenizer, "chat_template", None)
+            return Prompt(messages, ids, (), left, list(_PLAIN_STOP) if plain else [], cut=not whole)
+        if not room:
+            raise QuestionTooLong(len(ids), max_model_len)
+        room = max(0, room - max(2, len(ids) - limit))
+
+
 class PromptBudget:
     """Prompts that fit, made off the event loop; one thread, because tokenizers are not safe for several."""
 
@@ -116,9 +167,13 @@ def _render(
     tokenizer: Any, request: GenerateRequest, sources: tuple[Source, ...]
 ) -> tuple[tuple[dict[str, str], ...], list[int]]:
     labels = _LABELS[request.language]
-    passages = "\n\n".join(f"[{n}] {source.text.strip()}" for n, source in enumerate(sources, 1))
-    parts = [_INSTRUCTIONS[request.task, request.language], f"{labels['passages']}\n\n{passages or labels['none']}"]
-    if request.task == "answer":
+    parts = [_INSTRUCTIONS[request.task, request.language]]
+    if request.task == "full":
+        parts.append("\n\n".join([labels["text"], *(source.text.strip() for source in sources)]))
+    elif request.task in ("answer", "summarize"):
+        passages = "\n\n".join(f"[{n}] {source.text.strip()}" for n, source in enumerate(sources, 1))
+        parts.append(f"{labels['passages']}\n\n{passages or labels['none']}")
+    if request.task != "summarize":
         parts.append(f"{labels['question']}{request.question.strip()}")
     text = _without_special_tokens(tokenizer, "\n\n".join(parts))
     # One user message: several published chat templates refuse a system message.
@@ -126,8 +181,7 @@ def _render(
     if getattr(tokenizer, "chat_template", None):
         chat = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return messages, tokenizer.encode(chat, add_special_tokens=False)
-    ending = labels["answer" if request.task == "answer" else "summary"]
-    return messages, tokenizer.encode(f"{text}\n\n{ending}")
+    return messages, tokenizer.encode(f"{text}\n\n{labels[request.task]}")
 
 
 def _without_special_tokens(tokenizer: Any, text: str) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Task = Literal["memorag", "memory", "rag", "summarize"]
+Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 Language = Literal["en", "zh"]
 Status = Literal["memorizing", "ready", "failed"]
 Id = Annotated[str, Field(description="letters, digits, '.', '_' and '-'; not starting with a dot", max_length=128)]
@@ -41,7 +41,11 @@ class Question(_Request):
     """A question about one memory."""
 
     question: str = Field(min_length=1)
-    task: Task = Field("memorag", description="memorag: clues, then passages; memory: no passages; rag: no clues")
+    task: Task = Field(
+        "memorag",
+        description="memorag: clues, then passages; memory: no passages; rag: no clues; to compare with, without "
+        "memory: full: the whole text in the prompt; hyde, rewrite: the generator's guess of an answer, or questions, as clues",
+    )
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most")
     stream: bool = Field(False, description="server-sent events clue, passage, token and done")
     language: Language | None = Field(None, description="of the prompts; the text's own where it is left out")

@@ -57,7 +57,7 @@ LanguageOption = Annotated[Literal["en", "zh"] | None, typer.Option(help="Langua
 Stream = Annotated[
     bool | None, typer.Option("--stream/--no-stream", help="Show parts as they come; default on a terminal.")
 ]
-Task = Literal["memorag", "memory", "rag", "summarize"]
+Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 _STORAGE = Path("~/.memorag")
 
 
@@ -146,7 +146,9 @@ def memorize(
 def ask(
     id: MemoryId,
     question: Annotated[str, typer.Argument(help="In the language of the text.")],
-    task: Annotated[Task, typer.Option(help="memory: no passages; rag: no clues.")] = "memorag",
+    task: Annotated[
+        Task, typer.Option(help="memory: no passages; rag: no clues; full, hyde, rewrite: without memory.")
+    ] = "memorag",
     max_tokens: MaxTokens = None,
     language: LanguageOption = None,
     stream: Stream = None,

@@ -20,7 +20,7 @@ import httpx_sse
 from serving.client_errors import MemoRAGError, ServerUnreachable, check, problem_error
 from serving.progress import OnProgress, shown
 
-Task = Literal["memorag", "memory", "rag", "summarize"]
+Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 _RECONNECTS = 5
 _RECONNECT_S = 0.05  # doubled with every attempt
 

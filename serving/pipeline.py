@@ -15,7 +15,8 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import Finished, TextDelta
-from generator_worker.messages import GenerateRequest, Generation, Source
+from generator_worker.messages import GenerateRequest, GenerateTask, Generation
+from memory_worker.clues import ClueLines
 from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from retrieval_worker.config import SearchConfig
@@ -24,19 +25,22 @@ from retrieval_worker.messages import EvidenceRequest, Hit, Index
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
 from serving.manifests import index_of
+from serving.prepared import Prepared
+from serving.shown import clue_out, passage_out, source_of
 from serving.spans import StageSpans
+from serving.texts import Texts
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
+# What is recalled from memory for each task.
 CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
     "memorag": ("span", "question", "draft"),
     "summarize": ("key_point",),
-    "memory": (),
-    "rag": (),
 }
+READ_MEMORY = {*CLUE_KINDS, "memory"}  # tasks that ask the memory model
+_MOST_REWRITES = 8  # questions taken from the generator's list
 
 _RETRY_S = 0.2  # a replica whose engine died answers until it is replaced: not asked again at once
-_PREPARED_AT_MOST = 2048  # fewer than a Retriever keeps
 
 PipelineEvent = Clue | Hit | TextDelta | api.Answer
 
@@ -52,24 +56,9 @@ class Pools:
     recall_deadline_s: float
     question_deadline_s: float
     degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as untrained-model
-    prepared: "Prepared"
+    prepared: Prepared
+    texts: Texts
     on_damage: Callable[[Sequence[Manifest], BaseException], Awaitable[bool]]  # told of errors that are survived
-
-
-class Prepared:
-    """Which passages' sentences were lately sent to be embedded: the Retriever still has them, with luck."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Index, int], None] = {}
-
-    def missing(self, index: Index, passages: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of `passages` not asked for before; they count as prepared from now on."""
-        keys = [(index, passage) for passage in passages]
-        missing = tuple(passage for key, passage in zip(keys, passages, strict=True) if key not in self._known)
-        if len(self._known) > _PREPARED_AT_MOST:
-            self._known.clear()
-        self._known.update(dict.fromkeys(keys))
-        return missing
 
 
 class Inquiry:
@@ -114,8 +103,14 @@ class Inquiry:
                 async for event in self._answer_from_memory():
                     yield event
                 return
+            if self._question.task == "full":
+                async for event in self._generate():
+                    yield event
+                return
             searching = self.begin_search()
-            async for clue in self.recall(CLUE_KINDS[self._question.task]):
+            drafting = self._question.task in ("hyde", "rewrite")
+            kinds = CLUE_KINDS.get(self._question.task, ())
+            async for clue in self._draft() if drafting else self.recall(kinds):
                 self._queries.put_nowait(clue.text)
                 yield clue
             await self.retrieve(searching)
@@ -180,6 +175,23 @@ class Inquiry:
             else:
                 found(item)
 
+    async def _draft(self) -> AsyncIterator[Clue]:
+        """What the generator, which has not seen the text, would search with: for comparison with clues."""
+        hyde = self._question.task == "hyde"
+        generation: Generation | None = None
+        async for item in self._generated("hyde" if hyde else "rewrite", stream=False):
+            if isinstance(item, Generation):
+                generation = item
+        assert generation is not None, "the generator's stream ends with a Generation"
+        self.usage.recall_prompt_tokens = generation.prompt_tokens
+        self.usage.recall_completion_tokens = generation.completion_tokens
+        lines = ClueLines(_MOST_REWRITES)
+        texts = [generation.text] if hyde else [*lines.feed(generation.text), *lines.close()]
+        for text in filter(str.strip, texts):
+            self.clues.append(Clue("draft" if hyde else "question", text.strip()))
+            yield self.clues[-1]
+        self.timings.recall = self._elapsed_ms()
+
     def begin_search(self) -> asyncio.Task[list[list[Hit]]]:
         """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
         # A summary asks nothing: the title stands for it until key points come.
@@ -223,38 +235,47 @@ class Inquiry:
         ids = tuple(hit.passage.id for hit in self.hits)
         if missing := self._pools.prepared.missing(self._index, ids):
             self._tasks.append(asyncio.create_task(self._prepare_evidence(missing)))
-        request = GenerateRequest(
-            task="summarize" if self._question.task == "summarize" else "answer",
-            question=self._question.question,
-            sources=tuple(_source(hit) for hit in self.hits),
-            language=self._language,
-            max_tokens=self._question.max_tokens,
-            cache_salt=self._cache_salt,
-            stream=self._question.stream,
-        )
+        tasks: dict[api.Task, GenerateTask] = {"summarize": "summarize", "full": "full"}
+        task = tasks.get(self._question.task, "answer")
         generation: Generation | None = None
+        async for item in self._generated(task, stream=self._question.stream):
+            if isinstance(item, Generation):
+                generation = item
+            else:
+                yield item
+        assert generation is not None, "the generator's stream ends with a Generation"
+        self.timings.generate = self._elapsed_ms() - began
+        self._spans.ended("generate", self._started + began / 1000, tokens=generation.completion_tokens)
+        self.usage.prompt_tokens = generation.prompt_tokens
+        self.usage.completion_tokens = generation.completion_tokens
+        if generation.cut:
+            self.degraded.append("text-cut")
+        kept = {replace(source, score=0.0) for source in generation.sources}
+        self.hits = [hit for hit in self.hits if replace(source_of(hit), score=0.0) in kept]
+        yield await self._answer(generation)
+
+    async def _generated(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
+        """What the Generator makes of the question and the passages; of the whole text for `full`."""
+        texts = await self._pools.texts.read(self._manifests) if task == "full" else map(source_of, self.hits)
+        request = GenerateRequest(
+            task=task,
+            question=self._question.question,
+            sources=tuple(texts),
+            language=self._language,
+            max_tokens=None if task in ("hyde", "rewrite") else self._question.max_tokens,
+            cache_salt=self._cache_salt,
+            stream=stream,
+        )
+        generator = self._pools.generator.options(stream=True)
         try:
-            async for item in _retried(
-                lambda: self._pools.generator.options(stream=True).generate.remote(request), self._deadline
-            ):
-                if isinstance(item, Generation):
-                    generation = item
-                else:
-                    yield item
+            async for item in _retried(lambda: generator.generate.remote(request), self._deadline):
+                yield item
         except Exception as error:
             # A boundary: the passages were found and are worth having even without an answer.
             raise problem_for(error).with_members(
                 passages=[passage_out(hit).model_dump() for hit in self.hits],
                 clues=[clue_out(clue).model_dump() for clue in self.clues],
             ) from error
-        assert generation is not None, "the generator's stream ends with a Generation"
-        self.timings.generate = self._elapsed_ms() - began
-        self._spans.ended("generate", self._started + began / 1000, tokens=generation.completion_tokens)
-        self.usage.prompt_tokens = generation.prompt_tokens
-        self.usage.completion_tokens = generation.completion_tokens
-        kept = {replace(source, score=0.0) for source in generation.sources}
-        self.hits = [hit for hit in self.hits if replace(_source(hit), score=0.0) in kept]
-        yield await self._answer(generation)
 
     async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
         await self._asked(self._retriever.prepare_evidence, self._index, passages)
@@ -336,29 +357,6 @@ class Inquiry:
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started) * 1000
-
-
-def clue_out(clue: Clue) -> api.ClueOut:
-    """A clue as HTTP shows it."""
-    return api.ClueOut(kind=clue.kind, text=clue.text)
-
-
-def passage_out(hit: Hit) -> api.PassageOut:
-    """A passage as HTTP shows it."""
-    passage = hit.passage
-    return api.PassageOut(
-        memory=passage.memory,
-        document=passage.document,
-        start=passage.start,
-        end=passage.end,
-        text=passage.text,
-        score=hit.score,
-    )
-
-
-def _source(hit: Hit) -> Source:
-    passage = hit.passage
-    return Source(passage.memory, passage.document, passage.start, passage.end, passage.text, hit.score)
 
 
 async def _retried(call: Callable[[], Any], deadline: float) -> AsyncIterator[Any]:

@@ -1,9 +1,7 @@
 """The Router: the life of memories and questions over the worker pools. The ingress and Ray clients call it."""
 
 import asyncio
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import TypeVar
 
@@ -23,11 +21,14 @@ from serving.batch_once import KeyedAnswers
 from serving.config import Profile
 from serving.errors import ProblemError, damaged_path, problem_for
 from serving.jobs import Jobs
-from serving.manifests import memory_out, progress_out
-from serving.pipeline import CLUE_KINDS, Inquiry, Pools, Prepared, clue_out, passage_out
+from serving.manifests import id_from, memory_out, progress_out
+from serving.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools
 from serving.prefetch import Prefetch
+from serving.prepared import Prepared
 from serving.question_limits import QuestionLimits
 from serving.secret import salt_of
+from serving.shown import clue_out, passage_out
+from serving.texts import Texts
 from serving.usage_metrics import UsageMetrics
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
@@ -61,6 +62,7 @@ class Router(KeyedAnswers):
             profile.limits.question_s,
             degraded,
             Prepared(),
+            Texts(storage_root),
             self._repair,
         )
         self._limits = QuestionLimits(profile)
@@ -83,7 +85,7 @@ class Router(KeyedAnswers):
             raise ProblemError(
                 422, f"ratio {ratio} does not divide the window of {model.window} tokens; use one of {valid}"
             )
-        name = memory if memory is not None else _id_from(title)
+        name = memory if memory is not None else id_from(title)
         return await _problems(self._catalog.reserve.remote(tenant, name, create=True))
 
     async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
@@ -340,7 +342,7 @@ class Router(KeyedAnswers):
     async def _inquiry(self, tenant: str, manifests: Sequence[Manifest], question: api.Question) -> Inquiry:
         await self._limits.check(question, (await self._memory_model()).window)
         groups: Sequence[SegmentGroup] = ()
-        if question.task != "rag":
+        if question.task in READ_MEMORY:
             running = (await self._memory_model()).fingerprint
             for manifest in manifests:
                 if manifest.fingerprint != running:
@@ -390,8 +392,3 @@ async def _problems(called: Awaitable[_Result]) -> _Result:
         return await called
     except Exception as error:
         raise problem_for(error) from error
-
-
-def _id_from(title: str | None) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", (title or "").lower()).strip("-")[:60]
-    return f"{slug or 'memory'}-{uuid.uuid4().hex[:8]}"

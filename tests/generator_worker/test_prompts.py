@@ -103,3 +103,47 @@ def test_without_a_chat_template_the_prompt_is_plain_and_stops_where_the_model_w
     summary = build_prompt(plain, replace(ENGLISH, task="summarize", question=""), 4096, 10)
     text = plain.decode(summary.token_ids)
     assert text.endswith("Summary:") and "Question:" not in text and "[2] Passage beta" in text
+
+
+def test_drafts_to_search_with_have_the_question_and_no_passages(tokenizer):
+    for task, language, words in (
+        ("hyde", "en", "Write a short passage"), ("hyde", "zh", "请写一小段"),
+        ("rewrite", "en", "search queries"), ("rewrite", "zh", "检索语句"),
+    ):  # fmt: skip
+        request = replace(ENGLISH, task=task, language=language, sources=())
+        text = tokenizer.decode(build_prompt(tokenizer, request, 4096, 50).token_ids)
+        assert words in text and ENGLISH.question in text and "Passages:" not in text and "段落：" not in text
+
+
+WHOLE = replace(
+    ENGLISH,
+    task="full",
+    sources=tuple(Source("shelf", f"part-{n}", 0, 0, " ".join(f"word{n}x{i}" for i in range(200))) for n in range(3)),
+)
+
+
+def test_a_whole_text_that_fits_is_whole(tokenizer):
+    prompt = build_prompt(tokenizer, WHOLE, 100_000, 50)
+    text = tokenizer.decode(prompt.token_ids)
+    assert "\n\n".join(source.text for source in WHOLE.sources) in text and not prompt.cut and prompt.sources == ()
+
+
+@pytest.mark.parametrize("window", [200, 333, 1000, 2500])
+def test_of_a_longer_text_the_middle_is_left_out(tokenizer, window):
+    prompt = build_prompt(tokenizer, WHOLE, window, 50)
+    text = tokenizer.decode(prompt.token_ids)
+    assert prompt.cut and prompt.max_tokens == 50 and window - 60 <= len(prompt.token_ids) + 50 <= window
+    begin, _, end = text.partition("…")
+    assert "word0x0 " in begin and "word2x199" in end and "word1x100 " not in text and WHOLE.question in text
+
+
+def test_a_text_far_beyond_the_window_is_cut_before_it_is_counted(tokenizer):
+    long = replace(WHOLE, sources=(Source("shelf", "all", 0, 0, "begin " + "x y " * 1_000_000 + "end"),))
+    prompt = build_prompt(tokenizer, long, 400, 50)
+    text = tokenizer.decode(prompt.token_ids)
+    assert prompt.cut and "begin" in text and " end" in text and len(prompt.token_ids) <= 350
+
+
+def test_a_question_that_alone_is_too_long_for_a_whole_text(tokenizer):
+    with pytest.raises(QuestionTooLong):
+        build_prompt(tokenizer, replace(WHOLE, question="gate " * 500), 200, 50)
