@@ -29,6 +29,7 @@ class GenerateRequest:
     language: Literal["en", "zh"]
     max_tokens: int | None  # None takes the configured default
     cache_salt: str  # of the tenant: one tenant's prompts must not be seen in another's response times
+    short: bool = False  # a phrase without citations
     stream: bool = True  # False sends no TextDeltas, only the Generation: fewer messages where nobody watches
 
 

@@ -30,6 +30,8 @@ _INSTRUCTIONS = {
         "下面编号的段落摘自同一文本。请概括该文本：主题是什么，发生或论述了什么，结果如何。只能依据这些段落。"
         "每个论断之后，用方括号注明所依据的段落编号，例如 [1] 或 [2][3]。"
     ),
+    ("short", "en"): "Answer the question from the numbered passages below and from nothing else.",
+    ("short", "zh"): "请只根据下面编号的段落回答问题。",
     ("full", "en"): (
         "Answer the question from the text below and from nothing else. If the text does not hold the answer, say so. "
         "Be brief."
@@ -46,6 +48,10 @@ _INSTRUCTIONS = {
         "to a line, and nothing else."
     ),
     ("rewrite", "zh"): "需要在一篇文本中检索下面问题的答案。请写出最多四条具体的检索语句，每行一条，不要写其他内容。",
+}
+_SHORT = {
+    "en": "Answer with a word or a short phrase, without explanation.",
+    "zh": "只用一个词或短语回答，不要解释。",
 }
 _LABELS = {
     "en": {
@@ -167,7 +173,8 @@ def _render(
     tokenizer: Any, request: GenerateRequest, sources: tuple[Source, ...]
 ) -> tuple[tuple[dict[str, str], ...], list[int]]:
     labels = _LABELS[request.language]
-    parts = [_INSTRUCTIONS[request.task, request.language]]
+    instructions = "short" if request.short and request.task == "answer" else request.task
+    parts = [_INSTRUCTIONS[instructions, request.language]]
     if request.task == "full":
         parts.append("\n\n".join([labels["text"], *(source.text.strip() for source in sources)]))
     elif request.task in ("answer", "summarize"):
@@ -175,6 +182,8 @@ def _render(
         parts.append(f"{labels['passages']}\n\n{passages or labels['none']}")
     if request.task != "summarize":
         parts.append(f"{labels['question']}{request.question.strip()}")
+    if request.short:
+        parts.append(_SHORT[request.language])
     text = _without_special_tokens(tokenizer, "\n\n".join(parts))
     # One user message: several published chat templates refuse a system message.
     messages = ({"role": "user", "content": text},)

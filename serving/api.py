@@ -44,9 +44,10 @@ class Question(_Request):
     task: Task = Field(
         "memorag",
         description="memorag: clues, then passages; memory: no passages; rag: no clues; to compare with, without "
-        "memory: full: the whole text in the prompt; hyde, rewrite: the generator's guess of an answer, or questions, as clues",
+        "memory: full: the whole text in the prompt; hyde, rewrite: the generator's drafts as clues",
     )
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most")
+    short: bool = Field(False, description="answer with a phrase and no citations, as benchmarks expect")
     stream: bool = Field(False, description="server-sent events clue, passage, token and done")
     language: Language | None = Field(None, description="of the prompts; the text's own where it is left out")
 

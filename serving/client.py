@@ -251,12 +251,12 @@ class Memory:
     @overload
     def ask(
         self, question: str, task: Task = ..., *, max_tokens: int | None = ..., language: str | None = ...,
-        stream: Literal[False] = ...,
+        short: bool = ..., stream: Literal[False] = ...,
     ) -> Answer: ...  # fmt: skip
     @overload
     def ask(
         self, question: str, task: Task = ..., *, max_tokens: int | None = ..., language: str | None = ...,
-        stream: Literal[True],
+        short: bool = ..., stream: Literal[True],
     ) -> Iterator[Event]: ...  # fmt: skip
     def ask(
         self,
@@ -265,11 +265,12 @@ class Memory:
         *,
         max_tokens: int | None = None,
         language: str | None = None,
+        short: bool = False,
         stream: bool = False,
     ) -> Answer | Iterator[Event]:
-        """The answer; with `stream`, its events as they come, of which `done` holds the whole answer."""
+        """The answer, `short` being a phrase without citations; with `stream`, its events, of which `done` holds all."""
         body = {"question": question, "task": task, "max_tokens": max_tokens, "language": language}
-        return self._answer("answer", body, stream)
+        return self._answer("answer", body | ({"short": True} if short else {}), stream)
 
     @overload
     def summarize(

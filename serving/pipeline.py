@@ -264,6 +264,7 @@ class Inquiry:
             language=self._language,
             max_tokens=None if task in ("hyde", "rewrite") else self._question.max_tokens,
             cache_salt=self._cache_salt,
+            short=self._question.short and task in ("answer", "full"),
             stream=stream,
         )
         generator = self._pools.generator.options(stream=True)

@@ -1,6 +1,6 @@
 import pytest
 
-from generator_worker.citations import resolve_citations
+from generator_worker.citations import resolve_citations, without_citations
 from generator_worker.messages import Citation, Source
 
 SOURCES = (
@@ -27,3 +27,7 @@ def test_numbers_in_brackets_become_their_passages(text, numbers):
     assert resolve_citations(text, SOURCES) == tuple(
         Citation(n, s.memory, s.document, s.start, s.end) for n, s in cited
     )
+
+
+def test_a_text_without_its_citations():
+    assert without_citations("Darcy [1] proposes[2, 3].【4】 In [room] 5.") == "Darcy  proposes. In [room] 5."
