@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from serving.commands_batch import batch, memorize_folder
+from serving.commands_evaluate import evaluate
 from serving.commands_keys import app as keys_app
 from serving.commands_plan import calibrate, plan
 from serving.commands_show import Output
@@ -39,6 +40,7 @@ app.add_typer(train_app, name="train")
 app.command()(status)
 app.command()(batch)
 app.command()(calibrate)
+app.command()(evaluate)
 app.command()(plan)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"

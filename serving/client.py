@@ -268,7 +268,7 @@ class Memory:
         short: bool = False,
         stream: bool = False,
     ) -> Answer | Iterator[Event]:
-        """The answer, `short` being a phrase without citations; with `stream`, its events, of which `done` holds all."""
+        """The answer; `short`, a phrase without citations; with `stream`, its events, of which `done` holds all."""
         body = {"question": question, "task": task, "max_tokens": max_tokens, "language": language}
         return self._answer("answer", body | ({"short": True} if short else {}), stream)
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SHOWN_PASSAGES = 5
 _PASSAGE_CHARACTERS = 300
 _LINES_EVERY_S = 5.0
+_TABLE_WIDTH = 140  # off a terminal
 _CLUE_KINDS = {"span": "span", "question": "question", "draft": "draft answer", "key_point": "key point"}
 DEGRADED = {
     "untrained-model": "the embedded model is untrained: its words are noise; passages and evidence are real",
@@ -97,6 +98,18 @@ class Output:
         for name, value in facts.items():
             shown = f"{value:,}" if type(value) is int and name != "pid" else str(value)
             self._print(Text(f"{name:<{width}}  ", style="bold"), Text(shown, style=_COLOURS.get(shown, "")))
+
+    def table(self, title: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Rows, with the columns of the first."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        for column in rows[0] if rows else ():
+            table.add_column(column, justify="left" if column in ("figure", "method") else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
+        self._out.print(table, width=None if self.on_terminal else _TABLE_WIDTH)
 
     def memory(self, info: Mapping[str, Any]) -> None:
         """One memory."""

@@ -1,0 +1,1 @@
+"""Quality, measured: questions with known answers put to a server, method by method, scored and compared."""

@@ -1,0 +1,99 @@
+"""Asks a server every question of a dataset by every method: called by `memorag evaluate`.
+
+Each text is memorized once, under a name made of it, however many questions are on it and however often the run is
+taken up. All questions on a text are asked before the next text is memorized.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from serving.batch_progress import OnCount
+from serving.client import MemoRAG, Memory
+from serving.client_errors import MemoRAGError
+from serving.evaluation.datasets import Example
+from serving.evaluation.methods import Method, answer_row
+from serving.evaluation.run import Run
+
+TAG = "evaluation"
+_NOT_FOUND = 404
+
+
+def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """At most `limit` examples, evenly spread: the same ones each time, questions on a text side by side."""
+    if limit is not None and limit < len(examples):
+        examples = [examples[place * len(examples) // limit] for place in range(limit)]
+    order = {document: place for place, document in enumerate(dict.fromkeys(each.document for each in examples))}
+    return sorted(examples, key=lambda example: order[example.document])
+
+
+def ask_all(
+    client: MemoRAG,
+    run: Run,
+    examples: Sequence[Example],
+    methods: Sequence[Method],
+    *,
+    max_tokens: int,
+    concurrency: int,
+    show: OnCount = lambda done, total, before: None,
+) -> None:
+    """Asks what the run lacks; `show` is told how many of all questions × methods are done, and were before.
+
+    Raises `ServerUnreachable` where the server is gone; what was answered is recorded.
+    """
+    total = len(examples) * len(methods)
+    done = before = total - sum(run.lacks(example, method) for example in examples for method in methods)
+    show(done, total, before)
+    with ThreadPoolExecutor(concurrency) as threads:
+        for _, group in groupby(examples, key=lambda example: example.document):
+            wanted = [(example, method) for example in group for method in methods if run.lacks(example, method)]
+            if not wanted:
+                continue
+            memory = _memorized(client, wanted[0][0])
+
+            def ask(pair: tuple[Example, Method], memory: Memory = memory) -> None:
+                run.record(answer_row(memory, *pair, max_tokens))
+
+            for _ in threads.map(ask, wanted):
+                done += 1
+                show(done, total, before)
+
+
+@contextmanager
+def own_server(profile: str, folder: Path, on_wait: Callable[[str], None]) -> Iterator[str]:
+    """The address of a server of that profile on this machine, which ends with the block; its memories stay.
+
+    Raises `DaemonError` where it does not start.
+    """
+    from serving import daemon
+
+    storage = folder.resolve() / "storage"
+    options = daemon.ServerOptions(profile, str(storage), port=0)
+    state, _ = daemon.start(options, timeout_s=3600, on_wait=on_wait)
+    try:
+        yield str(state.address)
+    finally:
+        daemon.stop(storage)
+
+
+def forget(folder: Path) -> None:
+    """Deletes what the run's own server kept."""
+    shutil.rmtree(folder / "storage", ignore_errors=True)
+
+
+def _memorized(client: MemoRAG, example: Example) -> Memory:
+    """The memory of the example's text, made if it is not there."""
+    name = f"evaluation-{example.document}"
+    try:
+        memory = client.memory(name)
+    except MemoRAGError as error:
+        if error.status != _NOT_FOUND:
+            raise
+        return client.memorize(text=example.text, id=name, tags=[TAG], progress=False)
+    if memory.status == "failed":
+        memory.delete()
+        return client.memorize(text=example.text, id=name, tags=[TAG], progress=False)
+    return memory.wait(progress=False)
