@@ -109,7 +109,7 @@ class Output:
             table.add_column(column, justify="left" if column in ("figure", "method") else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row.values())
-        self._out.print(table, width=None if self.on_terminal else _TABLE_WIDTH)
+        Console(highlight=False, width=None if self.on_terminal else _TABLE_WIDTH).print(table)
 
     def memory(self, info: Mapping[str, Any]) -> None:
         """One memory."""

@@ -90,12 +90,20 @@ def test_each_task(server, chronicle, task):
         answer = client.post(
             "/v1/memories/chronicle/answer", json={"question": "Which ships sailed?", "task": task, "max_tokens": 16}
         ).json()
-    check_answer(answer, {"chronicle.txt": town}, task, ("text-cut",) if task == "full" else ())
+    check_answer(answer, {"chronicle.txt": town}, task)
     assert {clue["kind"] for clue in answer["clues"]} <= {
         "memorag": {"span", "question", "draft"}, "summarize": {"key_point"}, "hyde": {"draft"}, "rewrite": {"question"}
     }.get(task, set())  # fmt: skip
     assert bool(answer["passages"]) == (task not in ("memory", "full"))
     assert 0 < answer["usage"]["completion_tokens" if task != "memory" else "recall_completion_tokens"] <= 64
+
+
+def test_a_text_beyond_the_window_is_cut_and_says_so(server, novel):
+    body = {"question": "Who is Mr. Bingley?", "task": "full", "max_tokens": 16, "short": True}
+    with server.client() as client:
+        answer = client.post("/v1/memories/novel/answer", json=body).json()
+    check_answer(answer, {"novel": novel}, "full", ("text-cut",))
+    assert 8000 < answer["usage"]["prompt_tokens"] + 16 <= 8192, "the window is used"
 
 
 def test_a_stream_tells_the_same_as_the_answer(server, chronicle):
