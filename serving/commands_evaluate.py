@@ -25,7 +25,13 @@ def evaluate(
             exists=True, help="File or folder: LongBench, LongBench v2, InfiniteBench, UltraDomain, L-Eval, or spans."
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for rows and report; taken up if it is there.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]",
+            help="Folder for rows and report, taken up if it is there; otherwise DATASET's name + '-eval'.",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help="Of memorag, rag, hyde, rewrite, memory, full, passages; separated by commas.")
     ] = "memorag,rag",
@@ -56,6 +62,7 @@ def evaluate(
         examples = sample(read_examples(dataset, part or ()), limit)
         settings: dict[str, Any] = {"questions": fingerprint(examples), "max_tokens": max_tokens}
         settings |= {"url": url} if url else {"profile": load_profile(profile).model_dump(mode="json")}
+        output = output or Path(f"{dataset.name.split('.')[0]}-eval")
         run = Run(output, settings)
         if any(run.lacks(example, method) for example in examples for method in methods):
             with ExitStack() as stack:

@@ -14,7 +14,7 @@ from serving.commands_show import Output
 from tests.serving.test_client import ANSWER, PASSAGE
 
 MEMORAG = Path(sys.executable).with_name("memorag")
-COMMANDS = ["up", "down", "status", "memorize", "ask", "summarize", "memories", "doctor"]
+COMMANDS = ["up", "down", "status", "memorize", "ask", "summarize", "memories", "evaluate", "doctor"]
 
 
 def memorag(*arguments: str | Path, storage: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -22,7 +22,9 @@ def test_every_command_names_options_methods_and_profiles_that_are_there():
     options = {name for parameter in command.params for name in parameter.opts}
     assert len(COMMANDS) == 3
     for words in map(shlex.split, COMMANDS):
-        given = dict(zip(words[3::2], words[4::2], strict=True))
+        first = next(place for place, word in enumerate(words) if word.startswith("--"))
+        assert first in (2, 3), "the dataset, and perhaps a folder"
+        given = dict(zip(words[first::2], words[first + 1 :: 2], strict=True))
         assert set(given) <= options, given
         assert set(given["--tasks"].split(",")) <= set(METHODS)
         profile = given["--profile"]

@@ -7,8 +7,10 @@ from collections import Counter
 from urllib.parse import unquote
 
 import pytest
+from typer.testing import CliRunner
 
 from serving import MemoRAG
+from serving.cli import app
 from serving.client_errors import ServerUnreachable
 from serving.evaluation.evaluate import ask_all, forget, sample
 from serving.evaluation.plot import report_svg
@@ -187,3 +189,30 @@ def test_what_the_server_kept_is_forgotten(tmp_path):
     forget(tmp_path)
     forget(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_from_file_to_report(server, tmp_path, monkeypatch):
+    text = {
+        "id": "town",
+        "text": TEXT,
+        "questions": [{"question": "When?", "answers": ["in March"], "evidence": [[0, 25]]}],
+    }
+    (tmp_path / "town.jsonl").write_text(json.dumps(text) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "town.jsonl", "--url", server.url, "--tasks", "rag,memorag"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert {"report.json", "report.svg", "rows.jsonl", "run.json"} == {
+        p.name for p in (tmp_path / "town-eval").iterdir()
+    }
+    lines = [line.split() for line in shown.output.splitlines()]
+    assert ["f1", "rag", "1", "1.000"] in lines and ["evidence@1", "memorag", "1", "0.000", "-1.000"] in lines
+    again = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert list(again["methods"]) == ["memorag", "rag"] and server.asked.total() == 3
+    for wrong, words in (
+        (["--tasks", "rgg"], "rgg"),
+        (["--part", "x"], "no part x; it has town"),
+        (["--tasks", ","], ""),
+    ):
+        refused = CliRunner().invoke(app, [*command, *wrong])
+        assert refused.exit_code in (1, 2) and words in refused.output and "Traceback" not in refused.output
