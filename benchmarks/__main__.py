@@ -24,6 +24,8 @@ TARGETS = {
     },
     "corpus": {},
     "batch": {},
+    "autoscaling": {"failed_requests": "0"},
+    "plan": {},
     "routing": {"hits": "≥ 0.95, out of reach: best_without_foresight", "highest_load_of_all_runs": "≤ 1.25"},
 }
 

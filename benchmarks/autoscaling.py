@@ -143,7 +143,7 @@ def plot(seen: Seen, path: Path) -> None:
         above.step(seen.at, counts, where="post", label=name)
     above.set_ylabel("replicas running")
     above.legend(loc="upper right")
-    below.plot(seen.latency_at, seen.latency_s, ".", markersize=2, color="gray")
+    below.plot(seen.latency_at, seen.latency_s, ".", markersize=2, color="gray", rasterized=True)  # thousands of dots
     below.set_ylabel("seconds of a question")
     below.set_xlabel("seconds")
     below.set_yscale("log")
@@ -154,7 +154,7 @@ def plot(seen: Seen, path: Path) -> None:
         below.text(at + 4, max(seen.latency_s), f"{number} clients", va="top")
         at += seconds
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, dpi=200)
 
 
 def main() -> None:

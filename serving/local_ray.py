@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _TOKEN, _ADDRESS = "token", "address"  # files in Ray's folder
+# Serve's handles go on asking for news; once Ray has ended, their next question would start another one.
+_NO_OTHER_RAY = {"RAY_ENABLE_AUTO_CONNECT": "0"}
 
 
 def new_ray_folder() -> Path:
@@ -26,7 +28,7 @@ def address_in(folder: Path) -> str:
 
     As for `start_ray`, nothing may have imported Ray yet.
     """
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / _TOKEN)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / _TOKEN), **_NO_OTHER_RAY}
     return (folder / _ADDRESS).read_text()
 
 
@@ -44,6 +46,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **_NO_OTHER_RAY,
         # Nothing of ours blocks its replica's event loop, so user code needs no thread of its own: less work a request.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
