@@ -16,6 +16,7 @@ TARGETS = {
     "recall": {"speedup": "≥ 8"},
     "load": {"disk_over_memorize": "≥ 30"},
     "first_token": {},
+    "moved": {"warm, bytes over slots": "0", "storage, bytes over slots": "1", "other node, bytes over slots": "1"},
     "pipeline": {"over_first_sketch_16": "≥ 2"},
     "memorize": {"time_per_flop_1M_over_10k": "0.7 to 1.3"},
     "ranks": {

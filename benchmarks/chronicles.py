@@ -1,0 +1,179 @@
+"""What the embedded model can do on chronicles it has not seen: clues, answers and recall, with and without memory.
+
+    python -m benchmarks.chronicles --seed N [--json FILE] [--chronicles 4] [--facts 300] [--questions 48]
+
+Chronicles of `examples/chronicles.py` from the seed, of the split `test`: held-out names and held-out wordings among
+the others. Each is memorized at every ratio by a server of the profile, and the same questions, of all kinds in equal
+shares as far as there are, are asked with the tasks `memorag`, `rag` and `memory`. The first ratio gives the figures:
+
+    answer_exact_match       the answer, word for word but for case, articles and citations, from passages
+    clue_contains_span       one of the clues holds the sentence that the answer stands in, whole
+    recall_at_3              that sentence is in one of the 3 passages: of `memorag`, and of `rag`
+    two_step_recall_at_3     the same of questions that share no content word with that sentence
+    memory_exact_match       the answer from memory alone
+    emptied_memory_exact_match   the same questions with the memory of a text that tells nothing: chance
+
+With an untrained model (`degraded` says so) clues and answers are noise, and so are these figures.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.report import report
+from examples.chronicles import KINDS, document
+from serving.app import deploy
+from serving.client import Answer, MemoRAG, Memory
+from serving.config import load_profile
+from serving.evaluation.datasets import Example
+from serving.evaluation.recall import Found, evidence_recall, ranked
+from serving.evaluation.scores import exact
+
+RATIOS = (4, 2, 8)
+AT_ONCE = 8
+ANSWER_TOKENS = 32
+EMPTY = "There is nothing to tell. "  # and what a memory of it can be asked, it cannot know
+Question = dict[str, Any]
+Values = dict[str, list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--chronicles", type=int, default=4)
+    parser.add_argument("--facts", type=int, default=300, help="of each chronicle; 300 are about 14,000 characters")
+    parser.add_argument("--questions", type=int, default=48, help="on each chronicle")
+    parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS, help="the first gives the figures")
+    parser.add_argument("--profile", default="embedded")
+    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    arguments = parser.parse_args()
+    documents = [document(arguments.seed + number, arguments.facts, "test") for number in range(arguments.chronicles)]
+    asked = [chosen(each["questions"], arguments.questions, arguments.seed) for each in documents]
+    with tempfile.TemporaryDirectory() as storage:
+        _say("starting a server")
+        server = deploy(load_profile(arguments.profile), storage, "127.0.0.1", 0)
+
+        async def measured() -> list[dict[str, Any]]:
+            try:
+                return await asyncio.to_thread(_rows, server.address, documents, asked, arguments.ratios)
+            finally:
+                server.stop()
+
+        rows = asyncio.run(measured())
+    figures = figures_of(rows[0])
+    report("chronicles", rows, flat(figures), arguments.json)
+    if arguments.json:
+        whole = json.loads(arguments.json.read_text(encoding="utf-8"))
+        arguments.json.write_text(json.dumps(whole | figures, indent=1) + "\n", encoding="utf-8")
+
+
+def chosen(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """At most `count` of them, of every kind about as many."""
+    draw = random.Random(seed)
+    kinds = [
+        draw.sample(of_kind, len(of_kind)) for of_kind in ([q for q in questions if q["kind"] == k] for k in KINDS)
+    ]
+    taken: list[Question] = []
+    while len(taken) < count and any(kinds):
+        taken += [of_kind.pop() for of_kind in kinds if of_kind]
+    return taken[:count]
+
+
+def _rows(
+    address: str, documents: Sequence[dict[str, Any]], asked: Sequence[list[Question]], ratios: Sequence[int]
+) -> list[dict[str, Any]]:
+    rows = []
+    with MemoRAG(address, timeout=600) as client, ThreadPoolExecutor(AT_ONCE) as threads:
+        for ratio in ratios:
+            values: Values = defaultdict(list)
+            empty = client.memorize(text=EMPTY * 40, id=f"empty-{ratio}", ratio=ratio, progress=False)
+            for number, (each, questions) in enumerate(zip(documents, asked, strict=True), 1):
+                _say(f"ratio {ratio}, chronicle {number} of {len(documents)}, {len(each['text']):,} characters")
+                memory = client.memorize(
+                    text=each["text"], id=f"chronicle-{number}-{ratio}", ratio=ratio, progress=False
+                )
+
+                measure = partial(_measured, memory, empty, each["text"])
+                for found in threads.map(measure, questions):
+                    for name, value in found.items():
+                        values[name] += value
+            rows.append({"ratio": ratio, "questions": sum(map(len, asked))} | {n: fmean(v) for n, v in values.items()})
+    return rows
+
+
+def _measured(memory: Memory, empty: Memory, text: str, question: Question) -> Values:
+    return dict(_figures(memory, empty, text, question))
+
+
+def _figures(memory: Memory, empty: Memory, text: str, question: Question) -> Iterator[tuple[str, list[float]]]:
+    example = Example(
+        id="", task="", text=text, document="", question=question["question"], answers=tuple(question["answers"]),
+        metric="f1", evidence=tuple((start, end) for start, end in question["evidence"]),
+    )  # fmt: skip
+    answers = {task: _asked(memory, example, task) for task in ("memorag", "rag", "memory")}
+    clues = [_plain(clue["text"]) for clue in answers["memorag"].clues]
+    spans = [_plain(text[start:end]) for start, end in example.evidence]
+    yield "clue_contains_span", [float(all(any(span in clue for clue in clues) for span in spans))]
+    for task in ("memorag", "rag"):
+        yield f"answer_exact_match_{task}", [exact(example, answers[task].text)]
+        passages = ranked([Found(p["start"], p["end"], p["score"]) for p in answers[task].passages])
+        recall = evidence_recall(example, passages, 3)
+        assert recall is not None, question
+        yield f"recall_at_3_{task}", [recall]
+        yield f"two_step_recall_at_3_{task}", [recall] if question["kind"] == "two-step" else []
+    yield "memory_exact_match", [exact(example, answers["memory"].text)]
+    yield "emptied_memory_exact_match", [exact(example, _asked(empty, example, "memory").text)]
+
+
+def _asked(memory: Memory, example: Example, task: Any) -> Answer:
+    answer: Answer = memory.ask(example.question, task, max_tokens=ANSWER_TOKENS)
+    if lacking := set(answer.degraded) - {"untrained-model"}:
+        raise RuntimeError(f"not a whole answer: {lacking}")
+    return answer
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def figures_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures that bars are set for, under their names; those of both tasks by task."""
+    return {
+        "answer_exact_match": row["answer_exact_match_memorag"],
+        "clue_contains_span": row["clue_contains_span"],
+        **{
+            name: {task: row[f"{name}_{task}"] for task in ("memorag", "rag")}
+            for name in ("recall_at_3", "two_step_recall_at_3")
+        },
+        "emptied_memory_exact_match": row["emptied_memory_exact_match"],
+    }
+
+
+def flat(figures: dict[str, Any]) -> dict[str, float]:
+    """Figures by one name each, and what memory adds to recall."""
+    out: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            out |= {f"{name}.{task}": each for task, each in value.items()}
+            out[f"{name}, gained"] = value["memorag"] - value["rag"]
+        else:
+            out[name] = value
+    return out
+
+
+def _say(line: str) -> None:
+    print(f"{line} …", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
