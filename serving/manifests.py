@@ -47,7 +47,7 @@ def memory_out(record: MemoryRecord) -> api.MemoryOut:
         tags=list(made_of.tags) if made_of else [],
         status=record.status,
         version=record.version,
-        kind="beacon",
+        kind=made_of.memory_kind if made_of else "beacon",
         ratio=made_of.ratio if made_of else 0,
         slots=0,
         tokens=job.total_tokens if job else 0,
