@@ -6,7 +6,10 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+MemoryKind = Literal["beacon", "full", "gist"]
+GIST_WINDOW = 4096  # tokens that are condensed to one gist
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,26 @@ def slots_of(tokens: int, ratio: int) -> int:
     return -(-tokens // ratio)
 
 
-def window_flops(shape: ModelShape, tokens: int, ratio: int, slots: int) -> float:
-    """Of a window of `tokens` with `slots` before it: matrices for every row, attention for what each row sees."""
-    rows = tokens + slots_of(tokens, ratio)
+def window_of(shape: ModelShape, kind: MemoryKind) -> int:
+    """Tokens that become slots together."""
+    return GIST_WINDOW if kind == "gist" else shape.window
+
+
+def window_flops(shape: ModelShape, tokens: int, ratio: int, slots: int, kind: MemoryKind = "beacon") -> float:
+    """Of a window of `tokens` with `slots` before it; `ratio` is 1 for `full`. A gist is taken to be as long as it may.
+
+    The window of a gist is read alone, with the gist being written behind it; then the gist is read after the slots.
+    """
+    kept = slots_of(tokens, ratio)
+    if kind == "full":
+        return _row_flops(shape, tokens, slots)
+    if kind == "gist":
+        return _row_flops(shape, tokens + kept, 0) + _row_flops(shape, kept, slots)
+    return _row_flops(shape, tokens + kept, slots)
+
+
+def _row_flops(shape: ModelShape, rows: int, slots: int) -> float:
+    """Matrices for every row, attention for what each row sees: `slots`, and the rows up to it."""
     seen = rows * slots + rows * (rows + 1) // 2
     return 2.0 * rows * shape.matrix_parameters + 4.0 * shape.layers * shape.heads * shape.head_dim * seen
 
@@ -113,16 +133,19 @@ def memorizing(
     group_windows: int,
     rates: RankRates,
     head_slots: int = 0,
+    kind: MemoryKind = "beacon",
 ) -> Memorizing:
     """One text, in segments that each follow the head alone, `group_windows` of a rank to a pass.
 
-    Ranks of a pass have equal shares but for what does not divide; the exchange is not hidden behind any work.
+    Ranks of a pass have equal shares but for what does not divide; the exchange is not hidden behind any work. Gists
+    are made by one rank: `ranks` must be 1 then, and the rate what is reached while they are written.
     """
     flops = compute_s = exchange_s = 0.0
     received = passes = 0
     slot_bytes = shape.slot_bytes // shape.layers
-    for group in _passes(shape, tokens, ratio, segment_tokens, ranks * group_windows, head_slots):
-        work = sum(window_flops(shape, count, ratio, slots) for count, slots in group)
+    window = window_of(shape, kind)
+    for group in _passes(window, tokens, ratio, segment_tokens, ranks * group_windows, head_slots):
+        work = sum(window_flops(shape, count, ratio, slots, kind) for count, slots in group)
         share = math.ceil(len(group) / ranks)
         flops += work
         compute_s += work * share / len(group) / rates.flops
@@ -136,13 +159,13 @@ def memorizing(
 
 
 def _passes(
-    shape: ModelShape, tokens: int, ratio: int, segment_tokens: int, group: int, head_slots: int
+    window: int, tokens: int, ratio: int, segment_tokens: int, group: int, head_slots: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Tokens of each window and the slots before it, as many windows as go together."""
     windows: list[tuple[int, int]] = []
-    for start in range(0, tokens, shape.window):
+    for start in range(0, tokens, window):
         within = start % segment_tokens
-        windows.append((min(shape.window, tokens - start), head_slots + within // ratio))
+        windows.append((min(window, tokens - start), head_slots + within // ratio))
         if len(windows) == group:
             yield windows
             windows = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from cluster.config import Settings
-from cluster.costs import ModelShape, RankRates, memorizing, slots_of
+from cluster.costs import MemoryKind, ModelShape, RankRates, memorizing, slots_of, window_of
 
 
 class Rates(Settings):
@@ -20,6 +20,7 @@ class Rates(Settings):
 
     profile: str = Field(description="profile that was measured")
     machine: str = Field(description="what it ran on")
+    memorize_kind: MemoryKind = Field("beacon", description="kind of memory that was made")
     memorize_flops: float = Field(gt=0, description="counted FLOP/s of one rank of a Memorizer")
     recall_questions_per_s: float = Field(gt=0, description="questions whose clues one Recaller recalls a second")
     recall_s: float = Field(gt=0, description="seconds until the clues of one question are there, asked alone")
@@ -45,7 +46,8 @@ class Demand:
     memories: int
     tokens: int  # of each memory
     questions_per_s: float
-    ratio: int
+    ratio: int  # 1 for `full`; a gist is planned as long as it may be
+    kind: MemoryKind = "beacon"
     hours: float = 24.0  # in which all memories are made
     hot: float = 0.2  # share of the memories that questions are about at a time
     answer_tokens: float | None = None
@@ -142,7 +144,7 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> Plan:
     characters = demand.tokens * rates.characters_per_token
     passages = characters / rates.passage_characters
     seconds = demand.hours * 3600
-    memorize_s = memorize_seconds(demand.tokens, demand.ratio, sizes, rates)
+    memorize_s = memorize_seconds(demand.tokens, demand.ratio, sizes, rates, demand.kind)
     questions = demand.questions_per_s
     tokens = demand.answer_tokens or rates.answer_tokens
 
@@ -180,19 +182,20 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> Plan:
     return Plan(demand, slots, memory_bytes, hot * memory_bytes, storage, memorize_s, tuple(pools))
 
 
-def memorize_seconds(tokens: int, ratio: int, sizes: Sizes, rates: Rates) -> float:
+def memorize_seconds(tokens: int, ratio: int, sizes: Sizes, rates: Rates, kind: MemoryKind = "beacon") -> float:
     """One text on one Memorizer, by counted FLOPs; what ranks exchange is left out, which is little beside them."""
-    window = sizes.memory.window
+    window = window_of(sizes.memory, kind)
     segment = max(1, (sizes.segment_slots - rates.head_slots) * ratio // window) * window
     return memorizing(
         sizes.memory,
         tokens,
         ratio=ratio,
         segment_tokens=segment,
-        ranks=sizes.ranks,
+        ranks=1 if kind == "gist" else sizes.ranks,
         group_windows=sizes.group_windows,
         rates=RankRates(rates.memorize_flops, math.inf, 0.0),
         head_slots=rates.head_slots,
+        kind=kind,
     ).compute_s
 
 

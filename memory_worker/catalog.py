@@ -175,6 +175,7 @@ class Catalog:
             kind="repair",
             base=manifest.version,
             documents=tuple(JobDocument(id=d.id, characters=d.characters, source=d.source) for d in damaged),
+            memory_kind=manifest.kind,
             ratio=manifest.ratio,
             language=manifest.language,
             title=manifest.title,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cluster.costs import MemoryKind
 from cluster.storage import DamagedFile
 from memory_worker.errors import DamagedMemory
 from memory_worker.manifest import FileEntry, MemoryShape, SegmentEntry
@@ -55,6 +56,7 @@ class Plan(_Part):
     """All that decides the files of a job: one with another plan cannot go on from its checkpoint."""
 
     format: int = FORMAT
+    kind: MemoryKind = "beacon"
     fingerprint: str
     shape: MemoryShape
     window: int
@@ -70,6 +72,12 @@ class Plan(_Part):
     @property
     def tokens(self) -> int:
         return sum(document.tokens for document in self.documents)
+
+    def may_have(self, tokens: int, slots: int) -> bool:
+        """Whether so many tokens of a document can have become so many slots; for a gist, that is as it was written."""
+        if self.kind == "gist":
+            return 0 < slots <= -(-tokens // self.window) * (self.window // self.ratio)
+        return slots == -(-tokens // self.ratio)
 
     def segments(self) -> list[PlannedSegment]:
         """In the order in which they are encoded."""
@@ -204,6 +212,7 @@ def _verified(store: MemoryStore, checkpoint: Checkpoint, path: str) -> Begun:
     for segment in segments:
         files = [store.read_segment(file) for file in segment.files]
         slots = sum(file.slots for file in files)
-        if not slots == segment.slots == -(-segment.tokens // plan.ratio) or {f.shape for f in files} != {plan.shape}:
+        fits = slots == segment.slots and plan.may_have(segment.tokens, slots)
+        if not fits or {f.shape for f in files} != {plan.shape}:
             raise DamagedMemory(path, f"does not say what {', '.join(f.path for f in files)} hold")
     return Begun(checkpoint.head, read_slots([head]), segments, read_slots(files) if unfinished else None)

@@ -5,12 +5,22 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cluster.config import EngineConfig, Settings
+from cluster.costs import MemoryKind
 
 
 class MemorizeConfig(Settings):
     """How texts become memory."""
 
-    ratio: int = Field(4, description="tokens per beacon where a request names none; divides the window")
+    kind: MemoryKind | None = Field(
+        None,
+        description="kind of memory where a request names none; none takes beacon where the model has beacon weights, "
+        "else gist",
+    )
+    ratio: int = Field(
+        4,
+        description="tokens for each slot where a request names none: for beacon exactly, and divides the window; for "
+        "gist at least; full has a slot for every token",
+    )
     group_windows: int | None = Field(
         None,
         ge=1,
@@ -30,7 +40,8 @@ class MemorizeConfig(Settings):
     segment_tokens: int | None = Field(
         None,
         gt=0,
-        description="most tokens of one segment, rounded down to windows; none, or more, takes what fits one prompt",
+        description="most tokens of one segment, rounded down to windows, one at least; none, or more, takes what fits "
+        "one prompt",
     )
     checkpoint_windows: int = Field(
         64, gt=0, description="windows after which a job's slots are made durable; they are held in RAM until then"

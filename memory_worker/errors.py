@@ -124,8 +124,36 @@ class WindowTooLarge(MemoryProblem):
         )
 
 
+class UnsupportedKind(MemoryProblem):
+    """The memory model cannot make memories of this kind."""
+
+    def __init__(self, kind: str, model: str, possible: tuple[str, ...]) -> None:
+        super().__init__(kind, model, possible)
+        self.kind, self.model, self.possible = kind, model, possible
+
+    def __str__(self) -> str:
+        return (
+            f"no memory of kind {self.kind} can be made with {self.model}, which has no beacon weights: use one of "
+            f"{', '.join(self.possible)}"
+        )
+
+
+class UnfitRatio(MemoryProblem):
+    """The ratio is none that a memory of this kind can have."""
+
+    def __init__(self, kind: str, ratio: int, window: int, fitting: tuple[int, ...]) -> None:
+        super().__init__(kind, ratio, window, fitting)
+        self.kind, self.ratio, self.window, self.fitting = kind, ratio, window, fitting
+
+    def __str__(self) -> str:
+        return (
+            f"ratio {self.ratio} does not fit a {self.kind} memory, made of windows of {self.window} tokens; use one "
+            f"of {', '.join(map(str, self.fitting))}"
+        )
+
+
 class MixedMemories(MemoryProblem):
-    """Memories of different memory models or dtypes cannot stand behind one another."""
+    """Memories of different memory models, kinds or dtypes cannot stand behind one another."""
 
     def __init__(self, memory: str, other: str) -> None:
         super().__init__(memory, other)
@@ -133,8 +161,8 @@ class MixedMemories(MemoryProblem):
 
     def __str__(self) -> str:
         return (
-            f"the memories {self.memory!r} and {self.other!r} were encoded by different models or in different dtypes: "
-            "ask them apart, or memorize one of them again"
+            f"the memories {self.memory!r} and {self.other!r} were encoded by different models, as different kinds or "
+            "in different dtypes: ask them apart, or memorize one of them again"
         )
 
 

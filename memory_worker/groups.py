@@ -10,20 +10,20 @@ from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 def segment_groups(manifests: Sequence[Manifest], max_slots: int) -> tuple[SegmentGroup, ...]:
     """All segments of all these versions, in order, packed greedily into groups of at most `max_slots` slots.
 
-    A group's slots include the head of its first range's version. Raises `MemoryTooLarge` for a segment that does
-    not fit behind its head alone.
+    Memories of different kinds do not share a group. A group's slots include the head of its first range's version.
+    Raises `MemoryTooLarge` for a segment that does not fit behind its head alone.
     """
     groups: list[SegmentGroup] = []
     ranges: list[SegmentRange] = []
-    slots = 0
+    slots, kind = 0, ""
     for manifest in manifests:
         key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
         for index, segment in enumerate(manifest.segments):
-            if ranges and slots + segment.slots > max_slots:
+            if ranges and (manifest.kind != kind or slots + segment.slots > max_slots):
                 groups.append(SegmentGroup(tuple(ranges), slots))
                 ranges = []
             if not ranges:
-                slots = manifest.head_slots
+                slots, kind = manifest.head_slots, manifest.kind
                 if slots + segment.slots > max_slots:
                     raise MemoryTooLarge(manifest.memory, slots + segment.slots, max_slots)
             if ranges and ranges[-1].key == key and ranges[-1].end == index:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from memory_worker.beacon.rope import Rope
+from memory_worker.kinds import KINDS, fingerprint_of
 from memory_worker.manifest import MemoryShape
 from memory_worker.messages import SegmentGroup
 from memory_worker.segments import as_torch
@@ -68,7 +69,7 @@ class Expected(NamedTuple):
     layers: int
     kv_heads: int  # of the whole model
     head_dim: int
-    fingerprint: str | None  # of the memory model; none accepts any
+    fingerprint: str | None  # of the memory model, that of any kind made with it will do; none accepts any
 
 
 class MemoryLoader:
@@ -162,10 +163,11 @@ class MemoryLoader:
                 f"the memory has {shape.layers} layers, {shape.kv_heads} heads and {shape.head_dim} dimensions a head, "
                 f"but the engine {expected.layers}, {expected.kv_heads} and {expected.head_dim}"
             )
-        if expected.fingerprint is not None and memory.fingerprint != expected.fingerprint:
+        model = expected.fingerprint
+        if model is not None and memory.fingerprint not in {fingerprint_of(kind, model) for kind in KINDS}:
             raise LoadFailed(
                 f"the memory was encoded by the model {memory.fingerprint[:12]}, but the engine runs "
-                f"{expected.fingerprint[:12]}; memorize it again"
+                f"{model[:12]}; memorize it again"
             )
         return memory
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from cluster.costs import MemoryKind
 from cluster.storage import StoredFile, check_path
 
 FORMAT = 2
@@ -58,6 +59,7 @@ class JobRecord(_Part):
     kind: Literal["create", "put", "repair"] = "create"
     base: str | None = Field(None, description="the version that is changed; none when a memory is created")
     documents: tuple[JobDocument, ...]
+    memory_kind: MemoryKind = "beacon"
     ratio: int
     language: str
     title: str | None = None
@@ -127,10 +129,10 @@ class Manifest(_Part):
     created: str  # ISO 8601, UTC
     title: str | None = None
     tags: tuple[str, ...] = ()
-    kind: str = "beacon"
+    kind: MemoryKind = "beacon"
     model: str  # as configured
-    fingerprint: str  # of the memory model's weights and recipe
-    ratio: int = Field(gt=0)
+    fingerprint: str  # of the memory model's weights and the kind's recipe (`memory_worker.kinds.fingerprint_of`)
+    ratio: int = Field(gt=0)  # tokens for each slot; of a gist, at least
     language: str
     shape: MemoryShape
     head_tokens: tuple[int, ...] = Field(description="token ids of the head")

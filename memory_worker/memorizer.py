@@ -11,13 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from ray import serve
 
+from cluster.costs import MemoryKind
 from cluster.pools import PoolConfig
 from memory_worker.checkpoint import Begun, CheckpointedSegments, Plan, PlannedDocument, begun, read_slots
 from memory_worker.config import MemoryConfig
-from memory_worker.errors import EmptyDocument, WindowTooLarge
+from memory_worker.errors import EmptyDocument, UnsupportedKind, WindowTooLarge
+from memory_worker.kinds import fingerprint_of
+from memory_worker.kinds.encoder import Encoder, encoders
 from memory_worker.manifest import MemoryShape
 from memory_worker.messages import (
     DocumentSource,
+    KindDescription,
     Language,
     MemorizedDocument,
     MemorizeProgress,
@@ -65,7 +69,6 @@ class Memorizer:
         self._model = load_model(config)
         if self._ranks:
             self._ranks.join(self._model)
-        self._description = _described(config, self._model)
         wanted = config.memorize.segment_tokens
         if wanted is not None and wanted < self._model.window:
             raise ValueError(
@@ -75,6 +78,8 @@ class Memorizer:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(config.engine.model)
         # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
+        self._encoders = encoders(self._model, self._ranks, self._tokenizer)
+        self._description = _described(config, self._model, self._encoders)
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
         self._left: dict[int, int] = {}  # tokens of each call under way that are not encoded yet
@@ -84,10 +89,10 @@ class Memorizer:
 
         A version whose work was cut short goes on after its last checkpoint, to the same files. Ending the iteration
         early stops the work after the group under way; what no checkpoint holds yet is done again the next time.
-        Raises `UnsupportedRatio`, `WindowTooLarge`, `EmptyDocument`, `DamagedFile` naming a source or the given
-        head where it is not as it was written, or `LostRank`, after which the same call goes on.
+        Raises `UnsupportedKind`, `UnfitRatio`, `WindowTooLarge`, `EmptyDocument`, `DamagedFile` naming a source or the
+        given head where it is not as it was written, or `LostRank`, after which the same call goes on.
         """
-        self._model.check_ratio(request.ratio)
+        self._description.chosen(request.kind, request.ratio, request.ratio)
         job = await asyncio.to_thread(self._prepare, request)
         self._left[id(job)] = job.plan.tokens
         steps = self._steps(job)
@@ -125,19 +130,20 @@ class Memorizer:
     def _prepare(self, request: MemorizeRequest) -> "_Job":
         """All that storage and tokenizer have for the request."""
         memorize, head = self._config.memorize, self._heads[request.language]
-        segment_tokens = self._segment_tokens(request.ratio, len(head))
+        encoder = self._encoders[request.kind]
         texts = tuple(self._read_text(document) for document in request.documents)
         plan = Plan(
-            fingerprint=self._description.fingerprint,
+            kind=request.kind,
+            fingerprint=fingerprint_of(request.kind, self._description.fingerprint),
             shape=self._description.shape,
-            window=self._model.window,
+            window=encoder.window,
             ratio=request.ratio,
             language=request.language,
             head_tokens=tuple(head),
-            group_windows=(memorize.group_windows or self._model.group_windows) * memorize.ranks,
-            ranks=memorize.ranks,
+            group_windows=(memorize.group_windows or self._model.group_windows) * encoder.ranks,
+            ranks=encoder.ranks,
             checkpoint_windows=memorize.checkpoint_windows,
-            segment_tokens=segment_tokens,
+            segment_tokens=self._segment_tokens(encoder.window, request.ratio, len(head)),
             documents=tuple(
                 PlannedDocument(
                     id=text.id, tokens=len(text.tokens), digest=hashlib.sha256(text.tokens.tobytes()).hexdigest()
@@ -152,14 +158,14 @@ class Memorizer:
             start = Begun(request.head, read_slots([given]))
         return _Job(request, plan, texts, start)
 
-    def _segment_tokens(self, ratio: int, head_slots: int) -> int:
+    def _segment_tokens(self, window: int, ratio: int, head_slots: int) -> int:
         """Most tokens of a segment: whole windows, as many as configured or as fit a prompt."""
-        window, room = self._model.window, self._config.group_slots
+        room = self._config.group_slots
         fitting = (room - head_slots) // (window // ratio)
         if fitting < 1:
             raise WindowTooLarge(window, ratio, head_slots + window // ratio, room)
         wanted = self._config.memorize.segment_tokens
-        return window * (fitting if wanted is None else min(fitting, wanted // window))
+        return window * (fitting if wanted is None else max(1, min(fitting, wanted // window)))
 
     def _read_text(self, document: DocumentSource) -> "_Text":
         text = self._store.storage.read(document.source.stored).to_pybytes().decode()
@@ -188,10 +194,10 @@ class Memorizer:
         memories = [start.head_slots] * len(segments.remaining)
         if start.unfinished is not None:
             memories[0] = Slots.concat([start.head_slots, start.unfinished])
-        encoder = self._ranks or self._model
-        for group in encoder.compress_documents(
+        for group in self._encoders[plan.kind].encode(
             [torch.from_numpy(job.texts[s.document].tokens[s.start : s.end]) for s in segments.remaining],
             ratio=plan.ratio,
+            language=job.request.language,
             memory=memories,
             group_windows=plan.group_windows,
         ):
@@ -214,7 +220,7 @@ class Memorizer:
 
     def _with_new_head(self, job: "_Job") -> Begun:
         plan = job.plan
-        slots = self._model.compress(plan.head_tokens, ratio=plan.ratio, head=len(plan.head_tokens))
+        slots = self._model.compress(plan.head_tokens, ratio=1, head=len(plan.head_tokens))
         with self._store.write_segment(head_path(job.request.key), plan.shape) as head:
             head.append(slots.keys, slots.values)
         return Begun(head.entry, slots)
@@ -239,11 +245,16 @@ class _Job:
     start: Begun | None  # none where the head is still to be encoded
 
 
-def _described(config: MemoryConfig, model: "BeaconModel") -> MemorizerDescription:
+def _described(config: MemoryConfig, model: "BeaconModel", made: Mapping[MemoryKind, Encoder]) -> MemorizerDescription:
+    """Raises `UnsupportedKind` where the configured kind cannot be made."""
     shape = MemoryShape(
         layers=model.layers, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=config.memorize.dtype
     )
-    return MemorizerDescription(config.engine.model, model.fingerprint, model.window, model.ratios_that_divide(), shape)
+    kind = config.memorize.kind or ("beacon" if "beacon" in made else "gist")
+    if kind not in made:
+        raise UnsupportedKind(kind, config.engine.model, tuple(made))
+    kinds = {name: KindDescription(encoder.window, encoder.ratios) for name, encoder in made.items()}
+    return MemorizerDescription(config.engine.model, model.fingerprint, model.window, shape, kind, kinds)
 
 
 def _pieces(text: str) -> Iterator[str]:

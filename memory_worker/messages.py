@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.costs import MemoryKind
+from memory_worker.errors import UnfitRatio, UnsupportedKind
 from memory_worker.manifest import FileEntry, JobRecord, Manifest, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
@@ -76,6 +78,7 @@ class MemorizeRequest:
     ratio: int
     language: Language  # of the head
     head: FileEntry | None = None  # of the version that is changed: read and used as it is; none makes and writes one
+    kind: MemoryKind = "beacon"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +174,38 @@ class TenantUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class KindDescription:
+    """A kind of memory that a Memorizer can make."""
+
+    window: int  # tokens that become slots together
+    ratios: tuple[int, ...]  # tokens for each slot that it may have
+
+
+@dataclass(frozen=True, slots=True)
 class MemorizerDescription:
-    """From `Memorizer.describe`: the memory model that is loaded."""
+    """From `Memorizer.describe`: the memory model that is loaded, and what it can make."""
 
     model: str  # as configured
-    fingerprint: str
-    window: int  # tokens
-    ratios: tuple[int, ...]  # that divide the window
+    fingerprint: str  # of its weights; `memory_worker.kinds.fingerprint_of` makes each kind's of it
+    window: int  # tokens, of the model itself
     shape: MemoryShape
+    kind: MemoryKind  # where a request names none
+    kinds: dict[MemoryKind, KindDescription]
+
+    def chosen(self, kind: MemoryKind | None, ratio: int | None, usual_ratio: int) -> tuple[MemoryKind, int]:
+        """Kind and ratio of a memory for which these are asked, `usual_ratio` where it is none and the kind takes it.
+
+        Raises `UnsupportedKind` or `UnfitRatio`.
+        """
+        kind = kind or self.kind
+        if kind not in self.kinds:
+            raise UnsupportedKind(kind, self.model, tuple(self.kinds))
+        window, ratios = self.kinds[kind].window, self.kinds[kind].ratios
+        if ratio is None:
+            ratio = usual_ratio if len(ratios) > 1 else ratios[0]
+        if ratio not in ratios:
+            raise UnfitRatio(kind, ratio, window, ratios)
+        return kind, ratio
 
 
 @dataclass(frozen=True, slots=True)

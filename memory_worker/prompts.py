@@ -1,9 +1,12 @@
-"""What the memory model reads around a text: the head before it, the instruction and question after it.
+"""What the memory model reads around a text: the head before it, the instruction and question after it; and around
+what it condenses to a gist.
 
 The Memorizer encodes `head_tokens` once per memory; the Recaller appends `question_tokens`. One head serves every
 kind, so all questions to a memory share it. The checkpoint's own chat template frames both.
 """
 
+import hashlib
+import json
 from typing import Any, Literal
 
 from memory_worker.messages import ClueKind, Language
@@ -74,6 +77,20 @@ _INSTRUCTIONS: dict[Language, dict[PromptKind, str]] = {
     },
 }
 
+_GIST: dict[Language, tuple[str, str]] = {
+    "en": (
+        "Condense the passage below, which is a part of a longer text, to its gist, in at most {words} words. Keep the "
+        "names, numbers, dates and places, who did or said what, and how events hang together; leave out what can be "
+        "spared. Write plain sentences in the order of the passage, and nothing else.\n\nThe passage begins.\n",
+        "\nThe passage ends.\n\nThe gist:",
+    ),
+    "zh": (
+        "下面是一篇长文本中的一段。请把它浓缩成不超过{words}字的要点，保留人名、数字、日期和地点，谁做了或说了什么，"
+        "以及事情之间的联系，省去可以省略的内容。请按原文的顺序写成平实的句子，不要写其他内容。\n\n段落开始。\n",
+        "\n段落结束。\n\n要点：",
+    ),
+}
+
 _ASK: dict[Language, str] = {"en": "\n\nQuestion:\n", "zh": "\n\n问题：\n"}
 
 
@@ -99,18 +116,37 @@ def question_tokens(tokenizer: Any, kind: PromptKind, question: str, language: L
     return [*_encode(tokenizer, before), *plain, *_encode(tokenizer, after)]
 
 
+def gist_frame(tokenizer: Any, language: Language, tokens: int) -> tuple[list[int], list[int]]:
+    """Token ids before and after a text that the model is to condense to a gist of `tokens` tokens at most."""
+    before, after = _GIST[language]
+    words = tokens if language == "zh" else tokens * 2 // 3
+    # A model that thinks aloud would spend the gist's tokens on that; templates that know no such switch ignore it.
+    framed = _framed(tokenizer, before.format(words=words), after, enable_thinking=False)
+    return _encode(tokenizer, framed[0]), _encode(tokenizer, framed[1])
+
+
+def gist_prompts_digest() -> str:
+    """Of the words that ask for gists: other words make other gists."""
+    return hashlib.sha256(json.dumps(_GIST, sort_keys=True).encode()).hexdigest()
+
+
 def _rendered(tokenizer: Any, language: Language, instruction: str) -> tuple[str, str]:
     """The conversation before and after the text."""
-    content = f"{_HEAD[language]}{_TEXT}{_END[language]}{instruction}"
+    return _framed(tokenizer, _HEAD[language], f"{_END[language]}{instruction}")
+
+
+def _framed(tokenizer: Any, before: str, after: str, **template: Any) -> tuple[str, str]:
+    """The conversation up to a text that follows `before`, and from `after` on up to where the model writes."""
+    content = f"{before}{_TEXT}{after}"
     if getattr(tokenizer, "chat_template", None):
         # One user message: some templates know no system role, and those with a default system message add it.
         message = [{"role": "user", "content": content}]
-        prompt: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompt: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **template)
     else:
         beginning = tokenizer.bos_token or ""
         prompt = f"{beginning}{content}\n\n"
-    before, after = prompt.split(_TEXT)
-    return before, after
+    start, end = prompt.split(_TEXT)
+    return start, end
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -97,7 +97,7 @@ class Rank:
         self._exchange = _exchange(store, rank, ranks, self._model, self._timeout_s)
 
     def begin(
-        self, job: int, texts: "tuple[Sequence[Tensor], Sequence[Slots]]", ratio: int, group_windows: int
+        self, job: int, texts: "tuple[Sequence[Tensor], Sequence[Slots]]", ratio: int | None, group_windows: int
     ) -> None:
         """The next `step` of `job` runs its first group; `texts` are its documents and the memory before each."""
         documents, memory = texts
@@ -125,6 +125,7 @@ class Ranks:
     def __init__(self, config: MemoryConfig, share: Mapping[str, float]) -> None:
         """Starts the other ranks, each with `share` of Ray's resources; they load the model meanwhile."""
         self._config = config
+        self.count = config.memorize.ranks
         self._share = share
         self._bundles = get_current_placement_group()  # known to the thread that makes the replica alone
         self._jobs = itertools.count()
@@ -137,7 +138,7 @@ class Ranks:
         self._team.join(model)
 
     def compress_documents(
-        self, documents: "Sequence[Tensor]", *, ratio: int, memory: "Sequence[Slots]", group_windows: int
+        self, documents: "Sequence[Tensor]", *, ratio: int | None, memory: "Sequence[Slots]", group_windows: int
     ) -> "Iterator[tuple[Part, ...]]":
         """As `BeaconModel.compress_documents`, with groups of `group_windows` on all ranks together.
 

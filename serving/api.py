@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.costs import MemoryKind
+
 Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 Language = Literal["en", "zh"]
 Status = Literal["memorizing", "ready", "failed"]
@@ -27,7 +29,16 @@ class CreateMemory(_Request):
     id: Id | None = Field(None, description="made from the title, or at random, where it is left out")
     title: str | None = Field(None, max_length=512)
     tags: list[Id] = Field([], max_length=32, description="questions may be asked of all memories with a tag")
-    ratio: int | None = Field(None, description="tokens per slot; must divide the memory model's window")
+    kind: MemoryKind | None = Field(
+        None,
+        description="beacon: compressed by trained beacons; full: a slot for every token; gist: what the model writes "
+        "down of every 4096 tokens. Left out: the profile's, else beacon where the model has beacon weights, else gist",
+    )
+    ratio: int | None = Field(
+        None,
+        description="tokens for each slot: exactly for beacon, where it divides the memory model's window, at least "
+        "for gist; full takes 1 only",
+    )
     documents: list[DocumentIn] = Field(min_length=1)
 
 
@@ -116,7 +127,7 @@ class MemoryOut(BaseModel):
     tags: list[str] = []
     status: Status
     version: str
-    kind: str
+    kind: MemoryKind
     ratio: int
     slots: int
     tokens: int

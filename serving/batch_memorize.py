@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.costs import MemoryKind
 from serving.batch_progress import OnCount
 from serving.client import MemoRAG
 from serving.client_errors import MemoRAGError, ServerUnreachable
@@ -53,6 +54,7 @@ def memorize_folder(
     *,
     concurrency: int = 4,
     tags: Sequence[str] = (),
+    kind: MemoryKind | None = None,
     ratio: int | None = None,
     patience_s: float = 300.0,
     show: OnCount = lambda done, total, before: None,
@@ -67,12 +69,13 @@ def memorize_folder(
     found = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
     files = [path for path in found if path.suffix.lower() in KINDS]
     given_up = threading.Event()
+    wanted: dict[str, Any] = {"tags": tags, "kind": kind, "ratio": ratio}
 
     def make(path: Path) -> FileResult:
         name = path.relative_to(folder).as_posix()
         id = memory_id(name)
         try:
-            made = _patiently(lambda: _memorized(client, path, id, name, tags, ratio), patience_s, given_up)
+            made = _patiently(lambda: _memorized(client, path, id, name, wanted), patience_s, given_up)
         except (MemoRAGError, OSError) as error:
             return FileResult(name, id, "failed", str(error))
         return FileResult(name, id, "made" if made else "there")
@@ -105,7 +108,7 @@ def memory_id(name: str) -> str:
     return f"{plain[:_ID_CHARACTERS]}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def _memorized(client: MemoRAG, path: Path, id: str, title: str, tags: Sequence[str], ratio: int | None) -> bool:
+def _memorized(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str, Any]) -> bool:
     """Whether it was this call that made the memory; it is ready when this returns."""
     try:
         there = client.memory(id)
@@ -117,7 +120,7 @@ def _memorized(client: MemoRAG, path: Path, id: str, title: str, tags: Sequence[
             there.wait(progress=False)
             return False
     try:
-        client.memorize(path, id=id, title=title, tags=tags, ratio=ratio, progress=False)
+        client.memorize(path, id=id, title=title, progress=False, **wanted)
     except MemoRAGError as error:
         if error.status != 409:
             raise

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.costs import RankRates, memorizing
+from cluster.costs import RankRates, memorizing, window_of
 from cluster.plan import Rates
 from serving.config import Profile, load_profile
 from serving.shapes import read_shape
@@ -46,7 +46,7 @@ def calibrate(
     """Starts a server of that profile, memorizes `text`, measures each stage for about `seconds`, and calls `then`
     while the server still runs.
 
-    Raises `ValueError` for a text of less than eight windows of the memory model: it would measure overheads.
+    Raises `ValueError` for a text of less than eight windows of its memory: it would measure overheads.
     """
     from serving.app import deploy
 
@@ -112,6 +112,7 @@ class Stages:
         return Rates(
             profile=profile_name,
             machine=_machine(),
+            memorize_kind=self.manifest.kind,
             memorize_flops=flops,
             recall_questions_per_s=recalled.per_s,
             recall_s=alone,
@@ -141,7 +142,8 @@ class Stages:
         async def once(number: int) -> None:
             key = store.new_version(_TENANT, self.manifest.memory)
             source = DocumentSource("text", store.write_source(key, "text", self.text))
-            steps = [step async for step in memorize.remote(MemorizeRequest(key, (source,), self.manifest.ratio, "en"))]
+            request = MemorizeRequest(key, (source,), self.manifest.ratio, "en", kind=self.manifest.kind)
+            steps = [step async for step in memorize.remote(request)]
             if not isinstance(steps[-1], MemorizeResult):
                 raise RuntimeError("the Memorizer ended without a result")
             store.discard(key)
@@ -154,18 +156,20 @@ class Stages:
         shape = read_shape(described.model, {})
         (document,) = self.manifest.documents
         room = self.profile.memory.group_slots - len(self.manifest.head_tokens)
+        window = window_of(shape, self.manifest.kind)
         flops = memorizing(
             shape,
             document.tokens,
             ratio=self.manifest.ratio,
-            segment_tokens=max(1, room * self.manifest.ratio // shape.window) * shape.window,
+            segment_tokens=max(1, room * self.manifest.ratio // window) * window,
             ranks=1,
             group_windows=1,
             rates=RankRates(1.0, 1.0, 0.0),
             head_slots=len(self.manifest.head_tokens),
+            kind=self.manifest.kind,
         ).flops
-
-        return (await self.memorize(seconds)).per_s * flops / self.profile.memory.memorize.ranks
+        ranks = 1 if self.manifest.kind == "gist" else self.profile.memory.memorize.ranks
+        return (await self.memorize(seconds)).per_s * flops / ranks
 
     async def _recaller(self, seconds: float) -> "tuple[float, Busy, list[str]]":
         """Seconds of one question alone, questions a second of many, and the clues of one."""
@@ -285,11 +289,10 @@ async def _memorized(
     store = MemoryStore(root)
     manifest = store.read_manifest(store.current(_TENANT, memory))
     described = await handles["Memorizer"].describe.remote()
-    tokens, least = sum(document.tokens for document in manifest.documents), 8 * described.window
+    tokens, least = sum(document.tokens for document in manifest.documents), 8 * described.kinds[manifest.kind].window
     if tokens < least:
         raise ValueError(
-            f"the text has {tokens:,} tokens, less than eight windows of the memory model ({least:,}): "
-            "give a longer one"
+            f"the text has {tokens:,} tokens, less than eight windows of its memory ({least:,}): give a longer one"
         )
     return Stages(profile, address, root, handles, manifest, text)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cluster.costs import MemoryKind
 from serving.commands_batch import batch, memorize_folder
 from serving.commands_evaluate import evaluate
 from serving.commands_keys import app as keys_app
@@ -122,6 +123,9 @@ def memorize(
     id: Annotated[str | None, typer.Option(help="Id of the memory; otherwise the server chooses.")] = None,
     title: Annotated[str | None, typer.Option(help="Title for people.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag to ask it by, with others; may be repeated.")] = None,
+    kind: Annotated[
+        MemoryKind | None, typer.Option(help="Kind of memory; otherwise the profile's, or what the model can make.")
+    ] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; otherwise the profile's.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="A memory of each file below a folder.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="With --recursive: files under way at most.")] = 4,
@@ -137,10 +141,10 @@ def memorize(
         raise typer.BadParameter(f"{folder} is a folder; with --recursive, each file below it becomes a memory")
     with _errors(out), _client(storage, url) as client:
         if recursive:
-            memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), ratio=ratio)
+            memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), kind=kind, ratio=ratio)
             return
         progress = out.progress_lines() if not out.on_terminal else True
-        memory = client.memorize(*files, id=id, title=title, tags=tag or (), ratio=ratio, progress=progress)
+        memory = client.memorize(*files, id=id, title=title, tags=tag or (), kind=kind, ratio=ratio, progress=progress)
         out.memory(memory.info)
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import httpx
 import httpx_sse
 
+from cluster.costs import MemoryKind
 from serving.client_errors import MemoRAGError, ServerUnreachable, check, problem_error
 from serving.progress import OnProgress, shown
 
@@ -68,17 +69,19 @@ class MemoRAG:
         id: str | None = None,
         title: str | None = None,
         tags: Sequence[str] = (),
+        kind: MemoryKind | None = None,
         ratio: int | None = None,
         progress: bool | OnProgress | None = None,
     ) -> "Memory":
         """Makes a memory of files (txt, md, html, pdf, docx) or of `text`, and waits until it is ready.
 
+        `kind` and `ratio` are as in docs/kinds.md; the server chooses where they are left out.
         `progress`: True draws a bar, False is silent, None draws on a terminal only; a function is called with
         every progress event. Raises `MemoRAGError` where the server refuses, or fails to make the memory.
         """
         if (text is None) == (not paths):
             raise ValueError("give either the paths of files or text=, and not both")
-        fields = {k: v for k, v in {"id": id, "title": title, "ratio": ratio}.items() if v is not None}
+        fields = _given({"id": id, "title": title, "kind": kind, "ratio": ratio})
         if text is not None:
             body = {**fields, "tags": list(tags), "documents": [{"text": text}]}
             created = self._json("POST", "/v1/memories", json=body)

@@ -11,6 +11,7 @@ import typer
 from serving.commands_show import Output
 
 if TYPE_CHECKING:
+    from cluster.costs import MemoryKind
     from serving.batch import BatchReport
     from serving.client import MemoRAG
 
@@ -69,7 +70,14 @@ def batch(
 
 
 def memorize_folder(
-    out: Output, client: "MemoRAG", folders: Sequence[Path], *, concurrency: int, tags: Sequence[str], ratio: int | None
+    out: Output,
+    client: "MemoRAG",
+    folders: Sequence[Path],
+    *,
+    concurrency: int,
+    tags: Sequence[str],
+    kind: "MemoryKind | None",
+    ratio: int | None,
 ) -> None:
     """`memorag memorize --recursive`: a memory of each file below a folder. Exit code 1 where one failed."""
     from serving.batch_memorize import memorize_folder as memorize
@@ -78,7 +86,7 @@ def memorize_folder(
     if len(folders) != 1 or not folders[0].is_dir():
         raise typer.BadParameter("--recursive takes one folder, and makes a memory of each file below it")
     with counting("memorizing", "files", True) as show:
-        report = memorize(client, folders[0], concurrency=concurrency, tags=tags, ratio=ratio, show=show)
+        report = memorize(client, folders[0], concurrency=concurrency, tags=tags, kind=kind, ratio=ratio, show=show)
     failures = [file for file in report.files if file.state == "failed"]
     for file in failures[:_SHOWN_FAILURES]:
         out.note(f"failed: {file.file}: {file.error}")

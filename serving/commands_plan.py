@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.costs import MemoryKind
 from serving.commands_show import Output
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def plan(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one memory.")],
     questions_per_second: Annotated[float, typer.Option(min=0.001, help="Questions asked of all of them.")],
     profile: Annotated[str, typer.Option(help="Name of a profile, or a YAML file.")] = "embedded",
-    ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per beacon; else the profile's.")] = None,
+    kind: Annotated[
+        MemoryKind | None, typer.Option(help="Kind of memory; else the profile's, or the calibrated one.")
+    ] = None,
+    ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; else the profile's.")] = None,
     hours: Annotated[float, typer.Option(min=0.001, help="Hours in which all memories are to be made.")] = 24.0,
     hot: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the memories asked at a time.")] = 0.2,
     answer_tokens: Annotated[float | None, typer.Option(min=1, help="Of an answer; else as calibrated.")] = None,
@@ -72,11 +76,13 @@ def plan(
         files = dict(_shape_option(value) for value in shape or ())
         node = Node(node_gpus, node_cpus, gpu_gb * 1e9)
         sizes = sizes_of(settings, node, files)
+        made = kind or settings.memory.memorize.kind or measured.memorize_kind
         demand = Demand(
             memories,
             tokens,
             questions_per_second,
-            ratio or settings.memory.memorize.ratio,
+            1 if made == "full" else ratio or settings.memory.memorize.ratio,
+            made,
             hours=hours,
             hot=hot,
             answer_tokens=answer_tokens,
@@ -84,6 +90,8 @@ def plan(
         found = planned(demand, sizes, measured)
         if measured.profile != profile:
             out.note(f"the rates are those of the profile {measured.profile!r} on {measured.machine}")
+        if measured.memorize_kind != made:
+            out.note(f"memorizing was measured on {measured.memorize_kind} memories: what {made} takes is a guess")
         if svg:
             loads = [questions_per_second * share for share in _CURVE]
             svg.write_text(curve_svg(curve(demand, sizes, measured, loads)), encoding="utf-8")
@@ -157,7 +165,7 @@ def _as_json(found: "Plan") -> dict[str, Any]:
 def _shown(found: "Plan", rates: "Rates") -> str:
     demand = found.demand
     lines = [
-        f"{demand.memories:,} memories of {demand.tokens:,} tokens at ratio {demand.ratio}, "
+        f"{demand.memories:,} {demand.kind} memories of {demand.tokens:,} tokens at ratio {demand.ratio}, "
         f"{demand.questions_per_s:g} questions a second; rates of {rates.machine}",
         f"one memory: {found.slots:,} slots, {_bytes(found.memory_bytes)}, memorized in {found.memorize_s:,.1f} s",
         "",

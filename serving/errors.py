@@ -43,6 +43,8 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (memory_errors.MemoryTooLarge, 422),
     (memory_errors.WindowTooLarge, 422),
     (memory_errors.MixedMemories, 422),
+    (memory_errors.UnsupportedKind, 422),
+    (memory_errors.UnfitRatio, 422),
     (memory_errors.EmptyDocument, 422),
     (generator_errors.QuestionTooLong, 422),
     (UnsupportedDocument, 422),

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from cluster.costs import MemoryKind
 from cluster.storage import Storage
 from memory_worker.manifest import FileEntry, Manifest
 from memory_worker.messages import MemoryKey
@@ -51,6 +52,7 @@ _CREATE_BODY: dict[str, Any] = {
                         "id": {"type": "string"},
                         "title": {"type": "string"},
                         "tags": {"type": "array", "items": {"type": "string"}},
+                        "kind": {"type": "string", "enum": list(get_args(MemoryKind))},
                         "ratio": {"type": "integer"},
                     },
                 }

@@ -125,6 +125,7 @@ class Jobs:
             language=language_of(record.language),
             # A repair may be one of the head itself: it is made anew, and is the same again.
             head=job.base.head if job.base and record.kind != "repair" else None,
+            kind=record.memory_kind,
         )
         response = self._memorizer.options(stream=True).memorize.remote(request)
         try:
@@ -212,6 +213,7 @@ def _manifest(job: Job, encoded: MemorizeResult, indexed: list[IndexedDocument])
         created=now(),
         title=record.title,
         tags=record.tags,
+        kind=record.memory_kind,
         model=encoded.model,
         fingerprint=encoded.fingerprint,
         ratio=record.ratio,

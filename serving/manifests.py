@@ -1,7 +1,5 @@
 """What the Router reads out of manifests: the index the Retriever searches, and the memory as HTTP shows it."""
 
-import re
-import uuid
 from collections.abc import Sequence
 
 from memory_worker.manifest import Manifest
@@ -49,7 +47,7 @@ def memory_out(record: MemoryRecord) -> api.MemoryOut:
         tags=list(made_of.tags) if made_of else [],
         status=record.status,
         version=record.version,
-        kind="beacon",
+        kind=made_of.memory_kind if made_of else "beacon",
         ratio=made_of.ratio if made_of else 0,
         slots=0,
         tokens=job.total_tokens if job else 0,
@@ -88,9 +86,3 @@ def _job_out(job: Job | None) -> api.JobOut | None:
         done_tokens=job.done_tokens,
         total_tokens=job.total_tokens,
     )
-
-
-def id_from(title: str | None) -> str:
-    """A new memory's id, such as `marrow-head-5f3a9c01`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", (title or "").lower()).strip("-")[:60]
-    return f"{slug or 'memory'}-{uuid.uuid4().hex[:8]}"

@@ -100,7 +100,7 @@ class Receiver:
     ) -> api.MemoryOut:
         _check_ids([document.id for document in documents])
         reserved: Reservation = await router.reserve.remote(
-            tenant, wanted.id, wanted.title, wanted.ratio, len(documents)
+            tenant, wanted.id, wanted.title, wanted.kind, wanted.ratio, len(documents)
         )
         try:
             stored = [await self._stored(d.store, source_path(reserved.key, d.id)) for d in documents]
@@ -111,6 +111,7 @@ class Receiver:
                 language=language,
                 title=wanted.title,
                 tags=wanted.tags,
+                kind=wanted.kind,
                 ratio=wanted.ratio,
             )
         except BaseException as error:

@@ -8,27 +8,27 @@ from typing import TypeVar
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.messages import TextDelta
+from cluster.costs import MemoryKind
 from memory_worker.catalog_actor import catalog
-from memory_worker.errors import WrongModel
 from memory_worker.groups import segment_groups
 from memory_worker.manifest import FileEntry, JobDocument, JobRecord, Manifest
-from memory_worker.messages import Clue, MemorizerDescription, MemoryKey, MemoryRecord, Reservation, SegmentGroup
+from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, Reservation, SegmentGroup
 from memory_worker.store import check_id
-from retrieval_worker.messages import Hit
 from serving import api
 from serving.batch_once import KeyedAnswers
 from serving.config import Profile
 from serving.errors import ProblemError, damaged_path, problem_for
 from serving.jobs import Jobs
-from serving.manifests import id_from, memory_out, progress_out
+from serving.kinds import chosen, require_same_model
+from serving.manifests import memory_out, progress_out
 from serving.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools
 from serving.prefetch import Prefetch
 from serving.prepared import Prepared
 from serving.question_limits import QuestionLimits
 from serving.secret import salt_of
-from serving.shown import clue_out, passage_out
+from serving.shown import clue_out, event_out, passage_out
 from serving.texts import Texts
+from serving.uploads import memory_id
 from serving.usage_metrics import UsageMetrics
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
@@ -75,17 +75,18 @@ class Router(KeyedAnswers):
     # -- memories ------------------------------------------------------------------------------------------
 
     async def reserve(
-        self, tenant: str, memory: str | None, title: str | None, ratio: int | None, documents: int
+        self,
+        tenant: str,
+        memory: str | None,
+        title: str | None,
+        kind: MemoryKind | None,
+        ratio: int | None,
+        documents: int,
     ) -> Reservation:
         """Where the texts of a new memory are put before `create` begins its job. A name is made if none is given."""
         self._check_documents(documents)
-        model = await self._memory_model()
-        if ratio is not None and ratio not in model.ratios:
-            valid = ", ".join(map(str, model.ratios))
-            raise ProblemError(
-                422, f"ratio {ratio} does not divide the window of {model.window} tokens; use one of {valid}"
-            )
-        name = memory if memory is not None else id_from(title)
+        await self._chosen(kind, ratio)
+        name = memory if memory is not None else memory_id(title)
         return await _problems(self._catalog.reserve.remote(tenant, name, create=True))
 
     async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
@@ -102,9 +103,8 @@ class Router(KeyedAnswers):
         try:
             if document not in {entry.id for entry in base.documents}:
                 self._check_documents(len(base.documents) + 1)
-            running = (await self._memory_model()).fingerprint
-            if base.fingerprint != running:
-                raise problem_for(WrongModel(memory, base.fingerprint, running))
+            require_same_model(base, await self._memory_model())
+            await self._chosen(base.kind, base.ratio)
         except ProblemError:
             await self.abandon(reserved.key)
             raise
@@ -112,9 +112,7 @@ class Router(KeyedAnswers):
 
     async def reserve_import(self, tenant: str, memory: str, manifest: Manifest) -> Reservation:
         """Where the files of an archive are put before `adopt`. Raises where another model encoded it."""
-        running = (await self._memory_model()).fingerprint
-        if manifest.fingerprint != running:
-            raise problem_for(WrongModel(memory, manifest.fingerprint, running))
+        require_same_model(manifest, await self._memory_model(), memory)
         self._check_documents(len(manifest.documents))
         return await _problems(self._catalog.reserve.remote(tenant, memory, create=True))
 
@@ -130,12 +128,15 @@ class Router(KeyedAnswers):
         language: str,
         title: str | None,
         tags: Sequence[str],
+        kind: MemoryKind | None,
         ratio: int | None,
     ) -> api.MemoryOut:
         """Begins to make a memory of texts that are in storage; it is `memorizing` when this returns."""
+        kind, ratio = await self._chosen(kind, ratio)
         job = JobRecord(
             documents=tuple(documents),
-            ratio=ratio or self._profile.memory.memorize.ratio,
+            memory_kind=kind,
+            ratio=ratio,
             language=language,
             title=title,
             tags=tuple(dict.fromkeys(tags)),
@@ -150,6 +151,7 @@ class Router(KeyedAnswers):
             kind="put",
             base=base.version,
             documents=(document,),
+            memory_kind=base.kind,
             ratio=base.ratio,
             language=base.language,
             title=base.title,
@@ -241,7 +243,7 @@ class Router(KeyedAnswers):
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.question(tenant, item)
-                yield _event(item)
+                yield event_out(item)
         except Exception as error:  # noqa: BLE001  the response has begun: the failure travels as its last event
             yield api.Event(name="error", data=(await self._problem(manifests, error)).body())
 
@@ -326,6 +328,10 @@ class Router(KeyedAnswers):
             self._model = await self._memorizer.describe.remote()
         return self._model
 
+    async def _chosen(self, kind: MemoryKind | None, ratio: int | None) -> tuple[MemoryKind, int]:
+        """What a memory is made as, for which these are asked."""
+        return chosen(await self._memory_model(), kind, ratio, self._profile.memory.memorize.ratio)
+
     async def _record(self, tenant: str, memory: str) -> MemoryRecord:
         return await _problems(self._catalog.get.remote(tenant, memory))
 
@@ -343,10 +349,9 @@ class Router(KeyedAnswers):
         await self._limits.check(question, (await self._memory_model()).window)
         groups: Sequence[SegmentGroup] = ()
         if question.task in READ_MEMORY:
-            running = (await self._memory_model()).fingerprint
+            model = await self._memory_model()
             for manifest in manifests:
-                if manifest.fingerprint != running:
-                    raise problem_for(WrongModel(manifest.memory, manifest.fingerprint, running))
+                require_same_model(manifest, model)
             try:
                 groups = segment_groups(manifests, self._profile.memory.group_slots)
             except Exception as error:
@@ -374,16 +379,6 @@ def router_deployment(profile: Profile) -> serve.Deployment:
     """The Router on the CPU pool of `profile`. One that is replaced ends its questions first."""
     options = profile.pools.cpu.deployment_options() | {"graceful_shutdown_timeout_s": profile.limits.question_s}
     return serve.deployment(Router, name="Router", **options)
-
-
-def _event(item: Clue | Hit | TextDelta | api.Answer) -> api.Event:
-    if isinstance(item, Clue):
-        return api.Event(name="clue", data=clue_out(item).model_dump())
-    if isinstance(item, Hit):
-        return api.Event(name="passage", data=passage_out(item).model_dump())
-    if isinstance(item, TextDelta):
-        return api.Event(name="token", data={"text": item.text})
-    return api.Event(name="done", data=item.model_dump())
 
 
 async def _problems(called: Awaitable[_Result]) -> _Result:

@@ -1,5 +1,6 @@
 """What the pipeline found, in the shapes of `serving.api` and of the Generator."""
 
+from cluster.messages import TextDelta
 from generator_worker.messages import Source
 from memory_worker.messages import Clue
 from retrieval_worker.messages import Hit
@@ -28,3 +29,14 @@ def source_of(hit: Hit) -> Source:
     """A passage as the Generator reads it."""
     passage = hit.passage
     return Source(passage.memory, passage.document, passage.start, passage.end, passage.text, hit.score)
+
+
+def event_out(item: Clue | Hit | TextDelta | api.Answer) -> api.Event:
+    """What the pipeline yields, as an event of a stream."""
+    if isinstance(item, Clue):
+        return api.Event(name="clue", data=clue_out(item).model_dump())
+    if isinstance(item, Hit):
+        return api.Event(name="passage", data=passage_out(item).model_dump())
+    if isinstance(item, TextDelta):
+        return api.Event(name="token", data={"text": item.text})
+    return api.Event(name="done", data=item.model_dump())

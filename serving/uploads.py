@@ -8,6 +8,7 @@ import codecs
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, NamedTuple
@@ -58,6 +59,12 @@ def store_file(storage: Storage, path: str, id: str, name: str, file: IO[bytes],
             raise NoText(f"{name!r} holds no text but white space; send a file that has some")
     document = JobDocument(id=id, characters=reading.characters, source=FileEntry.of(sink.stored))
     return StoredText(document, reading.sample)
+
+
+def memory_id(title: str | None) -> str:
+    """A new id for a memory that has none: made of its title, and at random."""
+    slug = re.sub(r"[^a-z0-9]+", "-", (title or "").lower()).strip("-")[:60]
+    return f"{slug or 'memory'}-{uuid.uuid4().hex[:8]}"
 
 
 def document_id(filename: str | None, number: int) -> str:

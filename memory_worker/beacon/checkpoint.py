@@ -1,8 +1,10 @@
-"""Checkpoints of the memory model in Hugging Face layout: their shape, weights and fingerprint."""
+"""Checkpoints of the memory model in Hugging Face layout: their shape, weights and fingerprint.
+
+One without beacon weights is a stock decoder: it makes memories of the kinds that need none.
+"""
 
 import hashlib
 import json
-import logging
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +17,9 @@ from torch import Tensor
 
 from memory_worker.beacon.rope import Rope, rope_parameters
 
-FAMILIES = ("qwen2", "mistral", "llama")
+FAMILIES = ("qwen2", "qwen3", "mistral", "llama")
 DEFAULT_WINDOW = 2048
 _RECIPE = 1  # counts changes of how the same weights make a memory
-_logger = logging.getLogger(__name__)
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -38,7 +39,7 @@ class Shape:
     window: int  # tokens compressed together
     ratios: tuple[int, ...]  # tokens per beacon the checkpoint was trained for; empty where it does not say
     rope: dict[str, Any]
-    eos: int | None
+    eos: int | None  # whose embedding training begins the beacon from
 
     @classmethod
     def of(cls, folder: Path) -> "Shape":
@@ -52,7 +53,9 @@ class Shape:
             )
         if config.get("hidden_act", "silu") != "silu":
             raise UnsupportedCheckpoint(f"{folder} has hidden_act {config['hidden_act']!r}; only silu is supported")
-        slides = config.get("sliding_window") is not None and config.get("use_sliding_window", known != {"qwen2"})
+        slides = config.get("sliding_window") is not None and config.get(
+            "use_sliding_window", not known <= {"qwen2", "qwen3"}
+        )
         if slides:
             raise UnsupportedCheckpoint(
                 f"{folder} attends over a sliding window, and would forget its memory; "
@@ -82,7 +85,8 @@ class Layer:
     attention_norm: Tensor  # [hidden]
     qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
     qkv_bias: Tensor | None
-    beacon_qkv: Tensor  # as qkv, for beacon rows
+    head_norms: tuple[Tensor, Tensor] | None  # [head_dim] of queries, of keys: RMS norms before RoPE (Qwen3)
+    beacon_qkv: Tensor | None  # as qkv, for beacon rows; none in a stock checkpoint
     beacon_qkv_bias: Tensor | None
     out: Tensor  # [hidden, heads * head_dim]
     out_bias: Tensor | None
@@ -98,7 +102,7 @@ class Weights:
     """All weights, on one device and in one dtype."""
 
     embedding: Tensor  # [vocab, hidden]
-    beacon: Tensor  # [hidden]
+    beacon: Tensor | None  # [hidden]; none in a stock checkpoint
     layers: tuple[Layer, ...]
     norm: Tensor  # [hidden]
     head: Tensor  # [vocab, hidden]; the embedding itself where they are tied
@@ -123,9 +127,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, shape: Shape, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Reads the weights of `folder`. Missing beacon weights are copied from stock ones, with a warning.
+    """Reads the weights of `folder`, those of beacons where there are any.
 
-    Raises `UnsupportedCheckpoint` naming a stock weight that is missing.
+    Raises `UnsupportedCheckpoint` naming a weight that is missing.
     """
     from safetensors import safe_open
 
@@ -143,30 +147,23 @@ def load(folder: Path, shape: Shape, dtype: torch.dtype, device: torch.device) -
     def stack_bias(*names: str) -> Tensor | None:
         return stack(*names) if names[0] in where else None
 
-    stock_only = not any("beacon" in name for name in where)
+    has_beacons = any("beacon" in name for name in where)
     embedding = get("model.embed_tokens.weight")
-    if stock_only:
-        if shape.eos is None:
-            raise UnsupportedCheckpoint(f"{folder} has neither beacon weights nor an eos_token_id to begin them from")
-        _logger.warning(
-            "%s has no beacon weights: they are copied from the stock projections and the end-of-sequence embedding, "
-            "untrained, and memories made with them will be poor",
-            folder,
-        )
-    beacon = embedding[shape.eos].clone() if stock_only else get("model.beacon_embed_tokens.weight")[0]
-    prefix = "" if stock_only else "beacon_"
+    beacon = get("model.beacon_embed_tokens.weight")[0] if has_beacons else None
     layers = []
     for index in range(shape.layers):
         layer = f"model.layers.{index}"
         stock = [f"{layer}.self_attn.{p}_proj" for p in "qkv"]
-        beacons = [f"{layer}.self_attn.{prefix}{p}_proj" for p in "qkv"]
+        beacons = [f"{layer}.self_attn.beacon_{p}_proj" for p in "qkv"]
+        norms = [f"{layer}.self_attn.{p}_norm.weight" for p in "qk"]
         mlp = [f"{layer}.mlp.{p}_proj" for p in ("gate", "up")]
         layers.append(
             Layer(
                 attention_norm=get(f"{layer}.input_layernorm.weight"),
                 qkv=stack(*(f"{name}.weight" for name in stock)),
                 qkv_bias=stack_bias(*(f"{name}.bias" for name in stock)),
-                beacon_qkv=stack(*(f"{name}.weight" for name in beacons)),
+                head_norms=(get(norms[0]), get(norms[1])) if norms[0] in where else None,
+                beacon_qkv=stack(*(f"{name}.weight" for name in beacons)) if has_beacons else None,
                 beacon_qkv_bias=stack_bias(*(f"{name}.bias" for name in beacons)),
                 out=get(f"{layer}.self_attn.o_proj.weight"),
                 out_bias=stack_bias(f"{layer}.self_attn.o_proj.bias"),

@@ -1,4 +1,4 @@
-"""The beacon memory model: compresses tokens into memory slots, and reads on from them with stock weights.
+"""The memory model: makes slots of tokens, compressed into beacons or one for each, and reads on from them.
 
 A group of windows goes through each layer together. At a layer, window *w* needs of the windows before it only
 their beacons' keys and values at that layer, and those are there as soon as the group has been projected: so the
@@ -6,7 +6,7 @@ recurrence runs over layers and not over the text, and the result is that of one
 are turned twice: to their slot, for later windows, and to their place in the window, for their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from memory_worker.beacon import checkpoint
 from memory_worker.beacon.attention import attend
-from memory_worker.beacon.checkpoint import Layer, Shape, Weights
+from memory_worker.beacon.checkpoint import Layer, Shape, UnsupportedCheckpoint, Weights
 from memory_worker.beacon.exchange import Exchange
+from memory_worker.beacon.layers import add_linear, add_mlp, rms_norm
 from memory_worker.beacon.rope import Rope, rotate_by
 from memory_worker.beacon.slots import Part, Slots
 from memory_worker.beacon.windows import Group, Rows, Text, Window, slots_of
@@ -27,8 +28,6 @@ from memory_worker.beacon.windows import Group, Rows, Text, Window, slots_of
 RATIOS = (2, 4, 8, 16, 32)
 # Measured on two CPU cores with benchmarks/memorize.py; on a GPU enough rows to fill it at window 2048.
 _GROUP_WINDOWS = {"cpu": 4, "cuda": 8}
-# Rows that go through the MLP together: bounds its activations; fewer rows a product run slower (measured likewise).
-_MLP_ROWS = {"cpu": 4096, "cuda": 8192}
 
 
 class UnsupportedRatio(ValueError):
@@ -51,7 +50,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class BeaconModel:
-    """A decoder with beacon weights. Made by `from_pretrained`; calls on it change nothing in it."""
+    """A decoder, with beacon weights or without. Made by `from_pretrained`; calls on it change nothing in it."""
 
     folder: Path
     shape: Shape
@@ -66,10 +65,9 @@ class BeaconModel:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "BeaconModel":
-        """Loads a Qwen2, Mistral or Llama checkpoint from a folder or the hub.
+        """Loads a Qwen2, Qwen3, Mistral or Llama checkpoint from a folder or the hub.
 
-        Without beacon weights in it, they are copied from the stock ones, with a warning. Raises
-        `UnsupportedCheckpoint` or `UnsupportedRope`.
+        Raises `UnsupportedCheckpoint` or `UnsupportedRope`.
         """
         folder = checkpoint.resolve(path)
         shape = Shape.of(folder)
@@ -77,6 +75,11 @@ class BeaconModel:
         kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         rope = checkpoint.rope_of(folder).to(where)
         return cls(folder, shape, checkpoint.load(folder, shape, kind, where), rope)
+
+    @property
+    def has_beacons(self) -> bool:
+        """Whether it can compress; without, every token that it reads becomes a slot."""
+        return self.weights.beacon is not None
 
     @property
     def layers(self) -> int:
@@ -138,7 +141,8 @@ class BeaconModel:
 
         The first `head` tokens are kept raw, a slot each; the others become one slot for every `ratio` tokens and
         one for the remainder. `on_group` gets the tokens done so far and the new slots after each group.
-        Raises `UnsupportedRatio`, or `ValueError` for token ids outside the vocabulary.
+        Raises `UnsupportedRatio`, `ValueError` for token ids outside the vocabulary, or `UnsupportedCheckpoint` where
+        tokens are to be compressed without beacon weights.
         """
         text = self._begin(tokens, memory, ratio=ratio, head=head)
         keys = torch.empty_like(text.keys[:, :, len(memory) if memory else 0 :])
@@ -156,12 +160,14 @@ class BeaconModel:
         self,
         documents: Sequence[Sequence[int] | Tensor],
         *,
-        ratio: int,
+        ratio: int | None,
         memory: Slots | Sequence[Slots | None] | None = None,
         group_windows: int | None = None,
         exchange: Exchange | None = None,
     ) -> Iterator[tuple[Part, ...]]:
         """Compresses several documents, windows of different ones sharing a pass; yields what each pass added.
+
+        Without a `ratio` nothing is compressed: every token becomes a slot, by stock weights alone.
 
         Each document sees `memory` (the head's slots, or one entry per document) and itself alone. Parts of a
         document come in order; a document is resumed by giving the slots it has as its memory and the tokens from
@@ -172,10 +178,11 @@ class BeaconModel:
         """
         memories = [memory] * len(documents) if memory is None or isinstance(memory, Slots) else memory
         texts = (
-            self._begin(tokens, before, ratio=ratio, number=number)
+            self._begin(tokens, before, ratio=ratio or 1, head=0 if ratio else len(tokens), number=number)
             for number, (tokens, before) in enumerate(zip(documents, memories, strict=True))
         )
-        self.check_ratio(ratio)
+        if ratio is not None:
+            self.check_ratio(ratio)
         return self._encode(texts, group_windows, exchange)
 
     def logits(self, tokens: Sequence[int] | Tensor, memory: Slots | None = None) -> Tensor:
@@ -189,17 +196,39 @@ class BeaconModel:
         self, tokens: Sequence[int] | Tensor, memory: Slots | None = None, *, max_new_tokens: int
     ) -> list[int]:
         """The `max_new_tokens` likeliest tokens after `memory` and `tokens`, one by one; it stops at nothing."""
-        text = self._begin(tokens, memory, head=len(tokens), room=max_new_tokens)
-        *_, last = (hidden for group in self._pack(iter([text]), None) for hidden in self._run(group))
-        produced: list[int] = []
-        while True:
-            produced.append(int(self._read(last[-1:]).argmax()))
-            if len(produced) == max_new_tokens:
-                return produced
-            end, slot = len(text.tokens), text.windows[-1].slot + text.windows[-1].kept
-            text.tokens = torch.cat([text.tokens, torch.tensor(produced[-1:])])
-            text.windows.append(Window(end, end + 1, 0, slot))
-            (last,) = self._run([(text, text.windows[-1])])
+        return self.generate_each([tokens], memory, max_new_tokens=max_new_tokens)[0]
+
+    def generate_each(
+        self,
+        prompts: Sequence[Sequence[int] | Tensor],
+        memory: Slots | None = None,
+        *,
+        max_new_tokens: int,
+        stop: Collection[int] = (),
+    ) -> list[list[int]]:
+        """The likeliest tokens after each prompt that follows `memory`, one by one, in all prompts at a time.
+
+        A prompt ends at the first of `stop`, which is left out, or after `max_new_tokens`.
+        """
+        texts = [
+            self._begin(tokens, memory, head=len(tokens), room=max_new_tokens, number=number)
+            for number, tokens in enumerate(prompts)
+        ]
+        last: dict[int, Tensor] = {}  # hidden state [1, hidden] of each text's last token
+        for group in self._pack(iter(texts), None):
+            last |= {text.number: rows[-1:] for (text, _), rows in zip(group, self._run(group), strict=True)}
+        produced: list[list[int]] = [[] for _ in texts]
+        while last:
+            chosen = self._read(torch.cat([*last.values()])).argmax(dim=-1).tolist()
+            group = []
+            for number, token in zip(last, chosen, strict=True):
+                if token in stop:
+                    continue
+                produced[number].append(token)
+                if len(produced[number]) < max_new_tokens:
+                    group.append((texts[number], texts[number].extend(token)))
+            last = {text.number: rows for (text, _), rows in zip(group, self._run(group), strict=True)} if group else {}
+        return produced
 
     def _begin(
         self,
@@ -222,6 +251,8 @@ class BeaconModel:
         expected = (self.layers, self.kv_heads, self.head_dim)
         if memory is not None and (*memory.keys.shape[:2], memory.keys.shape[3]) != expected:
             raise ValueError(f"the memory's slots are {tuple(memory.keys.shape)}: they are of another model")
+        if head < len(ids) and not self.has_beacons:
+            raise UnsupportedCheckpoint(f"{self.folder} has no beacon weights: it cannot compress what it reads")
         slot = len(memory) if memory else 0
         windows = []
         starts = [*range(0, head, self.window), *range(head, len(ids), self.window)]
@@ -286,12 +317,13 @@ class BeaconModel:
         ordinary[rows.beacons] = False
         hidden = torch.empty(rows.count, self.shape.hidden, dtype=self.dtype, device=self.device)
         hidden[ordinary.to(self.device)] = self.weights.embedding[rows.ids.to(self.device)]
-        hidden[present.beacons] = self.weights.beacon
+        if self.weights.beacon is not None:
+            hidden[present.beacons] = self.weights.beacon
         for index, layer in enumerate(self.weights.layers):
             keys = self._attend(hidden, layer, index, present)
             if fresh is not None:
                 fresh[index] = keys
-            self._mlp(hidden, layer)
+            add_mlp(hidden, layer, self.shape.epsilon)
         return [hidden[start : start + count] for start, count in rows.spans]
 
     def _prepare(self, group: Group, exchange: Exchange | None) -> _Pass:
@@ -321,12 +353,15 @@ class BeaconModel:
     def _attend(self, hidden: Tensor, layer: Layer, index: int, present: _Pass) -> Tensor:
         """Adds the layer's attention to `hidden` [rows, hidden]; returns the group's unrotated kept keys."""
         shape, beacons = self.shape, present.beacons
-        normed = _rms_norm(hidden, layer.attention_norm, shape.epsilon)
+        normed = rms_norm(hidden, layer.attention_norm, shape.epsilon)
         qkv = linear(normed, layer.qkv, layer.qkv_bias)
-        if len(beacons):
+        if len(beacons) and layer.beacon_qkv is not None:
             qkv[beacons] = linear(normed[beacons], layer.beacon_qkv, layer.beacon_qkv_bias)
         heads = qkv.unflatten(1, (-1, shape.head_dim)).transpose(0, 1)  # [heads + 2 kv_heads, rows, head_dim]
         split = shape.heads + shape.kv_heads
+        if layer.head_norms:
+            for part, norm in zip((heads[: shape.heads], heads[shape.heads : split]), layer.head_norms, strict=True):
+                part.copy_(rms_norm(part, norm, shape.epsilon))
         turned, values = rotate_by(heads[:split], *present.in_place), heads[split:]
         raw_keys, kept_values = heads[shape.heads : split, present.kept], values[:, present.kept]
         if present.exchange:
@@ -349,32 +384,11 @@ class BeaconModel:
                 text.values[index, :, : window.slot],
                 attended[own],
             )
-        _add_linear(hidden, attended, layer.out, layer.out_bias)
+        add_linear(hidden, attended, layer.out, layer.out_bias)
         return raw_keys
-
-    def _mlp(self, hidden: Tensor, layer: Layer) -> None:
-        """Adds the layer's MLP to `hidden` [rows, hidden]."""
-        for piece in hidden.split(_MLP_ROWS.get(self.device.type, 8192)):
-            normed = _rms_norm(piece, layer.mlp_norm, self.shape.epsilon)
-            gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            _add_linear(piece, silu(gate).mul_(up), layer.down, layer.down_bias)
 
     @torch.inference_mode()
     def _read(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 of last hidden states [rows, hidden]."""
-        normed = _rms_norm(hidden, self.weights.norm, self.shape.epsilon)
+        normed = rms_norm(hidden, self.weights.norm, self.shape.epsilon)
         return linear(normed, self.weights.head).to(torch.float32)
-
-
-def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Of each row of `hidden` [rows, hidden], computed in float32."""
-    rows = hidden.to(torch.float32)
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return (rows * torch.rsqrt(norm.square_().div_(hidden.shape[-1]).add_(epsilon))).to(hidden.dtype).mul_(weight)
-
-
-def _add_linear(hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Adds `weight` times `rows`, and the bias, to `hidden` in place."""
-    hidden.addmm_(rows, weight.t())
-    if bias is not None:
-        hidden += bias

@@ -51,6 +51,13 @@ class Text:
     keys: Tensor  # [layers, kv_heads, capacity, head_dim], rotated to their slots
     values: Tensor  # [layers, kv_heads, capacity, head_dim]
 
+    def extend(self, token: int) -> Window:
+        """A raw window of one more token, for which the buffers have room."""
+        last, end = self.windows[-1], len(self.tokens)
+        self.tokens = torch.cat([self.tokens, torch.tensor([token])])
+        self.windows.append(Window(end, end + 1, 0, last.slot + last.kept))
+        return self.windows[-1]
+
 
 Group = list[tuple[Text, Window]]
 

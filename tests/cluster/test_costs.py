@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memorize
-from cluster.costs import ModelShape, RankRates, memorizing
+from cluster.costs import GIST_WINDOW, ModelShape, RankRates, memorizing, window_flops
 
 QWEN2_7B = ModelShape(
     layers=28,
@@ -87,3 +87,28 @@ def test_the_documents_table_is_what_is_computed(segment_tokens: int) -> None:
             ]
             cells += [f"{x.compute_s:,.2f}", f"{x.exchange_s:.2f}", f"{x.seconds:,.1f}", f"{alone / x.seconds:.1f}"]
             assert f"| {' | '.join(cells)} |" in text
+
+
+def test_a_full_memory_costs_what_reading_its_text_does() -> None:
+    read = window_flops(QWEN2_7B, 2048, 1, 500, "full")
+    weights = 2 * 2048 * QWEN2_7B.matrix_parameters
+    assert read - weights == 4 * 28 * 28 * 128 * (2048 * 500 + 2048 * 2049 / 2)
+    found = memorizing(
+        QWEN2_7B, 10_000, ratio=1, segment_tokens=8192, ranks=1, group_windows=8, rates=WITHIN_NODE, kind="full"
+    )
+    assert found.slots == 10_000
+    starts = (0, 2048, 4096, 6144, 0)
+    windows = [window_flops(QWEN2_7B, min(2048, 10_000 - 2048 * n), 1, s, "full") for n, s in enumerate(starts)]
+    assert found.flops == pytest.approx(sum(windows))
+
+
+def test_a_gist_is_written_behind_its_window_and_then_read() -> None:
+    gist = GIST_WINDOW // 16
+    found = memorizing(
+        QWEN2_7B, 3 * GIST_WINDOW, ratio=16, segment_tokens=3 * GIST_WINDOW, ranks=1, group_windows=8,
+        rates=WITHIN_NODE, kind="gist",
+    )  # fmt: skip
+    assert found.slots == 3 * gist and found.passes == 1
+    written = 3 * window_flops(QWEN2_7B, GIST_WINDOW + gist, 1, 0, "full")
+    read = sum(window_flops(QWEN2_7B, gist, 1, number * gist, "full") for number in range(3))
+    assert found.flops == pytest.approx(written + read)

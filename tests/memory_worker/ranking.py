@@ -19,12 +19,13 @@ from tests.memory_worker.beacon_reference import VOCABULARY
 WINDOW, RATIO, HEAD = 32, 8, 6
 # In windows: many and a rest, less than one, exactly one, one token, some. The last passes are ragged.
 RAGGED = (WINDOW * 9 + 3, 7, WINDOW, 1, WINDOW * 3)
-# Name, tokens of the documents, windows in a pass: also fewer than there are ranks.
+# Name, tokens of the documents, windows in a pass (also fewer than there are ranks), ratio (none keeps every token).
 CASES = (
-    ("even", (WINDOW * 16,), 8),
-    ("ragged", RAGGED, 8),
-    ("fewer", RAGGED, 3),
-    ("single", RAGGED, 1),
+    ("even", (WINDOW * 16,), 8, RATIO),
+    ("ragged", RAGGED, 8, RATIO),
+    ("fewer", RAGGED, 3, RATIO),
+    ("single", RAGGED, 1, RATIO),
+    ("full", RAGGED, 8, None),
 )
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 
@@ -34,13 +35,17 @@ def tokens(count: int, seed: int) -> torch.Tensor:
 
 
 def compressed(
-    model: BeaconModel, counts: Sequence[int], group_windows: int, exchange: Exchange | None = None
+    model: BeaconModel,
+    counts: Sequence[int],
+    group_windows: int,
+    ratio: int | None,
+    exchange: Exchange | None = None,
 ) -> Iterator[list[Slots]]:
     """The slots of documents of so many tokens: what each pass made, by document."""
     head = model.compress(tokens(HEAD, 99), ratio=RATIO, head=HEAD)
     documents = [tokens(count, count) for count in counts]
     for parts in model.compress_documents(
-        documents, ratio=RATIO, memory=head, group_windows=group_windows, exchange=exchange
+        documents, ratio=ratio, memory=head, group_windows=group_windows, exchange=exchange
     ):
         yield [part.slots for part in parts]
 
@@ -61,9 +66,9 @@ def main(folder: str, rank: str, ranks: str, port: str, out: str) -> None:
         store = reach_store(HOST, int(port), count, TIMEOUT_S)
     exchange = Exchange(store, number, count, host=HOST, device=torch.device("cpu"), timeout_s=TIMEOUT_S)
     made = {}
-    for name, documents, group_windows in CASES:
+    for name, documents, group_windows, ratio in CASES:
         counted, written = exchange.bytes_sent, _written()
-        passes = list(compressed(model, documents, group_windows, exchange))
+        passes = list(compressed(model, documents, group_windows, ratio, exchange))
         facts = {"counted": exchange.bytes_sent - counted, "written": _written() - written}
         print(json.dumps(facts), flush=True)
         slots = Slots.concat([slots for parts in passes for slots in parts])

@@ -1,6 +1,5 @@
 """The beacon model as a component: checkpoints taken and refused, errors, progress, fingerprint, memory use."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,24 +51,68 @@ def test_a_memory_of_another_model_is_refused(tmp_path) -> None:
         model.logits([1], wrong)
 
 
-def test_without_beacon_weights_they_begin_as_the_stock_ones(tmp_path, caplog) -> None:
+def test_without_beacon_weights_it_reads_and_compresses_nothing(tmp_path) -> None:
     folder = write_checkpoint(tmp_path / "stock", beacons=False)
-    with caplog.at_level(logging.WARNING):
-        model = BeaconModel.from_pretrained(folder)
-    assert "no beacon weights" in caplog.text
-    assert model.window == 2048
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in list(weights.items()):
-        for part in "qkv":
-            if f".{part}_proj" in name:
-                weights[name.replace(f".{part}_proj", f".beacon_{part}_proj")] = weight.clone()
-    weights["model.beacon_embed_tokens.weight"] = weights["model.embed_tokens.weight"][2:3].clone()
-    save_file(weights, folder / "model.safetensors")
+    model = BeaconModel.from_pretrained(folder)
+    assert not model.has_beacons and model.window == 2048
     text = tokens(100)
-    keys, values = Reference(folder).compress(text, ratio=4, window=2048)
-    memory = model.compress(text, ratio=4)
-    torch.testing.assert_close(memory.keys, keys, rtol=0, atol=1e-4)
-    torch.testing.assert_close(memory.values, values, rtol=0, atol=1e-4)
+    keys, values = Reference(folder).compress(text, ratio=1, window=2048, head=len(text))
+    (group,) = model.compress_documents([text], ratio=None)
+    torch.testing.assert_close(group[0].slots.keys, keys, rtol=0, atol=1e-4)
+    torch.testing.assert_close(group[0].slots.values, values, rtol=0, atol=1e-4)
+    with pytest.raises(UnsupportedCheckpoint, match="has no beacon weights"):
+        model.compress(text, ratio=4)
+
+
+@pytest.mark.parametrize("group_windows", [1, 3])
+def test_what_is_not_compressed_is_the_same_in_however_many_windows(tmp_path, group_windows: int) -> None:
+    folder = write_checkpoint(tmp_path, beacon_window=32)
+    model = BeaconModel.from_pretrained(folder)
+    texts = [tokens(100), tokens(7, seed=1), tokens(64, seed=2)]
+    head = model.compress(tokens(5, seed=3), ratio=1, head=5)
+    parts: dict[int, list[Slots]] = {number: [] for number in range(3)}
+    for group in model.compress_documents(texts, ratio=None, memory=head, group_windows=group_windows):
+        for part in group:
+            parts[part.document].append(part.slots)
+    for number, text in enumerate(texts):
+        keys, values = Reference(folder).compress(
+            text, ratio=1, window=32, head=len(text), memory=(head.keys, head.values)
+        )
+        made = Slots.concat(parts[number])
+        torch.testing.assert_close(made.keys, keys[:, :, 5:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(made.values, values[:, :, 5:], rtol=0, atol=1e-4)
+
+
+def test_prompts_that_go_on_together_go_on_as_each_alone(tmp_path) -> None:
+    model = BeaconModel.from_pretrained(write_checkpoint(tmp_path, beacon_window=32))
+    prompts = [tokens(count, seed=count) for count in (3, 70, 32)]
+    head = model.compress(tokens(5), ratio=1, head=5)
+    alone = [model.generate(prompt, head, max_new_tokens=12) for prompt in prompts]
+    assert model.generate_each(prompts, head, max_new_tokens=12) == alone
+    stop = {alone[0][4], alone[1][2]}
+    ended = [next((i for i, token in enumerate(each) if token in stop), 12) for each in alone]
+    until = [each[:end] for each, end in zip(alone, ended, strict=True)]
+    assert model.generate_each(prompts, head, max_new_tokens=12, stop=stop) == until
+    assert model.generate_each([], max_new_tokens=3) == []
+
+
+def test_qwen3_reads_as_transformers_does(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, use_cache=True,
+    )  # fmt: skip
+    stock = Qwen3ForCausalLM(config)
+    for layer in stock.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_norm.weight, 1.0, 0.3)
+        torch.nn.init.normal_(layer.self_attn.k_norm.weight, 1.0, 0.3)
+    stock.save_pretrained(tmp_path)
+    text = tokens(60)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path)(text[None]).logits[0]
+    torch.testing.assert_close(BeaconModel.from_pretrained(tmp_path).logits(text), expected, rtol=0, atol=1e-4)
 
 
 def test_sharded_and_single_files_are_the_same_model(tmp_path) -> None:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from cluster.costs import MemoryKind
 from memory_worker.errors import MemoryTooLarge
 from memory_worker.groups import memories_of, segment_groups
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, SegmentEntry, now
@@ -13,13 +14,14 @@ from tests.memory_worker.stored import SHAPE
 NOTHING = FileEntry(path="t/m/v/x", size=0, digest="0" * 64)
 
 
-def version(memory: str, documents: list[list[int]], head: int = 5) -> Manifest:
+def version(memory: str, documents: list[list[int]], head: int = 5, kind: MemoryKind = "beacon") -> Manifest:
     """A version whose documents have segments of these slots."""
     return Manifest(
         tenant="t",
         memory=memory,
         version="v000001-00000000",
         created=now(),
+        kind=kind,
         model="tiny",
         fingerprint="f",
         ratio=4,
@@ -58,6 +60,14 @@ def test_a_group_begins_with_the_head_of_its_first_range() -> None:
         SegmentGroup((SegmentRange(key("a"), 0, 2),), 35),
         SegmentGroup((SegmentRange(key("a"), 2, 3), SegmentRange(key("b"), 0, 1)), 42),
         SegmentGroup((SegmentRange(key("b"), 1, 2),), 43),
+    )
+
+
+def test_memories_of_different_kinds_share_no_group() -> None:
+    manifests = [version("a", [[10]]), version("b", [[20]], kind="gist"), version("c", [[7]], kind="gist")]
+    assert segment_groups(manifests, 100) == (
+        SegmentGroup((SegmentRange(key("a"), 0, 1),), 15),
+        SegmentGroup((SegmentRange(key("b"), 0, 1), SegmentRange(key("c"), 0, 1)), 32),
     )
 
 

@@ -17,10 +17,10 @@ from ray import serve
 from cluster.config import EngineConfig
 from cluster.pools import PoolConfig
 from cluster.storage import DamagedFile
-from memory_worker.beacon import BeaconModel, Slots, UnsupportedRatio
+from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.embedded import ensure_embedded_model
-from memory_worker.errors import DamagedMemory, EmptyDocument, WindowTooLarge
+from memory_worker.errors import DamagedMemory, EmptyDocument, UnfitRatio, WindowTooLarge
 from memory_worker.keeper import local_keeper
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.memorizer import Memorizer, _pieces, memorizer_application
@@ -100,7 +100,7 @@ async def test_segments_are_what_the_model_computes(
     progress, result = await finished(memorizer, request)
     description = await memorizer.describe()
     assert (result.fingerprint, result.shape) == (description.fingerprint, description.shape)
-    assert description.fingerprint == model.fingerprint and ratio in description.ratios
+    assert description.fingerprint == model.fingerprint and ratio in description.kinds["beacon"].ratios
 
     keys, values = store.read_segment(result.head).tensors()
     head = model.compress(result.head_tokens, ratio=ratio, head=len(result.head_tokens))
@@ -168,7 +168,7 @@ async def test_what_cannot_be_memorized_is_said(memorizer: Memorizer, store: Mem
     request = request_for(store, {"one": "text", "void": ""})
     with pytest.raises(EmptyDocument, match="'void' has no text"):
         await finished(memorizer, request)
-    with pytest.raises(UnsupportedRatio, match="ratio 3 does not divide the window"):
+    with pytest.raises(UnfitRatio, match="ratio 3 does not fit a beacon memory, made of windows of 512 tokens"):
         await finished(memorizer, replace(request, ratio=3))
     good = request.documents[0].source
     for path, size, message in [
@@ -309,7 +309,7 @@ async def test_served_from_text_to_kept_memory(
 
     request = request_for(store, TEXTS)
     *_, result = [step async for step in streaming.memorize.remote(request)]
-    with pytest.raises(UnsupportedRatio):
+    with pytest.raises(UnfitRatio):
         async for _ in streaming.memorize.remote(replace(request, ratio=5)):
             pass
     assert not any(name.endswith(".tmp") for name in files_of(store, long.key))

@@ -63,8 +63,8 @@ def test_ranks_make_the_memory_of_one(tmp_path: Path, ranks: int) -> None:
     model = BeaconModel.from_pretrained(folder)
     slot_bytes = 2 * model.kv_heads * model.head_dim * 4
     printed = run_ranks(folder, ranks, tmp_path)
-    for number, (name, documents, group_windows) in enumerate(ranking.CASES):
-        passes = list(ranking.compressed(model, documents, group_windows))
+    for number, (name, documents, group_windows, ratio) in enumerate(ranking.CASES):
+        passes = list(ranking.compressed(model, documents, group_windows, ratio))
         expected = Slots.concat([slots for parts in passes for slots in parts])
         for rank in range(ranks):
             found = load_file(tmp_path / str(rank))

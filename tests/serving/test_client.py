@@ -88,10 +88,10 @@ def test_text_is_sent_as_json_and_waited_for(stub: Stub) -> None:
     stub.add("GET /v1/memories/m", memory("ready"))
     seen: list = []
     with MemoRAG(stub.url + "/", api_key="key") as client:
-        made = client.memorize(text="the gate", id="m", ratio=4, progress=seen.append)
+        made = client.memorize(text="the gate", id="m", kind="gist", ratio=4, progress=seen.append)
     assert made.status == "ready" and seen == [PROGRESS]
     _, headers, body = stub.requests[0]
-    assert json.loads(body) == {"id": "m", "ratio": 4, "tags": [], "documents": [{"text": "the gate"}]}
+    assert json.loads(body) == {"id": "m", "kind": "gist", "ratio": 4, "tags": [], "documents": [{"text": "the gate"}]}
     assert headers["Authorization"] == "Bearer key"
 
 

@@ -35,6 +35,8 @@ def test_a_memory_in_the_making(manifest: Manifest) -> None:
     job = replace(made.job(KEY, documents=("a", "b"), title="T", tags=("x",)), done_tokens=2, total_tokens=9)
     shown = memory_out(record(status="memorizing", job=job))
     assert (shown.status, shown.title, shown.tags, shown.ratio, shown.slots) == ("memorizing", "T", ["x"], 4, 0)
+    gist = replace(job, record=job.record.model_copy(update={"memory_kind": "gist"}))
+    assert (shown.kind, memory_out(record(status="memorizing", job=gist)).kind) == ("beacon", "gist")
     assert shown.job and shown.job.model_dump() == {
         "kind": "create", "state": "queued", "version": KEY.version, "documents": ["a", "b"], "done_tokens": 2,
         "total_tokens": 9,

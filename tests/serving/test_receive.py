@@ -101,22 +101,24 @@ def texts(router: Router) -> dict[str, str]:
 
 async def test_json_documents(http: httpx.AsyncClient, router: Router) -> None:
     documents = [{"id": "a", "text": "The gate is open é."}, {"text": "Two."}]
-    body = {"id": "m", "title": "T", "tags": ["x", "y"], "ratio": 4, "documents": documents}
+    body = {"id": "m", "title": "T", "tags": ["x", "y"], "kind": "gist", "ratio": 4, "documents": documents}
     assert (await http.post("/memories", json=body)).status_code == 200
     assert texts(router) == {"a": "The gate is open é.", "doc-2": "Two."}
-    assert router.reserved == [("acme", "m", "T", 4, 2)]
+    assert router.reserved == [("acme", "m", "T", "gist", 4, 2)]
     [((key, jobs), named)] = router.begun
     assert key == made.KEY and [(d.id, d.characters) for d in jobs] == [("a", 19), ("doc-2", 4)]
-    assert named == {"language": "en", "title": "T", "tags": ["x", "y"], "ratio": 4}
+    assert named == {"language": "en", "title": "T", "tags": ["x", "y"], "kind": "gist", "ratio": 4}
     for document in jobs:
         router.storage.read(document.source.stored)
 
 
 async def test_files(http: httpx.AsyncClient, router: Router) -> None:
     files = [("files", ("one.txt", b"One.")), ("files", ("../two.html", b"<p>Two."))]
-    response = await http.post("/memories", files=files, data={"id": "m", "tags": ["x", "y"], "ratio": "8"})
+    response = await http.post(
+        "/memories", files=files, data={"id": "m", "tags": ["x", "y"], "kind": "beacon", "ratio": "8"}
+    )
     assert response.status_code == 200 and texts(router) == {"one.txt": "One.", "two.html": "Two."}
-    assert router.reserved == [("acme", "m", None, 8, 2)] and router.begun[0][1]["tags"] == ["x", "y"]
+    assert router.reserved == [("acme", "m", None, "beacon", 8, 2)] and router.begun[0][1]["tags"] == ["x", "y"]
 
 
 async def test_an_archive(http: httpx.AsyncClient, router: Router, tmp_path) -> None:
