@@ -44,7 +44,10 @@ class MemorizeConfig(Settings):
         "one prompt",
     )
     checkpoint_windows: int = Field(
-        64, gt=0, description="windows after which a job's slots are made durable; they are held in RAM until then"
+        64,
+        gt=0,
+        description="windows after which a job's slots are made durable; they are held in RAM until then. Gists are "
+        "made durable after every group",
     )
 
 

@@ -142,7 +142,7 @@ class Memorizer:
             head_tokens=tuple(head),
             group_windows=(memorize.group_windows or self._model.group_windows) * encoder.ranks,
             ranks=encoder.ranks,
-            checkpoint_windows=memorize.checkpoint_windows,
+            checkpoint_windows=encoder.checkpoint_windows or memorize.checkpoint_windows,
             segment_tokens=self._segment_tokens(encoder.window, request.ratio, len(head)),
             documents=tuple(
                 PlannedDocument(

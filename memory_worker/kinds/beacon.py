@@ -21,6 +21,7 @@ class BeaconEncoder:
         self.window = model.window
         self.ratios = model.ratios_that_divide()
         self.ranks = ranks.count if ranks else 1
+        self.checkpoint_windows = None
 
     def encode(
         self,

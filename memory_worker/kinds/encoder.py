@@ -35,6 +35,10 @@ class Encoder(Protocol):
     def ranks(self) -> int:
         """Processes that share a group."""
 
+    @property
+    def checkpoint_windows(self) -> int | None:
+        """Windows after which slots are made durable; none leaves that to the configuration."""
+
     def encode(
         self,
         documents: "Sequence[Tensor]",

@@ -22,6 +22,7 @@ class FullEncoder:
         self._passes = ranks or model
         self.window = model.window
         self.ranks = ranks.count if ranks else 1
+        self.checkpoint_windows = None
 
     def encode(
         self,

@@ -26,6 +26,7 @@ class GistEncoder:
     window = GIST_WINDOW
     ratios = (2, 4, 8, 16, 32)
     ranks = 1  # what is to be read is known only when it has been written
+    checkpoint_windows = 1  # writing gists takes far longer than making them durable
 
     def __init__(self, model: "BeaconModel", tokenizer: Any) -> None:
         self._model = model

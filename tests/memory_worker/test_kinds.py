@@ -136,6 +136,16 @@ async def test_a_job_goes_on_within_a_segment(model: Path, store: MemoryStore, k
     assert files_of(end, request.key) == files_of(result, whole.key)
 
 
+async def test_gists_are_durable_after_every_group_however_seldom_slots_are(model: Path, store: MemoryStore) -> None:
+    config = config_for(model, group_windows=1, segment_tokens=8192, checkpoint_windows=64)
+    memorizer = Memorizer(config, store.storage.root)
+    request = request_for(store, "durable-gists", "gist", {"story": STORY})
+    *_, seen = await steps_until(memorizer, request, 2)
+    first, *_ = await steps_until(memorizer, request)
+    assert isinstance(first, MemorizeProgress) and isinstance(seen, MemorizeProgress)
+    assert first.done_tokens == seen.done_tokens > 0
+
+
 @kinds
 async def test_a_checkpoint_of_another_kind_is_begun_anew(
     memorizer: Memorizer, store: MemoryStore, kind: MemoryKind
