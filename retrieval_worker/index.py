@@ -88,8 +88,7 @@ class PassageIndex:
         if self._lexical is None or share == 1:
             return near
         words = self._lexical.scores(text, None if query.sparse is None else query.sparse[row])
-        best = np.lexsort((np.arange(self.count), -words))[:hits]
-        found = np.unique([id for id, _ in near] + [id for id in best.tolist() if words[id] > 0]).astype(np.int64)
+        found = np.unique([*(id for id, _ in near), *_best(words, hits).tolist()]).astype(np.int64)
         if not len(found):
             return []
         total = (1 - share) * words[found] / _scale(words.max())
@@ -140,6 +139,14 @@ def _lexical(
     if embedder.has_sparse and config.lexical == "auto":
         return SparseWeights.build([part.sparse for part in parts if part.sparse is not None])
     return Bm25(texts)
+
+
+def _best(scores: np.ndarray, hits: int) -> np.ndarray:
+    """The ids of the `hits` highest scores above 0, the lower id first among equals; only those are sorted."""
+    least = np.partition(scores, -hits)[-hits] if hits < len(scores) else 0.0
+    candidates = np.flatnonzero((scores >= least) & (scores > 0))
+    best: np.ndarray = candidates[np.lexsort((candidates, -scores[candidates]))][:hits]
+    return best
 
 
 def _scale(best: float) -> float:

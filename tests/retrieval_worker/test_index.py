@@ -7,7 +7,7 @@ import pytest
 
 from retrieval_worker.bm25 import Bm25
 from retrieval_worker.config import IndexConfig
-from retrieval_worker.index import PassageIndex, SparseWeights
+from retrieval_worker.index import PassageIndex, SparseWeights, _best
 from retrieval_worker.messages import Embeddings
 from retrieval_worker.vectors import PassageVectors, SparseRows
 from tests.retrieval_worker.made import described, made_vectors, random_sparse, unit
@@ -101,3 +101,13 @@ def test_empty_index(sparse, parts):
     index = PassageIndex.build([made_vectors(0, sparse)] * parts, (), described(sparse), IndexConfig())
     query = Embeddings(unit(1), [{3: 1.0}] if sparse else None)
     assert index.count == 0 and index.search("gate", query, 0, 5) == []
+
+
+@pytest.mark.parametrize("hits", [1, 3, 50, 5000])
+def test_the_best_words_are_those_of_a_whole_sort(hits):
+    """Scores with many equals, and many zeros, as the words of a query leave them."""
+    draw = np.random.default_rng(hits)
+    for count in (1, 2, 49, 50, 51, 3000):
+        scores = (draw.integers(0, 6, count) * (draw.random(count) < 0.7)).astype(np.float32)
+        whole = [id for id in np.lexsort((np.arange(count), -scores))[:hits].tolist() if scores[id] > 0]
+        assert _best(scores, hits).tolist() == whole
