@@ -104,6 +104,17 @@ def window_of(shape: ModelShape, kind: MemoryKind) -> int:
     return GIST_WINDOW if kind == "gist" else shape.window
 
 
+def segment_tokens_of(shape: ModelShape, kind: MemoryKind, ratio: int, slots: int) -> int:
+    """Tokens of a segment that has room for so many `slots`: whole windows, one at least."""
+    window = window_of(shape, kind)
+    return max(1, slots * ratio // window) * window
+
+
+def ranks_of(kind: MemoryKind, ranks: int) -> int:
+    """How many of a Memorizer's ranks share the work: gists are made by one."""
+    return 1 if kind == "gist" else ranks
+
+
 def window_flops(shape: ModelShape, tokens: int, ratio: int, slots: int, kind: MemoryKind = "beacon") -> float:
     """Of a window of `tokens` with `slots` before it; `ratio` is 1 for `full`. A gist is taken to be as long as it may.
 

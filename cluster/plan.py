@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from cluster.config import Settings
-from cluster.costs import MemoryKind, ModelShape, RankRates, memorizing, slots_of, window_of
+from cluster.costs import MemoryKind, ModelShape, RankRates, memorizing, ranks_of, segment_tokens_of, slots_of
 
 
 class Rates(Settings):
@@ -184,14 +184,12 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> Plan:
 
 def memorize_seconds(tokens: int, ratio: int, sizes: Sizes, rates: Rates, kind: MemoryKind = "beacon") -> float:
     """One text on one Memorizer, by counted FLOPs; what ranks exchange is left out, which is little beside them."""
-    window = window_of(sizes.memory, kind)
-    segment = max(1, (sizes.segment_slots - rates.head_slots) * ratio // window) * window
     return memorizing(
         sizes.memory,
         tokens,
         ratio=ratio,
-        segment_tokens=segment,
-        ranks=1 if kind == "gist" else sizes.ranks,
+        segment_tokens=segment_tokens_of(sizes.memory, kind, ratio, sizes.segment_slots - rates.head_slots),
+        ranks=ranks_of(kind, sizes.ranks),
         group_windows=sizes.group_windows,
         rates=RankRates(rates.memorize_flops, math.inf, 0.0),
         head_slots=rates.head_slots,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.costs import RankRates, memorizing, window_of
+from cluster.costs import RankRates, memorizing, ranks_of, segment_tokens_of
 from cluster.plan import Rates
 from serving.config import Profile, load_profile
 from serving.shapes import read_shape
@@ -155,21 +155,19 @@ class Stages:
         described = await self.handles["Memorizer"].describe.remote()
         shape = read_shape(described.model, {})
         (document,) = self.manifest.documents
-        room = self.profile.memory.group_slots - len(self.manifest.head_tokens)
-        window = window_of(shape, self.manifest.kind)
+        kind, ratio, head = self.manifest.kind, self.manifest.ratio, len(self.manifest.head_tokens)
         flops = memorizing(
             shape,
             document.tokens,
-            ratio=self.manifest.ratio,
-            segment_tokens=max(1, room * self.manifest.ratio // window) * window,
+            ratio=ratio,
+            segment_tokens=segment_tokens_of(shape, kind, ratio, self.profile.memory.group_slots - head),
             ranks=1,
             group_windows=1,
             rates=RankRates(1.0, 1.0, 0.0),
-            head_slots=len(self.manifest.head_tokens),
-            kind=self.manifest.kind,
+            head_slots=head,
+            kind=kind,
         ).flops
-        ranks = 1 if self.manifest.kind == "gist" else self.profile.memory.memorize.ranks
-        return (await self.memorize(seconds)).per_s * flops / ranks
+        return (await self.memorize(seconds)).per_s * flops / ranks_of(kind, self.profile.memory.memorize.ranks)
 
     async def _recaller(self, seconds: float) -> "tuple[float, Busy, list[str]]":
         """Seconds of one question alone, questions a second of many, and the clues of one."""

@@ -18,7 +18,7 @@ from serving.commands_batch import batch, memorize_folder
 from serving.commands_evaluate import evaluate
 from serving.commands_keys import app as keys_app
 from serving.commands_plan import calibrate, plan
-from serving.commands_show import Output
+from serving.commands_show import Json, Output
 from serving.commands_status import status
 from serving.commands_train import app as train_app
 
@@ -45,7 +45,6 @@ app.command()(evaluate)
 app.command()(plan)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 Storage = Annotated[
     Path,
     typer.Option(help="Folder of the server on this machine.", envvar="MEMORAG_STORAGE", show_default="~/.memorag"),

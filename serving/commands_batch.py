@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.commands_show import Output
+from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
     from cluster.costs import MemoryKind
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from serving.client import MemoRAG
 
 # As in serving.cli, which imports this module.
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 Storage = Annotated[
     Path,
     typer.Option(help="Folder of the server on this machine.", envvar="MEMORAG_STORAGE", show_default="~/.memorag"),

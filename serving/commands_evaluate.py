@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.commands_show import Output
+from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
     from serving.evaluation.datasets import Example
     from serving.evaluation.methods import Method
     from serving.evaluation.run import Run
-
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.commands_show import Output
+from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
     from serving.keys import KeyEntry, KeyFile
@@ -17,7 +17,6 @@ app = typer.Typer(
 )
 
 # As in serving.cli, which imports this module; but a storage root here may also be a URI.
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 Storage = Annotated[
     str, typer.Option(help="Folder or URI of the server's storage.", envvar="MEMORAG_STORAGE", show_default=True)
 ]

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.costs import MemoryKind
-from serving.commands_show import Output
+from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
     from cluster.plan import Plan, Rates, Replica, Sizes
     from cluster.pools import PoolConfig
     from serving.config import Profile
 
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the questions per second that are planned for
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from serving.client import Event
     from serving.doctor import Check
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]  # every command's
 
 _SHOWN_PASSAGES = 5
 _PASSAGE_CHARACTERS = 300

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from serving.commands_show import Output
+from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
     from memory_worker.training import RunConfig
@@ -31,7 +31,6 @@ app = typer.Typer(
     help="Train a memory model: memorag train RUN.yaml. See docs/training.md.",
     no_args_is_help=True,
 )
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
 
 @app.command()

@@ -15,8 +15,9 @@ Which format a file has is seen from the fields of its first record:
 import hashlib
 import json
 import lzma
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,10 +59,7 @@ def read_examples(path: Path, parts: Sequence[str] = ()) -> list[Example]:
     examples = [example for example in examples if not parts or example.task in parts]
     if not examples:
         raise DatasetError(f"{path} has no questions on a text (code, counting and arithmetic are not asked)")
-    repeated = {example.id for example in examples}
-    if len(repeated) < len(examples):
-        examples = _numbered(examples)
-    return examples
+    return _numbered(examples)
 
 
 def _read_file(file: Path) -> Iterator[Example]:
@@ -73,7 +71,7 @@ def _read_file(file: Path) -> Iterator[Example]:
             reader = reader or _reader(record, file)
             for example in reader(record, stem, number):
                 # Many questions on one text share it in memory, too.
-                yield _with_text(example, texts.setdefault(example.document, example.text))
+                yield replace(example, text=texts.setdefault(example.document, example.text))
     except (ValueError, KeyError, TypeError, lzma.LZMAError) as error:
         raise DatasetError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -214,16 +212,12 @@ def _name(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _with_text(example: Example, text: str) -> Example:
-    object.__setattr__(example, "text", text)
-    return example
-
-
 def _numbered(examples: Sequence[Example]) -> list[Example]:
     """Published files repeat ids; the n-th with the same gets `#n`."""
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    numbered = []
     for example in examples:
-        seen[example.id] = count = seen.get(example.id, 0) + 1
-        if count > 1:
-            object.__setattr__(example, "id", f"{example.id}#{count}")
-    return list(examples)
+        seen[example.id] += 1
+        count = seen[example.id]
+        numbered.append(example if count == 1 else replace(example, id=f"{example.id}#{count}"))
+    return numbered
