@@ -97,7 +97,10 @@ class RunConfig(Settings):
     seed: int = Field(0, description="of weights, data and ratios")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights in float32")
     checkpoint_layers: bool = Field(False, description="recompute activations in the backward pass, to save memory")
-    weight_decay: float = Field(0.01, ge=0, description="of matrices; AdamW")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for matrices, AdamW for the rest; sooner there from nothing, on one worker"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="of matrices")
     betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
     clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     save_every_s: float = Field(60.0, gt=0, description="seconds between checkpoints")
@@ -107,10 +110,12 @@ class RunConfig(Settings):
     threads: int = Field(0, ge=0, description="torch threads of a worker on the CPU; 0 takes torch's default")
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "RunConfig":
+    def _fits(self) -> "RunConfig":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("two stages have the same name: rename one")
+        if self.optimizer == "muon" and self.workers > 1:
+            raise ValueError("muon needs whole matrices, and several workers shard them: use adamw, or one worker")
         return self
 
 

@@ -21,6 +21,7 @@ from memory_worker.training.data import Source, batches
 from memory_worker.training.fresh import fresh_config, fresh_model, write_fresh_tokenizer
 from memory_worker.training.grow import grow
 from memory_worker.training.model import BEACON_MARK, TrainedModel
+from memory_worker.training.optimizer import Optimizer, whole
 from memory_worker.training.state import RunFolder, State, beginning, copy_tokenizer, write_model
 
 _SMOOTHING = 0.98  # of the accuracy that ends a stage: about 50 steps
@@ -115,13 +116,11 @@ class Loop:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = self.run.parameters == "all" or BEACON_MARK in name
         model = self._sharded(model.to(self.device))
-        optimizer = self._optimizer(model)
-        _restore(model, optimizer, moments)
+        optimizer = Optimizer(model, self.run)
+        optimizer.restore(moments)
         self._saved_at = time.monotonic()
         while state.step < stage.steps and not _reached(stage, state):
             begun = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(stage, state.step)
             self._step(model, optimizer, sources, stage, window, state)
             state.step += 1
             state.total_steps += 1
@@ -130,19 +129,19 @@ class Loop:
                 self._report(stage, state)
             stopping = self._agreed(self._stop())
             if stopping or self._agreed(time.monotonic() - self._saved_at > self.run.save_every_s):
-                weights, held = _gathered(model, optimizer)
+                weights, moments = _gathered(model), optimizer.moments()
                 if self.rank == 0:
-                    self.folder.save(state, config, weights, held)
+                    self.folder.save(state, config, weights, moments)
                 self._wait()
                 self._saved_at = time.monotonic()
             if stopping:
                 raise Stopped(f"stopped after step {state.total_steps}; the same command goes on from there")
-        return _gathered(model, optimizer)[0]
+        return _gathered(model)
 
     def _step(
         self,
         model: TrainedModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         sources: list[Source],
         stage: StageConfig,
         window: int,
@@ -161,8 +160,7 @@ class Loop:
             (loss * scale).backward()
             sums += torch.tensor([float(loss.detach()), float(counted), float(hits), part.token_count])
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.run.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(_rate(stage, state.step))
         if self.ranks > 1:
             dist.all_reduce(sums)
         state.loss_sum += float(sums[0])
@@ -171,14 +169,6 @@ class Loop:
         state.tokens += int(sums[3])
         share = float(sums[2] / sums[1])
         state.accuracy = share if state.step == 0 else _SMOOTHING * state.accuracy + (1 - _SMOOTHING) * share
-
-    def _optimizer(self, model: TrainedModel) -> torch.optim.AdamW:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.run.weight_decay},
-            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=self.run.betas, fused=True)
 
     def _sharded(self, model: TrainedModel) -> TrainedModel:
         if self.ranks == 1:
@@ -234,33 +224,9 @@ def _reached(stage: StageConfig, state: State) -> bool:
     return stage.until_accuracy is not None and state.step > 50 and state.accuracy >= stage.until_accuracy
 
 
-def _gathered(model: TrainedModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All weights, and the optimiser's tensors by `<parameter>/<moment>`, whole and on the CPU. Every rank calls."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    weights = {name: _whole(parameter) for parameter, name in names.items()}
-    moments = {
-        f"{names[parameter]}/{moment}": _whole(tensor)
-        for parameter, held in optimizer.state.items()
-        for moment, tensor in held.items()
-    }
-    return weights, moments
-
-
-def _restore(model: TrainedModel, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    parameters = dict(model.named_parameters())
-    for key, tensor in moments.items():
-        name, _, moment = key.rpartition("/")
-        parameter = parameters[name]
-        if isinstance(parameter, DTensor) and tensor.ndim:
-            tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-        optimizer.state[parameter][moment] = tensor.clone() if moment == "step" else tensor.to(parameter.device)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu().clone()
+def _gathered(model: TrainedModel) -> dict[str, Tensor]:
+    """All weights, whole and on the CPU. With several ranks, every one calls."""
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -72,6 +72,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, finished, stops):
     assert [{**line, "seconds": 0} for line in ours] == [{**line, "seconds": 0} for line in theirs]
 
 
+def test_muon_learns_and_resumes_too(tmp_path):
+    whole, cut = (tiny_run(folder, optimizer="muon") for folder in (tmp_path / "whole", tmp_path / "cut"))
+    Loop(whole).train()
+    steps = iter(range(99))
+    with pytest.raises(Stopped):
+        Loop(cut, stop=lambda: next(steps) == 5).train()
+    moments = RunFolder(cut.output).load(RunFolder(cut.output).latest())[1]
+    kinds = {name.rpartition("/")[2] for name in moments if "q_proj.weight" in name or "embed_tokens" in name}
+    assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    Loop(cut).train()
+    ours, theirs = (Path(run.output, "model", "model.safetensors").read_bytes() for run in (cut, whole))
+    assert ours == theirs
+    first, *_, last = RunFolder(whole.output).progress()
+    assert last["accuracy"] > first["accuracy"]
+
+
 def test_training_beacons_leaves_every_other_weight_as_it_was(tmp_path, finished):
     begun = Path(finished.output, "model")
     stage = finished.stages[1].model_copy(update={"grow": {}, "steps": 4})
@@ -233,3 +249,5 @@ def test_what_cannot_be_trained_is_said(tmp_path, finished):
         stage = finished.stages[0].model_copy(update={"data": (data.model_copy(update=changed),)})
         with pytest.raises(RunError, match=words):
             Loop(finished.model_copy(update={"stages": (stage,), "output": str(tmp_path / "run")})).train()
+    with pytest.raises(ValueError, match="muon needs whole matrices.*one worker"):
+        RunConfig.model_validate({**finished.model_dump(), "optimizer": "muon", "workers": 2})
