@@ -249,5 +249,5 @@ def test_what_cannot_be_trained_is_said(tmp_path, finished):
         stage = finished.stages[0].model_copy(update={"data": (data.model_copy(update=changed),)})
         with pytest.raises(RunError, match=words):
             Loop(finished.model_copy(update={"stages": (stage,), "output": str(tmp_path / "run")})).train()
-    with pytest.raises(ValueError, match="muon needs whole matrices.*one worker"):
+    with pytest.raises(ValueError, match="muon needs whole matrices"):
         RunConfig.model_validate({**finished.model_dump(), "optimizer": "muon", "workers": 2})

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 MEMORAG = Path(sys.executable).with_name("memorag")
+CLUSTER_PID = "cluster.pid"  # beside server.json, where the server did not start its cluster itself
 
 
 @dataclass
@@ -31,6 +32,13 @@ class Server:
         """The manifest of a version, as it lies on the disk."""
         path = self.storage / "memories" / tenant / memory / version / "manifest.json"
         return json.loads(path.read_text(encoding="utf-8"))["manifest"]
+
+    def processes(self) -> list[psutil.Process]:
+        """What the server has started, and the nodes of its cluster where `three_nodes` has started those."""
+        started_by = [json.loads((self.storage / "server.json").read_text())["pid"]]
+        if (cluster := self.storage / CLUSTER_PID).is_file():
+            started_by.append(int(cluster.read_text()))
+        return [process for pid in started_by for process in psutil.Process(pid).children(recursive=True)]
 
     def log_names(self, words: str) -> bool:
         """Whether any log of the server's processes says these words."""

@@ -62,9 +62,7 @@ def ids(output: Path) -> set[str]:
 
 def run_process(server: Server) -> psutil.Process | None:
     """The process of the batch run that is under way."""
-    state = json.loads((server.storage / "server.json").read_text())
-    family = psutil.Process(state["pid"]).children(recursive=True)
-    return next((p for p in family if "BatchRun" in title_of(p)), None)
+    return next((p for p in server.processes() if "BatchRun" in title_of(p)), None)
 
 
 def title_of(process: psutil.Process) -> str:

@@ -1,6 +1,5 @@
 """One byte of a stored file is flipped: it is never served, the log names it, and what can be made again is."""
 
-import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,11 +27,10 @@ def memory(server: Server) -> Iterator[dict]:
 
 
 def forget(server: Server) -> None:
-    """Empties the node's cache, which holds slots by their digest: its actor is killed, and comes back."""
-    state = json.loads((server.storage / "server.json").read_text())
+    """Empties the nodes' caches, which hold slots by their digest: the actors are killed, and come back."""
     keepers = [
         process
-        for process in psutil.Process(state["pid"]).children(recursive=True)
+        for process in server.processes()
         if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MemoryKeeper")
     ]
     for keeper in keepers:

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from ray.cluster_utils import Cluster
 
-from tests.system.conftest import ROOT
+from tests.system.conftest import CLUSTER_PID, ROOT, Server
 
 # Which pools are on a node, and which deployments that are.
 NODES = {
@@ -73,10 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", type=Path, required=True)
     storage: Path = parser.parse_args().storage
-    from tests.system.conftest import Server
-
     storage.mkdir(parents=True, exist_ok=True)
     with three_nodes(storage) as (_, profile):
+        (storage / CLUSTER_PID).write_text(str(os.getpid()))
         server = Server("", storage)
         print(server.memorag("up", "--profile", str(profile), "--port", "0").stdout, flush=True)
         example = ROOT / "examples" / "chronicle.txt"
@@ -86,6 +85,7 @@ def main() -> None:
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
         finally:
             server.memorag("down")
+            (storage / CLUSTER_PID).unlink()
 
 
 if __name__ == "__main__":

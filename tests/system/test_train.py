@@ -1,0 +1,57 @@
+"""`memorag train` on Ray Train: two workers to the end of a run, one of them killed on the way."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from tests.memory_worker.training_runs import tiny_run
+from tests.system.conftest import MEMORAG, ROOT
+
+
+def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
+    run = tiny_run(tmp_path, workers=2, save_every_s=0.01, log_every=1)
+    short, wider = run.stages
+    run = run.model_copy(update={"stages": (short.model_copy(update={"steps": 30}), wider)})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    progress = Path(run.output) / "progress.jsonl"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with (tmp_path / "printed").open("w") as printed:
+        training = subprocess.Popen(
+            [MEMORAG, "train", str(file), "--json"], stdout=printed, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
+        try:
+            wait_for_steps(progress, 5)
+            killed = worker_of(training.pid)
+            killed.kill()
+            assert training.wait(240) == 0, (tmp_path / "printed").read_text()
+        finally:
+            training.kill()
+    steps = [line["total_steps"] for line in lines(progress)]
+    assert steps == [*range(1, 39)]  # what the killed worker's team did after its last checkpoint was done again
+    assert lines(progress)[-1]["stage"] == "wider"
+    assert Path(run.output, "model", "model.safetensors").is_file()
+    assert not killed.is_running()
+
+
+def lines(progress: Path) -> list[dict]:
+    return [json.loads(line) for line in progress.read_text().splitlines()]
+
+
+def wait_for_steps(progress: Path, count: int) -> None:
+    deadline = time.monotonic() + 240
+    while not progress.is_file() or len(lines(progress)) < count:
+        assert time.monotonic() < deadline, "no step was trained"
+        time.sleep(0.05)
+
+
+def worker_of(pid: int) -> psutil.Process:
+    """One process that trains, of those that the command started."""
+    found = [p for p in psutil.Process(pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(found) == 2, [p.cmdline() for p in psutil.Process(pid).children(recursive=True)]
+    return found[-1]
