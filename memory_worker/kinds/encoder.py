@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.costs import MemoryKind
-from memory_worker.kinds.beacon import BeaconEncoder
-from memory_worker.kinds.full import FullEncoder
 from memory_worker.kinds.gist import GistEncoder
+from memory_worker.kinds.reading import ReadingEncoder
 from memory_worker.messages import Language
 
 if TYPE_CHECKING:
@@ -58,7 +57,10 @@ class Encoder(Protocol):
 
 def encoders(model: "BeaconModel", ranks: "Ranks | None", tokenizer: Any) -> dict[MemoryKind, Encoder]:
     """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared."""
-    made: dict[MemoryKind, Encoder] = {"full": FullEncoder(model, ranks), "gist": GistEncoder(model, tokenizer)}
+    made: dict[MemoryKind, Encoder] = {
+        "full": ReadingEncoder(model, ranks, beacons=False),
+        "gist": GistEncoder(model, tokenizer),
+    }
     if model.has_beacons:
-        made["beacon"] = BeaconEncoder(model, ranks)
+        made["beacon"] = ReadingEncoder(model, ranks, beacons=True)
     return made
