@@ -14,8 +14,9 @@ from memory_worker.messages import Language
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memory_worker.beacon import BeaconModel, Part, Slots
+    from memory_worker.beacon import Part, Slots
     from memory_worker.ranks import Ranks
+    from memory_worker.stock import MemoryModel
 
 
 class Encoder(Protocol):
@@ -55,7 +56,7 @@ class Encoder(Protocol):
         """
 
 
-def encoders(model: "BeaconModel", ranks: "Ranks | None", tokenizer: Any) -> dict[MemoryKind, Encoder]:
+def encoders(model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any) -> dict[MemoryKind, Encoder]:
     """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared."""
     made: dict[MemoryKind, Encoder] = {
         "full": ReadingEncoder(model, ranks, beacons=False),

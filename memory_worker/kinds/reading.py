@@ -13,8 +13,9 @@ from memory_worker.messages import Language
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memory_worker.beacon import BeaconModel, Part, Slots
+    from memory_worker.beacon import Part, Slots
     from memory_worker.ranks import Ranks
+    from memory_worker.stock import MemoryModel
 
 
 class ReadingEncoder:
@@ -22,7 +23,7 @@ class ReadingEncoder:
 
     checkpoint_windows = None
 
-    def __init__(self, model: "BeaconModel", ranks: "Ranks | None", *, beacons: bool) -> None:
+    def __init__(self, model: "MemoryModel", ranks: "Ranks | None", *, beacons: bool) -> None:
         """`beacons`: whether to compress, for which `model` must have beacon weights."""
         self._passes = ranks or model
         self._beacons = beacons
