@@ -41,7 +41,7 @@ class StockModel:
 
     has_beacons = False
     window = DEFAULT_WINDOW
-    group_windows = 4  # for reading, no more than a rhythm of checkpoints: each window is a pass of its own
+    group_windows = 4  # so many gists are written at a time; reading, each window is a pass of its own
 
     @classmethod
     def from_pretrained(
