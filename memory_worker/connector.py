@@ -57,6 +57,11 @@ class MemoryConnector(KVConnectorBase_V1):
         self._failed: set[int] = set()
         self._layers: list[CacheLayer] = []
         self._block_size: int = vllm_config.cache_config.block_size
+        if len(kv_cache_config.kv_cache_groups) > 1:
+            raise ValueError(
+                f"{vllm_config.model_config.model} keeps the keys and values of its layers in several ways, and a "
+                "memory can be put into one of them only: use a model with full attention in all layers"
+            )
         if role == KVConnectorRole.WORKER:
             self.loader = _loader(vllm_config, self._block_size)
 

@@ -148,7 +148,7 @@ class MemoryLoader:
         positions = torch.arange(position, position + piece.shape[2], device=device)
         keys = piece[0] if piece.dtype == self._dtype else piece[0].float()
         rotated = torch.empty(piece.shape, dtype=self._dtype, device=device)
-        rotated[0] = self._rope.rotate(keys.transpose(1, 2), positions).transpose(1, 2)
+        rotated[0] = self._rope.rotate_layers(keys.transpose(1, 2), positions).transpose(1, 2)
         rotated[1] = piece[1]
         self.stats.rotated_slots += piece.shape[2]
         return rotated

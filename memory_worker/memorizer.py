@@ -34,7 +34,7 @@ from memory_worker.ranks import Ranks, load_model, rank_share, replica_options
 from memory_worker.store import MemoryStore, head_path
 
 if TYPE_CHECKING:
-    from memory_worker.beacon import BeaconModel
+    from memory_worker.stock import MemoryModel
 
 _Step = MemorizeProgress | MemorizeResult
 _PIECE_CHARACTERS = 100_000  # bounds what a tokenizer holds beside the tokens themselves
@@ -219,8 +219,11 @@ class Memorizer:
         )
 
     def _with_new_head(self, job: "_Job") -> Begun:
+        from memory_worker.beacon import Slots
+
         plan = job.plan
-        slots = self._model.compress(plan.head_tokens, ratio=1, head=len(plan.head_tokens))
+        read = self._model.compress_documents([plan.head_tokens], ratio=None)
+        slots = Slots.concat([part.slots for (part,) in read])
         with self._store.write_segment(head_path(job.request.key), plan.shape) as head:
             head.append(slots.keys, slots.values)
         return Begun(head.entry, slots)
@@ -245,7 +248,7 @@ class _Job:
     start: Begun | None  # none where the head is still to be encoded
 
 
-def _described(config: MemoryConfig, model: "BeaconModel", made: Mapping[MemoryKind, Encoder]) -> MemorizerDescription:
+def _described(config: MemoryConfig, model: "MemoryModel", made: Mapping[MemoryKind, Encoder]) -> MemorizerDescription:
     """Raises `UnsupportedKind` where the configured kind cannot be made."""
     shape = MemoryShape(
         layers=model.layers, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=config.memorize.dtype

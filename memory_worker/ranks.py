@@ -9,7 +9,7 @@ anew. What was done since a job's last checkpoint is done again.
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -24,24 +24,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memory_worker.beacon import BeaconModel, Exchange, Part, Slots
+    from memory_worker.stock import MemoryModel
 
 START_S = 900.0  # ranks have so long to be placed and to load the model
 _ANSWER_S = 5.0  # after a failure, how long the others' answers are waited for, which say what it was
 logger = logging.getLogger("ray.serve")
 
 
-def load_model(config: MemoryConfig) -> "BeaconModel":
-    """The memory model as `config` has it, on this process's device; sets torch's threads."""
+def load_model(config: MemoryConfig) -> "MemoryModel":
+    """The memory model as `config` has it, on this process's device; sets torch's threads.
+
+    Raises `UnsupportedCheckpoint`, also where the model is to be spread over ranks but cannot be.
+    """
     import torch
 
-    from memory_worker.beacon import BeaconModel
+    from memory_worker.beacon import BeaconModel, UnsupportedCheckpoint
+    from memory_worker.stock import load_memory_model
 
     if config.memorize.threads:
         torch.set_num_threads(config.memorize.threads)
     device = config.memorize.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return BeaconModel.from_pretrained(config.engine.model, dtype=getattr(torch, config.memorize.dtype), device=device)
+    model = load_memory_model(config.engine.model, dtype=getattr(torch, config.memorize.dtype), device=device)
+    if config.memorize.ranks > 1 and not isinstance(model, BeaconModel):
+        raise UnsupportedCheckpoint(
+            f"{config.engine.model} is read by transformers, which does not share a text over ranks: set "
+            "memory.memorize.ranks to 1, and memorize with more replicas instead"
+        )
+    return model
 
 
 def rank_share(config: MemoryConfig, pool: PoolConfig) -> dict[str, float]:
@@ -81,7 +92,7 @@ class Rank:
 
     def __init__(self, config: MemoryConfig) -> None:
         self._timeout_s = config.memorize.rank_timeout_s
-        self._model = load_model(config)
+        self._model = cast("BeaconModel", load_model(config))
         self._exchange: Exchange | None = None
         self._jobs: dict[int, Iterator[tuple[Part, ...]]] = {}
 
@@ -132,10 +143,10 @@ class Ranks:
         self._team = self._new_team()
         self._model: BeaconModel | None = None
 
-    def join(self, model: "BeaconModel") -> None:
+    def join(self, model: "MemoryModel") -> None:
         """Waits until all ranks are there; `model` is the first rank's. Raises `LostRank` if one cannot be had."""
-        self._model = model
-        self._team.join(model)
+        self._model = cast("BeaconModel", model)  # `load_model` has refused others
+        self._team.join(self._model)
 
     def compress_documents(
         self, documents: "Sequence[Tensor]", *, ratio: int | None, memory: "Sequence[Slots]", group_windows: int

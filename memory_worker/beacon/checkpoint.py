@@ -1,12 +1,13 @@
 """Checkpoints of the memory model in Hugging Face layout: their shape, weights and fingerprint.
 
-One without beacon weights is a stock decoder: it makes memories of the kinds that need none.
+One without beacon weights is a stock decoder: it makes memories of the kinds that need none. Of families other than
+`FAMILIES` only the fingerprint is known here; `memory_worker.stock` reads them.
 """
 
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory_worker.beacon.rope import Rope, rope_parameters
+from memory_worker.beacon.rope import Rope, UnsupportedRope, rope_parameters
 
 FAMILIES = ("qwen2", "qwen3", "mistral", "llama")
 DEFAULT_WINDOW = 2048
 _RECIPE = 1  # counts changes of how the same weights make a memory
+# In a config, but nothing to what the model computes.
+_INDIFFERENT = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -45,11 +48,11 @@ class Shape:
     def of(cls, folder: Path) -> "Shape":
         """Reads `folder`/config.json. Raises `UnsupportedCheckpoint`."""
         config = read_config(folder)
-        names = [str(config.get("model_type", "")), *(config.get("architectures") or [])]
-        known = {family for family in FAMILIES for name in names if _family(name) == family}
+        known = families(config)
         if not known:
             raise UnsupportedCheckpoint(
-                f"{folder} holds a model of type {names[0]!r}; a memory model is one of {', '.join(FAMILIES)}"
+                f"{folder} holds a model of type {config.get('model_type')!r}; a beacon model is one of "
+                f"{', '.join(FAMILIES)}"
             )
         if config.get("hidden_act", "silu") != "silu":
             raise UnsupportedCheckpoint(f"{folder} has hidden_act {config['hidden_act']!r}; only silu is supported")
@@ -61,6 +64,9 @@ class Shape:
                 f"{folder} attends over a sliding window, and would forget its memory; "
                 "set sliding_window to null in its config.json if it was trained without"
             )
+        rope = rope_parameters(config)
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise UnsupportedRope(f"{folder} rotates a part of each head; its partial_rotary_factor must be 1")
         heads = config["num_attention_heads"]
         ratios = config.get("beacon_ratio") or []
         eos = config.get("eos_token_id")
@@ -73,7 +79,7 @@ class Shape:
             epsilon=config.get("rms_norm_eps", 1e-6),
             window=config.get("beacon_window") or DEFAULT_WINDOW,
             ratios=tuple(r for r in (ratios if isinstance(ratios, list) else [ratios]) if r > 0),
-            rope=rope_parameters(config),
+            rope=rope,
             eos=eos[0] if isinstance(eos, list) else eos,
         )
 
@@ -124,6 +130,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UnsupportedCheckpoint(f"{folder} has no config.json: it is not a checkpoint in Hugging Face layout")
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return config
+
+
+def families(config: Mapping[str, Any]) -> set[str]:
+    """Those of `FAMILIES` that a checkpoint's config names: one, or none."""
+    names = [str(config.get("model_type", "")), *(config.get("architectures") or [])]
+    return {family for family in FAMILIES for name in names if _family(name) == family}
 
 
 def load(folder: Path, shape: Shape, dtype: torch.dtype, device: torch.device) -> Weights:
@@ -181,10 +193,15 @@ def load(folder: Path, shape: Shape, dtype: torch.dtype, device: torch.device) -
 def fingerprint(folder: Path) -> str:
     """SHA-256 of everything in the checkpoint that decides a memory: shape, window, RoPE, every weight's bytes.
 
-    The same however the weights are spread over files. Reads all of them.
+    The same however the weights are spread over files. Reads all of them. Of a family that is not one of `FAMILIES` all
+    of the config counts, for it is not known here what does not.
     """
-    shape = Shape.of(folder)
-    facts = [_RECIPE, shape.heads, shape.kv_heads, shape.head_dim, shape.epsilon, shape.window, shape.rope, shape.eos]
+    config = read_config(folder)
+    facts: list[Any] = [_RECIPE, {key: value for key, value in config.items() if key not in _INDIFFERENT}]
+    if families(config):
+        shape = Shape.of(folder)
+        facts = [_RECIPE, shape.heads, shape.kv_heads, shape.head_dim, shape.epsilon, shape.window]
+        facts += [shape.rope, shape.eos]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:
         for line in sorted(line for file in _weight_files(folder) for line in _digests(file, pool)):

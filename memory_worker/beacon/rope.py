@@ -1,12 +1,12 @@
 """Rotary position embedding of a memory model, as its checkpoint's config describes it.
 
 The beacon model rotates with it while it memorizes, the vLLM connector when it puts a memory's keys at slots
-`0 … M-1`.
+`0 … M-1`. `StockModel` turns back with it what transformers has rotated, and tests that this is so.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,31 @@ import torch
 from torch import Tensor
 
 SCALINGS = ("default", "linear", "yarn", "llama3")
+# Model types that turn neighbours in a head together, as in the RoPE paper (arXiv 2104.09864); all others turn a place
+# in the first half with one in the second.
+INTERLEAVED = ("cohere", "ernie4_5", "glm", "glm4", "helium")
 
 
 class UnsupportedRope(ValueError):
-    """The checkpoint's RoPE depends on the sequence's length or rotates only part of a head."""
+    """The checkpoint's RoPE depends on the sequence's length, or rotates a part of a head where all is needed."""
 
 
 @dataclass(frozen=True)
 class Rope:
     """Frequencies and scale; positions may be any integers from 0."""
 
-    frequencies: Tensor  # [head_dim / 2] float32
+    frequencies: Tensor  # [pairs] float32; a head's first 2 * pairs dimensions are turned, the others left
     scale: float  # on cosines and sines: yarn's attention factor
+    interleaved: bool = False  # whether neighbours are pairs
+    still: tuple[int, ...] = ()  # layers whose keys have no position at all
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path) -> "Rope":
         """From a checkpoint's config: its content, its file, or the checkpoint's folder.
 
-        Reads `rope_parameters` as well as the older `rope_theta` and `rope_scaling`. Raises `UnsupportedRope` for
-        scalings other than `SCALINGS`.
+        Reads `rope_parameters` as well as the older `rope_theta` and `rope_scaling`; what a family leaves to its
+        defaults is in the content that transformers has of a config alone. Raises `UnsupportedRope` for scalings other
+        than `SCALINGS`.
         """
         if isinstance(config, str | Path):
             file = Path(config)
@@ -41,9 +47,13 @@ class Rope:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         parameters = rope_parameters(config)
         kind = parameters["rope_type"]
+        interleaved = config.get("model_type") in INTERLEAVED
+        still = tuple(layer for layer, turns in enumerate(config.get("no_rope_layers") or ()) if not turns)
         if kind in ("default", "linear"):
-            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-            return cls(1.0 / parameters["rope_theta"] ** exponents / parameters.get("factor", 1.0), 1.0)
+            turned = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+            exponents = torch.arange(0, turned, 2, dtype=torch.float32) / turned
+            frequencies = 1.0 / parameters["rope_theta"] ** exponents / parameters.get("factor", 1.0)
+            return cls(frequencies, 1.0, interleaved, still)
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -55,29 +65,47 @@ class Rope:
             rope_parameters=parameters,
         )
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](stock, torch.device("cpu"))
-        return cls(frequencies, float(scale))
+        return cls(frequencies, float(scale), interleaved, still)
 
     def to(self, device: torch.device | str) -> "Rope":
         """The same with its frequencies on `device`."""
-        return Rope(self.frequencies.to(device), self.scale)
+        return replace(self, frequencies=self.frequencies.to(device))
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [slots, head_dim / 2] float32, of integer `positions` [slots]."""
+        """Cosines and sines, each [slots, pairs] float32, of integer `positions` [slots]."""
         angles = positions.to(torch.float32)[:, None] * self.frequencies.to(positions.device)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """`keys` [..., slots, head_dim] turned to `positions` [slots], computed in float32, in the dtype of `keys`."""
-        return rotate_by(keys, *self.table(positions.to(keys.device)))
+        return rotate_by(keys, *self.table(positions.to(keys.device)), interleaved=self.interleaved)
+
+    def rotate_layers(self, keys: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """As `rotate`, of all layers: `keys` [layers, kv_heads, slots, head_dim]; or `back` from those positions."""
+        cosines, sines = self.table(positions.to(keys.device))
+        if back:
+            cosines, sines = cosines / self.scale**2, -sines / self.scale**2
+        turned = rotate_by(keys, cosines, sines, interleaved=self.interleaved)
+        for layer in self.still:
+            turned[layer] = keys[layer]
+        return turned
 
 
-def rotate_by(keys: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`keys` [..., slots, head_dim] turned by a `Rope.table` [slots, head_dim / 2], in the dtype of `keys`."""
-    first, second = keys.to(torch.float32).chunk(2, dim=-1)
+def rotate_by(keys: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool = False) -> Tensor:
+    """`keys` [..., slots, head_dim] turned by a `Rope.table` [slots, pairs], in the dtype of `keys`."""
+    pairs = cosines.shape[-1]
+
+    def split(heads: Tensor) -> tuple[Tensor, Tensor]:
+        if interleaved:
+            return heads[..., 0 : 2 * pairs : 2], heads[..., 1 : 2 * pairs : 2]
+        return heads[..., :pairs], heads[..., pairs : 2 * pairs]
+
+    first, second = split(keys.to(torch.float32))
     turned = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
-    half = first.shape[-1]
-    turned[..., :half] = (first * cosines).addcmul_(second, sines, value=-1)
-    turned[..., half:] = (second * cosines).addcmul_(first, sines)
+    turned_first, turned_second = split(turned)
+    turned_first.copy_((first * cosines).addcmul_(second, sines, value=-1))
+    turned_second.copy_((second * cosines).addcmul_(first, sines))
+    turned[..., 2 * pairs :] = keys[..., 2 * pairs :]
     return turned
 
 
@@ -95,8 +123,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             f"RoPE of type {kind!r} cannot place a memory's slots: its frequencies are not the same at every length; "
             f"use a checkpoint whose rope_type is one of {', '.join(SCALINGS)}"
         )
-    if found.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise UnsupportedRope("RoPE over a part of each head is not supported; partial_rotary_factor must be 1")
+    part = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1, 1.0):
+        parameters["partial_rotary_factor"] = part
     if kind in ("yarn", "llama3"):
         parameters["original_max_position_embeddings"] = (
             found.get("original_max_position_embeddings")

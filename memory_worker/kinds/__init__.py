@@ -1,4 +1,5 @@
-"""The kinds of memory: what a text's slots are made of. One module each; `encoder` says what they have in common.
+"""The kinds of memory: what a text's slots are made of. `reading` makes the first two, `gist` the third; `encoder` says
+what they have in common.
 
 | kind | slots | needs |
 |---|---|---|

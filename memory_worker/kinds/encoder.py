@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.costs import MemoryKind
-from memory_worker.kinds.beacon import BeaconEncoder
-from memory_worker.kinds.full import FullEncoder
 from memory_worker.kinds.gist import GistEncoder
+from memory_worker.kinds.reading import ReadingEncoder
 from memory_worker.messages import Language
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memory_worker.beacon import BeaconModel, Part, Slots
+    from memory_worker.beacon import Part, Slots
     from memory_worker.ranks import Ranks
+    from memory_worker.stock import MemoryModel
 
 
 class Encoder(Protocol):
@@ -56,9 +56,12 @@ class Encoder(Protocol):
         """
 
 
-def encoders(model: "BeaconModel", ranks: "Ranks | None", tokenizer: Any) -> dict[MemoryKind, Encoder]:
+def encoders(model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any) -> dict[MemoryKind, Encoder]:
     """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared."""
-    made: dict[MemoryKind, Encoder] = {"full": FullEncoder(model, ranks), "gist": GistEncoder(model, tokenizer)}
+    made: dict[MemoryKind, Encoder] = {
+        "full": ReadingEncoder(model, ranks, beacons=False),
+        "gist": GistEncoder(model, tokenizer),
+    }
     if model.has_beacons:
-        made["beacon"] = BeaconEncoder(model, ranks)
+        made["beacon"] = ReadingEncoder(model, ranks, beacons=True)
     return made

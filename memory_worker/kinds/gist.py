@@ -17,7 +17,8 @@ from memory_worker.prompts import gist_frame
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memory_worker.beacon import BeaconModel, Part, Slots
+    from memory_worker.beacon import Part, Slots
+    from memory_worker.stock import MemoryModel
 
 
 class GistEncoder:
@@ -28,7 +29,7 @@ class GistEncoder:
     ranks = 1  # what is to be read is known only when it has been written
     checkpoint_windows = 1  # writing gists takes far longer than making them durable
 
-    def __init__(self, model: "BeaconModel", tokenizer: Any) -> None:
+    def __init__(self, model: "MemoryModel", tokenizer: Any) -> None:
         self._model = model
         self._end: list[int] = tokenizer.encode("\n", add_special_tokens=False)  # after each gist, so none is empty
         self._frames = {
@@ -37,7 +38,7 @@ class GistEncoder:
             for ratio in self.ratios
         }
         self._special = {*tokenizer.all_special_ids}
-        self._stop = {tokenizer.eos_token_id, *_ends_of(model.folder)}
+        self._stop = {*_ends_of(model.folder)} | ({tokenizer.eos_token_id} - {None})
 
     def encode(
         self,

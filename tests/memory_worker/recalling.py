@@ -169,14 +169,14 @@ class Reference:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self._rope = Rope.from_config(model)
+        self._rope = Rope.from_config(self.model.config.to_dict())
 
     def cache(self, parts: Sequence[Slots]) -> Any:
         """The memory as transformers keeps keys and values."""
         from transformers import DynamicCache
 
         keys, values = (torch.cat([part[i].float() for part in parts], dim=2) for i in (0, 1))
-        keys = self._rope.rotate(keys, torch.arange(keys.shape[2]))
+        keys = self._rope.rotate_layers(keys, torch.arange(keys.shape[2]))
         cache = DynamicCache()
         for layer in range(keys.shape[0]):
             cache.update(keys[layer][None], values[layer][None], layer)
