@@ -26,7 +26,7 @@ from tests.memory_worker.recalling import Reference
 from tests.memory_worker.stock_models import MADE, REFUSED, write_model
 
 ROOT = Path(__file__).parents[2]
-ENGINE_FAMILIES = ("glm", "smollm3")  # neighbours, half of each head; a layer without positions
+ENGINE_FAMILIES = ("glm", "phi3")  # neighbours, half of each head; halves, as Llama does
 WINDOW = 32
 HEAD, DOCUMENTS = 7, (WINDOW * 3 + 5, 4, WINDOW * 2)  # tokens
 

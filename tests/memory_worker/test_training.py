@@ -22,7 +22,7 @@ from memory_worker.training.loop import Loop, Stopped
 from memory_worker.training.model import BEACON_MARK
 from memory_worker.training.prepare import prepare
 from memory_worker.training.state import RunFolder, read_weights
-from tests.memory_worker.training_runs import tiny_run, train_rank
+from tests.memory_worker.training_runs import tiny_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,16 +127,6 @@ def test_transformers_reads_the_result(finished):
     tokens = tokenizer.encode("Where did Corwin sail to?")
     logits = stock(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(logits, served.logits(tokens), atol=1e-4, rtol=1e-4)
-
-
-def test_two_workers_share_the_model_and_resume(tmp_path):
-    for stages in (1, 2):  # the second time it goes on where the first had come to
-        torch.multiprocessing.spawn(train_rank, (str(tmp_path), stages), nprocs=2)
-    progress = RunFolder(tmp_path / "run").progress()
-    assert [line["total_steps"] for line in progress] == [2, 4, 6, 8, 10, 12, 14, 16]
-    assert progress[-1]["tokens"] > 1.9 * 16 * 4 * 48  # both workers' texts count
-    assert progress[3]["loss"] < progress[0]["loss"]
-    assert BeaconModel.from_pretrained(tmp_path / "run" / "model").shape.hidden == 40
 
 
 def test_what_is_trained_on_is_what_is_served_and_the_answer_is_there_to_read(finished):

@@ -1,15 +1,11 @@
 """Tiny training runs, for the tests of training."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from examples.chronicles import training_documents
 from memory_worker.training import RunConfig
-from memory_worker.training.loop import Loop
 
 
 def write_documents(folder: Path, count: int = 12) -> Path:
@@ -53,12 +49,3 @@ def tiny_run(folder: Path, **changes: Any) -> RunConfig:
         ],
     }
     return RunConfig.model_validate({**settings, **changes})
-
-
-def train_rank(rank: int, folder: str, stages: int) -> None:
-    """One of two workers on the first `stages` stages of the tiny run; they meet in a file."""
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
-    dist.init_process_group("gloo", f"file://{folder}/meet-{stages}", rank=rank, world_size=2)
-    run = tiny_run(Path(folder))
-    Loop(run.model_copy(update={"stages": run.stages[:stages]}), rank=rank, ranks=2).train()
-    dist.destroy_process_group()

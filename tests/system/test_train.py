@@ -9,12 +9,13 @@ from pathlib import Path
 import psutil
 import yaml
 
+from memory_worker.beacon import BeaconModel
 from tests.memory_worker.training_runs import tiny_run
 from tests.system.conftest import MEMORAG, ROOT
 
 
 def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
-    run = tiny_run(tmp_path, workers=2, save_every_s=0.01, log_every=1)
+    run = tiny_run(tmp_path, workers=2, save_every_s=0.01, log_every=5)
     short, wider = run.stages
     run = run.model_copy(update={"stages": (short.model_copy(update={"steps": 30}), wider)})
     file = tmp_path / "run.yaml"
@@ -26,16 +27,19 @@ def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
             [MEMORAG, "train", str(file), "--json"], stdout=printed, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
         )
         try:
-            wait_for_steps(progress, 5)
+            wait_for_lines(progress, 2)
             killed = worker_of(training.pid)
             killed.kill()
             assert training.wait(240) == 0, (tmp_path / "printed").read_text()
         finally:
             training.kill()
-    steps = [line["total_steps"] for line in lines(progress)]
-    assert steps == [*range(1, 39)]  # what the killed worker's team did after its last checkpoint was done again
-    assert lines(progress)[-1]["stage"] == "wider"
-    assert Path(run.output, "model", "model.safetensors").is_file()
+    seen = lines(progress)
+    assert [line["total_steps"] for line in seen] == [
+        *range(5, 39, 5)
+    ]  # from the last checkpoint on they were done again
+    assert seen[-1]["stage"] == "wider" and seen[-1]["loss"] < seen[0]["loss"]
+    assert seen[-1]["tokens"] > 1.9 * 35 * 4 * 48  # both workers' texts count
+    assert BeaconModel.from_pretrained(Path(run.output, "model")).shape.hidden == 40
     assert not killed.is_running()
 
 
@@ -43,7 +47,7 @@ def lines(progress: Path) -> list[dict]:
     return [json.loads(line) for line in progress.read_text().splitlines()]
 
 
-def wait_for_steps(progress: Path, count: int) -> None:
+def wait_for_lines(progress: Path, count: int) -> None:
     deadline = time.monotonic() + 240
     while not progress.is_file() or len(lines(progress)) < count:
         assert time.monotonic() < deadline, "no step was trained"
