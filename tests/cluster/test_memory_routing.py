@@ -119,11 +119,16 @@ def test_the_simulation_finds_what_its_docstring_says():
     seen = {name: simulated.simulate(asked, run, choose) for name, choose in simulated._routers(run).items()}
     ours, ring, two = (seen[name] for name in (simulated.OURS, simulated.RING, simulated.POWER_OF_TWO))
     assert ours.load <= 1.25 and ring.load > 2
-    assert two.hits + 0.2 < ours.hits < ring.hits < simulated.belady(asked.memories)
+    assert two.hits + 0.2 < ours.hits < ring.hits < simulated.belady(asked.memories, run.held)
+
+
+def test_with_room_for_a_fifth_on_each_of_16_replicas_hardly_a_question_misses():
+    run = simulated.Run(zipf=1.0, visit=1, mean=16, replicas=16, held=16 * 2_000)
+    seen = simulated.simulate(simulated.traffic(run), run, simulated._ours(16))
+    assert seen.hits > 0.95 and seen.load <= 1.25
 
 
 def test_belady_is_the_best_there_is(monkeypatch):
-    monkeypatch.setattr(simulated, "HELD", 2)
     monkeypatch.setattr(simulated, "QUESTIONS", 6)
-    assert simulated.belady([1, 2, 3, 1, 2, 4, 1]) == 3 / 6
-    assert simulated.one_lru([1, 2, 3, 1, 2, 4, 1]) == 0
+    assert simulated.belady([1, 2, 3, 1, 2, 4, 1], 2) == 3 / 6
+    assert simulated.one_lru([1, 2, 3, 1, 2, 4, 1], 2) == 0
