@@ -28,6 +28,7 @@ import pyarrow as pa
 from benchmarks.report import report
 from serving.app import deploy
 from serving.batch import answer_all
+from serving.batch_progress import OnCount, counting
 from serving.client import MemoRAG
 from serving.config import load_profile
 
@@ -71,11 +72,13 @@ def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, fold
     if way == WAYS[0]:
         asyncio.run(_over_http(address, table.to_pylist()))
     else:
-        done = answer_all(table, folder / way, concurrency=CLIENTS, group_by_memory=way == "batch")
+        grouped = way == "batch"
+        done = answer_all(table, folder / way, concurrency=CLIENTS, group_by_memory=grouped, progress=True)
         if done.answered != arguments.questions:
             raise RuntimeError(f"not all were answered: {done}")
         asking = done.seconds
     seconds = time.perf_counter() - began
+    _say(f"{way}: {seconds:.0f} s, {arguments.questions / (asking or seconds):.2f} questions/s")
     return {
         "way": way,
         "questions": arguments.questions,
@@ -121,19 +124,24 @@ def _questions(count: int, memories: int, way: str) -> pa.Table:
 
 async def _over_http(address: str, questions: list[dict[str, Any]]) -> None:
     waiting = list(reversed(questions))
+    answered = 0
 
-    async def client(http: aiohttp.ClientSession) -> None:
+    async def client(http: aiohttp.ClientSession, count: OnCount) -> None:
+        nonlocal answered
         while waiting:
             row = waiting.pop()
             body = {"question": row["question"], "max_tokens": row["max_tokens"]}
             async with http.post(f"/v1/memories/{row['memory']}/answer", json=body) as response:
                 response.raise_for_status()
                 await response.read()
+            answered += 1
+            count(answered, len(questions), 0)
 
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(address, timeout=timeout) as http, asyncio.TaskGroup() as group:
-        for _ in range(CLIENTS):
-            group.create_task(client(http))
+    with counting("asking", "questions", True) as count:
+        async with aiohttp.ClientSession(address, timeout=timeout) as http, asyncio.TaskGroup() as group:
+            for _ in range(CLIENTS):
+                group.create_task(client(http, count))
 
 
 def _say(line: str) -> None:
