@@ -78,7 +78,8 @@ def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, fold
             raise RuntimeError(f"not all were answered: {done}")
         asking = done.seconds
     seconds = time.perf_counter() - began
-    _say(f"{way}: {seconds:.0f} s, {arguments.questions / (asking or seconds):.2f} questions/s")
+    rate = arguments.questions / (asking or seconds)
+    _say(f"{way} took {seconds:.0f} s, {rate:.2f} questions/s; next")
     return {
         "way": way,
         "questions": arguments.questions,
@@ -86,7 +87,7 @@ def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, fold
         "slots of one": slots,
         "seconds": seconds,
         "asking (s)": asking or seconds,
-        "questions/s": arguments.questions / (asking or seconds),
+        "questions/s": rate,
         "load average": os.getloadavg()[0],
     }
 

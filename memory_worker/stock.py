@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memory_worker.beacon import BeaconModel, Part, Rope, Slots, UnsupportedCheckpoint
 from memory_worker.beacon.checkpoint import DEFAULT_WINDOW, families, fingerprint, read_config, resolve
+from memory_worker.beacon.windows import token_ids
 
 _PROBE_TOKENS = 24
 _PROBE_SHIFT = 4096  # positions: even slow dimensions of a head turn visibly over so many
@@ -130,11 +131,7 @@ class StockModel:
         """The parts of all documents, a window each."""
         vocabulary = self._model.get_input_embeddings().num_embeddings
         for number, (tokens, before) in enumerate(zip(documents, memories, strict=True)):
-            ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
-            if ids.ndim != 1 or not len(ids):
-                raise ValueError("a document must be one sequence of token ids, not empty")
-            if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-                raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
+            ids = token_ids(tokens, vocabulary)
             cache = self._cache(before)
             for start in range(0, len(ids), self.window):
                 window = ids[start : start + self.window]
@@ -163,9 +160,7 @@ class StockModel:
         cache = DynamicCache(config=self._model.config)
         if memory is None:
             return cache
-        expected = (self.layers, self.kv_heads, self.head_dim)
-        if (*memory.keys.shape[:2], memory.keys.shape[3]) != expected:
-            raise ValueError(f"the memory's slots are {tuple(memory.keys.shape)}: they are of another model")
+        memory.expect(self.layers, self.kv_heads, self.head_dim)
         slots = memory.to(self.device, self.dtype)
         turned = self.rope.rotate_layers(slots.keys, torch.arange(len(slots)))
         for layer in range(self.layers):

@@ -23,7 +23,7 @@ from memory_worker.beacon.exchange import Exchange
 from memory_worker.beacon.layers import add_linear, add_mlp, rms_norm
 from memory_worker.beacon.rope import Rope, rotate_by
 from memory_worker.beacon.slots import Part, Slots
-from memory_worker.beacon.windows import Group, Rows, Text, Window, slots_of
+from memory_worker.beacon.windows import Group, Rows, Text, Window, slots_of, token_ids
 
 RATIOS = (2, 4, 8, 16, 32)
 # Measured on two CPU cores with benchmarks/memorize.py; on a GPU enough rows to fill it at window 2048.
@@ -242,15 +242,11 @@ class BeaconModel:
     ) -> Text:
         """A text cut into windows, with its buffers: `memory` in its first slots, and `room` for more slots."""
         self.check_ratio(ratio)
-        ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
-        if ids.ndim != 1 or not len(ids) or not 0 <= head <= len(ids):
-            raise ValueError(f"tokens must be one sequence of ids, not empty, head ({head}) a part of it")
-        vocabulary = len(self.weights.embedding)
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
-        expected = (self.layers, self.kv_heads, self.head_dim)
-        if memory is not None and (*memory.keys.shape[:2], memory.keys.shape[3]) != expected:
-            raise ValueError(f"the memory's slots are {tuple(memory.keys.shape)}: they are of another model")
+        ids = token_ids(tokens, len(self.weights.embedding))
+        if not 0 <= head <= len(ids):
+            raise ValueError(f"head ({head}) must be a part of the {len(ids)} tokens")
+        if memory is not None:
+            memory.expect(self.layers, self.kv_heads, self.head_dim)
         if head < len(ids) and not self.has_beacons:
             raise UnsupportedCheckpoint(f"{self.folder} has no beacon weights: it cannot compress what it reads")
         slot = len(memory) if memory else 0

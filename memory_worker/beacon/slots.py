@@ -22,6 +22,11 @@ class Slots:
         """Bytes of keys and values."""
         return (self.keys.numel() + self.values.numel()) * self.keys.element_size()
 
+    def expect(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        """Raises `ValueError` if they are not of a model of this shape."""
+        if (*self.keys.shape[:2], self.keys.shape[3]) != (layers, kv_heads, head_dim):
+            raise ValueError(f"the memory's slots are {tuple(self.keys.shape)}: they are of another model")
+
     @staticmethod
     def concat(parts: Sequence["Slots"]) -> "Slots":
         """`parts` (one at least) one after another, as a copy: how a memory is composed of head and segments."""

@@ -9,6 +9,16 @@ from torch import Tensor
 _NONE = torch.empty(0, dtype=torch.int64)  # joined with others it adds nothing; alone it is a pass without rows
 
 
+def token_ids(tokens: Sequence[int] | Tensor, vocabulary: int) -> Tensor:
+    """One text's tokens as int64 [tokens] on the CPU. Raises `ValueError` if there are none, or none of the model's."""
+    ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError("tokens must be one sequence of ids, not empty")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
+    return ids
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Tokens `start … end` of a text that are fed together: with beacons, or raw as head and question are."""

@@ -129,9 +129,9 @@ class Loop:
                 self._report(stage, state)
             stopping = self._agreed(self._stop())
             if stopping or self._agreed(time.monotonic() - self._saved_at > self.run.save_every_s):
-                weights, moments = _gathered(model), optimizer.moments()
+                weights, held = _gathered(model), optimizer.moments()
                 if self.rank == 0:
-                    self.folder.save(state, config, weights, moments)
+                    self.folder.save(state, config, weights, held)
                 self._wait()
                 self._saved_at = time.monotonic()
             if stopping:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +11,7 @@ import yaml
 from memory_worker.beacon import BeaconModel
 from tests.memory_worker.training_runs import tiny_run
 from tests.system.conftest import MEMORAG, ROOT
+from tests.system.test_batch import eventually, title_of
 
 
 def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
@@ -27,16 +27,15 @@ def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
             [MEMORAG, "train", str(file), "--json"], stdout=printed, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
         )
         try:
-            wait_for_lines(progress, 2)
+            eventually(lambda: progress.is_file() and len(lines(progress)) >= 2, 240)
             killed = worker_of(training.pid)
             killed.kill()
             assert training.wait(240) == 0, (tmp_path / "printed").read_text()
         finally:
             training.kill()
     seen = lines(progress)
-    assert [line["total_steps"] for line in seen] == [
-        *range(5, 39, 5)
-    ]  # from the last checkpoint on they were done again
+    # What was done after the last checkpoint was done again, and is there once.
+    assert [line["total_steps"] for line in seen] == [*range(5, 39, 5)]
     assert seen[-1]["stage"] == "wider" and seen[-1]["loss"] < seen[0]["loss"]
     assert seen[-1]["tokens"] > 1.9 * 35 * 4 * 48  # both workers' texts count
     assert BeaconModel.from_pretrained(Path(run.output, "model")).shape.hidden == 40
@@ -47,15 +46,9 @@ def lines(progress: Path) -> list[dict]:
     return [json.loads(line) for line in progress.read_text().splitlines()]
 
 
-def wait_for_lines(progress: Path, count: int) -> None:
-    deadline = time.monotonic() + 240
-    while not progress.is_file() or len(lines(progress)) < count:
-        assert time.monotonic() < deadline, "no step was trained"
-        time.sleep(0.05)
-
-
 def worker_of(pid: int) -> psutil.Process:
     """One process that trains, of those that the command started."""
-    found = [p for p in psutil.Process(pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert len(found) == 2, [p.cmdline() for p in psutil.Process(pid).children(recursive=True)]
+    family = psutil.Process(pid).children(recursive=True)
+    found = [process for process in family if "RayTrainWorker" in title_of(process)]
+    assert len(found) == 2, [title_of(process) for process in family]
     return found[-1]
