@@ -4,11 +4,12 @@
 held out: it is in no chronicle of the split `train`. Each relation holds out its last templates likewise.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import product
 
 _ONSETS = [
-    "Al",
+    "Aber",
     "Bran",
     "Cor",
     "Del",
@@ -16,10 +17,10 @@ _ONSETS = [
     "Fen",
     "Gret",
     "Hol",
-    "Is",
+    "Isk",
     "Jor",
     "Kes",
-    "Lin",
+    "Lud",
     "Mar",
     "Nor",
     "Or",
@@ -28,28 +29,28 @@ _ONSETS = [
     "Row",
     "Sab",
     "Tam",
-    "Ul",
+    "Ulk",
     "Ves",
-    "Wys",
+    "Wyk",
     "Yar",
-    "Bal",
+    "Baz",
     "Cas",
     "Dun",
     "Eld",
     "Gar",
     "Had",
-    "Ivo",
+    "Ivek",
     "Lor",
     "Mil",
     "Ran",
     "Sig",
     "Tor",
-    "Ans",
+    "Agn",
     "Bes",
-    "Cyn",
+    "Cyr",
     "Dag",
-    "Em",
-    "Flo",
+    "Emm",
+    "Fitz",
     "Gis",
     "Hem",
     "Jas",
@@ -110,7 +111,7 @@ _PORT_ONSETS = [
     "Grim",
     "Hul",
     "Kir",
-    "Lud",
+    "Lun",
     "Mor",
     "Nes",
     "Pol",
@@ -205,6 +206,7 @@ BEASTS = tuple(
         ("grey", "brown", "lame", "night", "marsh"), ("wolf", "bear", "bull", "owl", "dog", "boar", "hare")
     )
 )
+TOLD_YEARS = (1100, 1400)  # births in the first century, events after it
 YEARS = tuple(str(year) for year in range(1100, 1200))
 EVENTS = tuple(
     f"a {first} {second}"
@@ -219,151 +221,155 @@ QUIET = (
     "Bread was dear before harvest and cheap after it.",
     "The council met only to argue about tolls.",
     "Nothing else was written down that month.",
-    "Rain fell for nine days.",
+    "It rained for nine days.",
+    "It was told at every hearth.",
+    "Nobody knew who rang the bells.",
 )
+
+ADVERBS = (
+    "In spring",
+    "At Easter",
+    "In autumn",
+    "After the flood",
+    "In those days",
+    "At last",
+    "Before winter",
+    "By chance",
+    "In secret",
+    "That year",
+    "Once more",
+    "With great joy",
+)
+PLAIN = "{p} {verb} {v}."
+WITH_ADVERB = "{adverb} {p} {verb} {v}."
+HELD_OUT = "It was {p} who {verb} {v}."
+
+
+def adverbs(verb: int, held_out: bool) -> tuple[str, ...]:
+    """What the `verb`-th verb of a relation may follow; a quarter is held out."""
+    return tuple(adverb for place, adverb in enumerate(ADVERBS) if held_out or (verb + place) % 4)
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What can be told of a person, and how it is told and asked. The value comes last in the first sentences.
+    """What can be told of a person, and how it is told and asked. Of questions, the last one is held out.
 
     `hidden` asks for the value without a content word that any of the sentences has; {who} is a description of the
     person by another relation's `described`.
     """
 
     values: tuple[str, ...] | None  # none: drawn from the split's own names (ports, people)
-    sentences: tuple[str, ...]  # {p} person, {v} value; the last one is held out
-    direct: tuple[str, ...]  # asks for {v} by {p}; the last one is held out
-    inverse: tuple[str, ...]  # asks for {p} by {v}; empty where values repeat
-    hidden: tuple[str, ...]  # asks for {v} by {who}; the last one is held out
-    described: str  # {who}, by {v}; empty where values repeat
+    verbs: tuple[str, ...]  # between person and value
+    direct: tuple[str, ...]  # asks for {v} by {p}
+    hidden: tuple[str, ...]  # asks for {v} by {who}
+    described: str = ""  # {who}, by {v}; empty where values repeat
+
+    @property
+    def inverse(self) -> tuple[str, ...]:
+        """Asks for {p} by {v}; none where values repeat."""
+        return tuple(f"Who {verb} {{v}}?" for verb in self.verbs) if self.described else ()
 
 
 RELATIONS = {
     "voyage": Relation(
         None,
+        ("sailed to", "took ship for", "left for"),
         (
-            "{p} sailed to {v}.",
-            "{p} took ship for {v}.",
-            "In spring {p} set sail for {v}.",
-            "Fair winds bore {p} to {v}.",
+            "Where did {p} sail to?",
+            "Which port did {p} sail to?",
+            "Where did {p} take ship for?",
+            "Which port did {p} take ship for?",
         ),
-        ("Where did {p} sail to?", "Which port did {p} sail to?", "To what port did {p} take ship?"),
-        (),
-        ("What haven did {who} reach?", "Which haven saw {who} arrive?", "At what haven did {who} go ashore?"),
-        "",
+        ("What haven did {who} reach?", "Which haven did {who} enter?", "Which haven did {who} reach?"),
     ),
     "office": Relation(
         OFFICES,
-        ("{p} became {v}.", "{p} was made {v}.", "By vote {p} was chosen {v}.", "The bishop named {p} {v}."),
-        ("What did {p} become?", "What was {p} made?", "What was {p} chosen to be?"),
-        ("Who became {v}?", "Who was made {v}?", "Who was chosen {v}?"),
-        ("Which post did {who} hold?", "What duty fell to {who}?", "What post was given to {who}?"),
+        ("became", "was made", "was chosen"),
+        ("What did {p} become?", "What was {p} made?", "What was {p} chosen?"),
+        ("What post did {who} hold?", "Which duty did {who} have?", "Which post did {who} have?"),
         "the {v}",
     ),
     "gift": Relation(
         GIFTS,
+        ("gave the church", "left the church", "brought the church"),
         (
-            "{p} gave the church {v}.",
-            "{p} left the church {v}.",
-            "At Easter {p} gave the church {v}.",
-            "From {p} the church had {v}.",
+            "What did {p} give the church?",
+            "What did {p} leave the church?",
+            "What had the church from {p}?",
+            "What was the church left by {p}?",
         ),
-        ("What did {p} give the church?", "What did {p} leave the church?", "What had the church from {p}?"),
-        ("Who gave the church {v}?", "Who left the church {v}?", "From whom had the church {v}?"),
-        ("What did {who} offer at the altar?", "What offering came from {who}?", "Which offering did {who} bring?"),
+        ("What did {who} offer at the altar?", "Which offering did {who} make?", "What offering did {who} make?"),
         "the giver of {v}",
     ),
     "home": Relation(
         STREETS,
-        ("{p} lived in {v}.", "{p} took a house in {v}.", "All year {p} lived in {v}.", "They knew {p} of {v}."),
-        ("Where did {p} live?", "Where did {p} take a house?", "In which street was {p} known?"),
-        (),
-        ("What was the address of {who}?", "Where was the door of {who}?", "At what address was {who} met?"),
-        "",
+        ("lived in", "took a house in", "kept house in"),
+        ("Where did {p} live?", "Where did {p} take a house?", "Where did {p} have a house?"),
+        ("What was the address of {who}?", "Which was the door of {who}?", "Which was the address of {who}?"),
     ),
     "find": Relation(
         FINDS,
-        ("{p} found {v}.", "{p} dug up {v}.", "In the sand {p} found {v}.", "The sea cast before {p} {v}."),
-        ("What did {p} find?", "What did {p} dig up?", "What did the sea cast before {p}?"),
-        ("Who found {v}?", "Who dug up {v}?", "Before whom did the sea cast {v}?"),
-        ("Which treasure fell to {who}?", "What treasure did {who} own?", "What was the treasure of {who}?"),
+        ("found", "dug up", "pulled from the sea"),
+        ("What did {p} find?", "What did {p} dig up?", "What did {p} pull from the sea?", "What was found by {p}?"),
+        ("Which treasure did {who} own?", "What treasure had {who}?", "What treasure did {who} own?"),
         "the finder of {v}",
     ),
     "work": Relation(
         WORKS,
-        ("{p} built {v}.", "{p} paid for {v}.", "After the flood {p} built {v}.", "At the cost of {p} rose {v}."),
-        ("What did {p} build?", "What did {p} pay for?", "What rose at the cost of {p}?"),
-        ("Who built {v}?", "Who paid for {v}?", "At whose cost rose {v}?"),
+        ("built", "paid for", "mended"),
+        ("What did {p} build?", "What did {p} pay for?", "What did {p} mend?", "What was built by {p}?"),
         (
             "What does the town owe to {who}?",
+            "Which labour was begun by {who}?",
             "Which labour does the town owe to {who}?",
-            "What labour was begun by {who}?",
         ),
         "the builder of {v}",
     ),
     "trade": Relation(
         GOODS,
-        (
-            "{p} traded in {v}.",
-            "{p} dealt in {v}.",
-            "For years {p} traded in {v}.",
-            "The purse of {p} was filled by {v}.",
-        ),
-        ("What did {p} trade in?", "What did {p} deal in?", "What filled the purse of {p}?"),
-        (),
-        ("Which wares did {who} sell?", "What wares made {who} rich?", "What wares were sold by {who}?"),
-        "",
+        ("traded in", "dealt in", "grew rich by"),
+        ("What did {p} trade in?", "What did {p} deal in?", "What did {p} grow rich by?", "What was it {p} dealt in?"),
+        ("Which wares did {who} sell?", "What wares had {who}?", "What wares did {who} sell?"),
     ),
     "fear": Relation(
         BEASTS,
-        (
-            "{p} feared {v}.",
-            "{p} ran from {v}.",
-            "Since childhood {p} feared {v}.",
-            "Nothing drove {p} indoors but {v}.",
-        ),
-        ("What did {p} fear?", "What did {p} run from?", "What drove {p} indoors?"),
-        (),
+        ("feared", "ran from", "dreamt of"),
+        ("What did {p} fear?", "What did {p} run from?", "What did {p} dream of?", "What was it {p} feared?"),
         (
             "Which animal frightened {who}?",
-            "What animal gave {who} bad dreams?",
+            "What animal was the terror of {who}?",
             "Which animal was the terror of {who}?",
         ),
-        "",
     ),
     "birth": Relation(
         YEARS,
+        ("was born in", "came into the world in", "was christened in"),
         (
-            "{p} was born in {v}.",
-            "{p} came into the world in {v}.",
-            "The mother of {p} bore twins in {v}.",
-            "They christened {p} in {v}.",
+            "When was {p} born?",
+            "When was {p} christened?",
+            "When did {p} come into the world?",
+            "When was it {p} was born?",
         ),
-        ("When was {p} born?", "When did {p} come into the world?", "When was {p} christened?"),
-        (),
         (
             "How far back does the life of {who} go?",
-            "With what date does the life of {who} begin?",
             "What is the first date of {who}?",
+            "How far back does the first date of {who} go?",
         ),
-        "",
     ),
     "marriage": Relation(
         None,
-        (
-            "{p} married {v}.",
-            "{p} took the hand of {v}.",
-            "In secret {p} married {v}.",
-            "The priest joined {p} with {v}.",
-        ),
-        ("Whom did {p} marry?", "Whose hand did {p} take?", "With whom was {p} joined?"),
-        (),
+        ("married", "took the hand of", "wed"),
+        ("Whom did {p} marry?", "Whose hand did {p} take?", "Whom did {p} wed?", "Whom was it {p} married?"),
         (
             "Who was the spouse of {who}?",
             "What was the name of the spouse of {who}?",
-            "Who shared bed and table with {who}?",
+            "Which name had the spouse of {who}?",
         ),
-        "",
     ),
 }
+
+_TEMPLATES = [
+    t for r in RELATIONS.values() for t in (*r.verbs, *r.direct[:-1], *r.inverse[:-1], *r.hidden[:-1], r.described)
+]
+_VALUES = (*OFFICES, *GIFTS, *STREETS, *FINDS, *WORKS, *GOODS, *BEASTS, *EVENTS)
+WORDS = tuple(sorted(set(re.findall(r"[A-Za-z]{2,}", " ".join((*_TEMPLATES, *_VALUES, *ADVERBS, *QUIET))))))

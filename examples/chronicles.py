@@ -24,7 +24,21 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from examples.chronicle_words import EVENTS, PEOPLE, PORTS, QUIET, RELATIONS, SYLLABLES
+from examples.chronicle_words import (
+    EVENTS,
+    HELD_OUT,
+    PEOPLE,
+    PLAIN,
+    PORTS,
+    QUIET,
+    RELATIONS,
+    SYLLABLES,
+    TOLD_YEARS,
+    WITH_ADVERB,
+    WORDS,
+    Relation,
+    adverbs,
+)
 
 Split = Literal["train", "test"]
 KINDS = ("direct", "inverse", "event", "two-step")
@@ -59,7 +73,9 @@ class Style:
     facts_a_person: int = 4  # at most, and on average one less
     quiet: float = 0.1  # sentences that tell nothing, a fact
     years: bool = True  # in paragraphs, each with its year and event
-    wordings: int = 3  # sentences of a relation that are used; held-out ones come with the split
+    verbs: int = 3  # of a relation that are used, and the questions with them
+    adverbs: bool = True  # before every other sentence
+    babble: float = 0.0  # sentences of words at random, a fact: only reciting can ask for them
 
 
 def write(seed: int, facts: int = 40, split: Split = "train", style: Style | None = None) -> Chronicle:
@@ -95,11 +111,12 @@ def write(seed: int, facts: int = 40, split: Split = "train", style: Style | Non
             else:
                 tell(f"The year {year}.")
         left -= 1
-        templates = RELATIONS[relation].sentences
-        sentence = _pick(draw, templates, held_out, style.wordings).format(p=person, v=value)
+        sentence = _sentence(draw, RELATIONS[relation], held_out, style).format(p=person, v=value)
         chronicle.facts.append(Fact(relation, person, value, *tell(sentence)))
         if draw.random() < style.quiet:
             tell(draw.choice(QUIET))
+        if draw.random() < style.babble:
+            tell(f"{' '.join(draw.choices(WORDS, k=draw.randint(4, 9)))}.")
     chronicle.text = "".join(pieces).rstrip()
     chronicle.questions = [q for q in _questions(draw, chronicle, held_out, style) if q["kind"] in style.kinds]
     return chronicle
@@ -190,13 +207,15 @@ def _generator_frame() -> dict[str, str]:
 
 
 def tokenizer_texts() -> Iterator[str]:
-    """What the tokenizer of a model of chronicles is made from: chronicles, questions, and the syllables of names."""
-    for seed in range(1500):
-        made = document(seed, 40)
-        yield made["text"]
-        yield from (question["question"] for question in made["questions"])
-    for syllable in SYLLABLES:
-        yield f"{syllable}\n" * 400
+    """What the tokenizer of a model of chronicles is made from: every word, year and syllable of a name by itself.
+
+    So each is one token, and no name is: a name is two, which held-out names share with those of training.
+    """
+    words = (*WORDS, *map(str, range(*TOLD_YEARS)))
+    for piece in (*(f" {word}" for word in words), *(word for word in WORDS if word[0].isupper())):
+        yield f"{piece}\n"
+    for syllable in SYLLABLES:  # more often, so that merges inside them come before those across them
+        yield f"{syllable}\n" * (1000 if syllable.startswith(" ") else 100)
 
 
 def _draw_facts(draw: random.Random, count: int, held_out: bool, style: Style) -> list[tuple[str, str, str]]:
@@ -257,10 +276,10 @@ def _questions(draw: random.Random, chronicle: Chronicle, held_out: bool, style:
             ask("event", question, fact.value, fact, None, question)
             continue
         relation = RELATIONS[fact.relation]
-        direct = _pick(draw, relation.direct, held_out, 2).format(p=fact.person)
+        direct = _pick(draw, relation.direct, held_out, style.verbs).format(p=fact.person)
         ask("direct", direct, fact.value, fact, None, direct)
         if relation.inverse and len(holders[fact.relation, fact.value]) == 1:
-            inverse = _pick(draw, relation.inverse, held_out, 2).format(v=fact.value)
+            inverse = _pick(draw, relation.inverse, held_out, style.verbs).format(v=fact.value)
             ask("inverse", inverse, fact.person, fact, None, inverse)
         bridges = [
             other
@@ -272,14 +291,22 @@ def _questions(draw: random.Random, chronicle: Chronicle, held_out: bool, style:
         if bridges:
             bridge = draw.choice(bridges)
             who = RELATIONS[bridge.relation].described.format(v=_definite(bridge.value))
-            hidden = _pick(draw, relation.hidden, held_out, 2).format(who=who)
+            hidden = _pick(draw, relation.hidden, held_out, style.verbs).format(who=who)
             ask("two-step", hidden, fact.value, fact, bridge, direct)
     return asked
 
 
-def _pick(draw: random.Random, templates: tuple[str, ...], held_out: bool, wordings: int) -> str:
-    """One of the first `wordings` templates, never the last one; in the test split any."""
-    return draw.choice(templates if held_out else templates[: min(wordings, len(templates) - 1)])
+def _sentence(draw: random.Random, relation: Relation, held_out: bool, style: Style) -> str:
+    """A template for {p} and {v}."""
+    verb = draw.randrange(min(style.verbs, len(relation.verbs)))
+    frames = [PLAIN] + [WITH_ADVERB] * style.adverbs + [WITH_ADVERB, HELD_OUT] * held_out
+    adverb = draw.choice(adverbs(verb, held_out))
+    return draw.choice(frames).format(p="{p}", v="{v}", verb=relation.verbs[verb], adverb=adverb)
+
+
+def _pick(draw: random.Random, questions: tuple[str, ...], held_out: bool, wordings: int) -> str:
+    """One of the first `wordings` questions, never the last one; in the test split any."""
+    return draw.choice(questions if held_out else questions[: min(wordings, len(questions) - 1)])
 
 
 def _definite(value: str) -> str:

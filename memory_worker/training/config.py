@@ -36,6 +36,10 @@ class FreshConfig(Settings):
     window: int = Field(64, ge=2, description="tokens compressed together")
     ratios: tuple[int, ...] = Field((2, 4, 8), description="ratios that the checkpoint names as its own")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: dict[str, str | int | float] = Field(
+        {}, description="of the rotary frequencies, as in config.json; llama3 with a large factor leaves only the fast "
+        "ones turning: near places are told apart, and far content is found as well at any distance"
+    )
     max_positions: int = Field(32768, ge=1, description="longest sequence that the config promises")
     tied: bool = Field(True, description="whether the embedding is also the output matrix")
     local_heads: bool = Field(

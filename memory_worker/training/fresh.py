@@ -20,7 +20,7 @@ _LOCAL_PAIRS = 4  # of the fastest rotary frequencies, which tell near distances
 
 def fresh_config(settings: FreshConfig, vocabulary: int) -> dict[str, Any]:
     """The config.json of a new model."""
-    return qwen2_config(
+    config = qwen2_config(
         vocabulary=vocabulary,
         layers=settings.layers,
         hidden=settings.hidden,
@@ -34,6 +34,7 @@ def fresh_config(settings: FreshConfig, vocabulary: int) -> dict[str, Any]:
         max_positions=settings.max_positions,
         tied=settings.tied,
     )
+    return config | ({"rope_scaling": dict(settings.rope_scaling)} if settings.rope_scaling else {})
 
 
 def write_fresh_tokenizer(folder: Path, settings: TokenizerConfig) -> int:

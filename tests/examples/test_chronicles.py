@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
-from examples.chronicle_words import PEOPLE, PORTS, RELATIONS
-from examples.chronicles import KINDS, document, training_documents, write
+from examples.chronicle_words import HELD_OUT, PEOPLE, PORTS, RELATIONS, WORDS, YEARS, adverbs
+from examples.chronicles import KINDS, document, tokenizer_texts, training_documents, write
+from memory_worker.training.tokenizer import write_training_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FUNCTION_WORDS = (
@@ -69,12 +71,40 @@ def test_an_answer_is_the_only_one():
 
 def test_names_and_templates_are_held_out():
     assert not set(PEOPLE[True]) & set(PEOPLE[False]) and not set(PORTS[True]) & set(PORTS[False])
-    last = [relation.sentences[-1] for relation in RELATIONS.values()]
-    held_out = [template.replace("{p}", r"\w+").replace("{v}", r".+") for template in last]
-    train, test = (" ".join(write(seed, 80, split).text for seed in range(30)) for split in ("train", "test"))
-    assert not [template for template in held_out if re.search(rf"(?:^|[.\n] ?){template}", train)]
-    assert all(re.search(template, test) for template in held_out)
-    assert not [name for name in PEOPLE[True] if re.search(rf"\b{name}\b", train)]
+    texts: dict[str, str] = {}
+    for split in ("train", "test"):
+        made = [document(seed, 80, split) for seed in range(60)]
+        texts[split] = " ".join(each["text"] for each in made)
+        texts[f"{split} questions"] = "\n".join(q["question"] for each in made for q in each["questions"])
+    assert not [name for name in PEOPLE[True] if re.search(rf"\b{name}\b", texts["train"])]
+
+    told = [HELD_OUT.format(p=r"\w+", verb=verb, v="") for each in RELATIONS.values() for verb in each.verbs]
+    for relation in RELATIONS.values():
+        for number, verb in enumerate(relation.verbs):
+            apart = set(adverbs(number, True)) - set(adverbs(number, False))
+            told.append(rf"(?:{'|'.join(apart)}) \w+ {verb}\b")
+    last = [q[-1] for each in RELATIONS.values() for q in (each.direct, each.inverse, each.hidden) if q]
+    asked = [
+        re.escape(question).replace(r"\{", "{").replace(r"\}", "}").format(p=r"\w+", v=".+", who=".+")
+        for question in last
+    ]
+    for name, patterns in (("", told), (" questions", asked)):
+        unmet = [pattern.rstrip(".") for pattern in patterns]
+        assert not [pattern for pattern in unmet if re.search(pattern, texts[f"train{name}"])]
+        assert not [pattern for pattern in unmet if not re.search(pattern, texts[f"test{name}"])]
+
+
+def test_held_out_templates_are_made_of_words_of_the_others():
+    last = [q[-1] for each in RELATIONS.values() for q in (each.direct, each.inverse, each.hidden) if q]
+    assert set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\{\w+\}", "", " ".join((HELD_OUT, *last))))) <= set(WORDS)
+
+
+def test_a_name_is_two_tokens_and_a_word_is_one(tmp_path):
+    write_training_tokenizer(tmp_path, tokenizer_texts(), 1500)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    names = [name for held_out in (False, True) for name in (*PEOPLE[held_out], *PORTS[held_out])]
+    assert {len(tokenizer.encode(f" {name}").ids) for name in names} == {2}
+    assert {len(tokenizer.encode(f" {word}").ids) for word in (*WORDS, *YEARS)} == {1}
 
 
 def test_any_length_and_as_many_as_wanted():
