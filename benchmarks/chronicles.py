@@ -13,7 +13,7 @@ shares as far as there are, are asked with the tasks `memorag`, `rag` and `memor
     memory_exact_match       the answer from memory alone
     emptied_memory_exact_match   the same questions with the memory of a text that tells nothing: chance
 
-With an untrained model (`degraded` says so) clues and answers are noise, and so are these figures.
+Every answer's `degraded` says `embedded-model`: these chronicles are what that model knows.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def _figures(memory: Memory, empty: Memory, text: str, question: Question) -> It
 
 def _asked(memory: Memory, example: Example, task: Any) -> Answer:
     answer: Answer = memory.ask(example.question, task, max_tokens=ANSWER_TOKENS)
-    if lacking := set(answer.degraded) - {"untrained-model"}:
+    if lacking := set(answer.degraded) - {"embedded-model"}:
         raise RuntimeError(f"not a whole answer: {lacking}")
     return answer
 

@@ -24,7 +24,7 @@ import aiohttp
 from transformers import AutoTokenizer
 
 from benchmarks.report import report
-from serving.app import deploy, models_folder, with_models
+from serving.app import deploy, with_models
 from serving.config import Profile, load_profile
 
 RATIO = 16
@@ -104,7 +104,7 @@ async def asked(http: aiohttp.ClientSession, id: str, documents: list[str], ques
         async with http.post(f"/v1/memories/{id}/answer", json=body) as response:
             answer = await response.json()
         seconds.append(time.perf_counter() - began)
-        if answer.get("degraded") != ["untrained-model"]:
+        if answer.get("degraded") != ["embedded-model"]:
             raise RuntimeError(f"not a whole answer: {answer}")
         for passage in answer["passages"]:
             text = documents[int(passage["document"][1:])]
@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as storage:
         profile = settings()
-        tokenizer = AutoTokenizer.from_pretrained(with_models(profile, models_folder(storage)).memory.engine.model)
+        tokenizer = AutoTokenizer.from_pretrained(with_models(profile).memory.engine.model)
         documents, tokens = corpus(arguments.texts, arguments.tokens, tokenizer)
         print(f"{len(documents)} documents of {tokens:,} tokens; starting a server …", file=sys.stderr)
         server = deploy(profile, storage, "127.0.0.1", 0)

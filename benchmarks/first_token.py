@@ -23,10 +23,10 @@ os.environ.update(IN_PROCESS)
 
 from benchmarks.report import report
 from memory_worker.beacon import BeaconModel
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.messages import MemoryKey
 from memory_worker.store import MemoryStore
 from tests.memory_worker.recalling import connector_config, engine, group, ray_of_its_own, request, store_slots
+from tests.random_model import ensure_random_model
 
 RATIOS = (2, 4, 8, 16)
 HEAD, QUESTION, REPEATS = 32, 24, 5
@@ -42,7 +42,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, ray_of_its_own():
-        model = ensure_embedded_model(folder)
+        model = ensure_random_model(folder)
         beacon = BeaconModel.from_pretrained(model, device="cpu")
         store = MemoryStore(f"{folder}/store")
         kept_head = beacon.compress(head, ratio=2, head=HEAD)

@@ -24,7 +24,6 @@ import ray
 
 from benchmarks.report import report
 from memory_worker.beacon import BeaconModel
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.keeper import local_keeper
 from memory_worker.messages import MemoryKey
 from memory_worker.store import MemoryStore
@@ -39,6 +38,7 @@ from tests.memory_worker.recalling import (
     request,
     store_slots,
 )
+from tests.random_model import ensure_random_model
 
 HEAD, QUESTION, MEMORIES = 32, 24, 4
 RATIO = 8
@@ -58,7 +58,7 @@ def main() -> None:
         )
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = ensure_embedded_model(folder)
+        model = ensure_random_model(folder)
         command = [sys.executable, "-m", "benchmarks.load", "--memorize", folder, "--tokens", str(arguments.tokens)]
         command += ["--ratios", *map(str, arguments.ratios)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -76,7 +76,7 @@ def main() -> None:
 
 def _memorized(folder: Path, ratio: int, tokens: int) -> float:
     """Stores the memories, and returns the seconds that one takes to be encoded."""
-    beacon = BeaconModel.from_pretrained(ensure_embedded_model(folder), device="cpu")
+    beacon = BeaconModel.from_pretrained(ensure_random_model(folder), device="cpu")
     chance, seconds = random.Random(ratio), []
     head = beacon.compress([chance.randrange(3, 4096) for _ in range(HEAD)], ratio=ratio, head=HEAD)
     for index in range(MEMORIES):

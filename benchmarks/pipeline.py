@@ -35,7 +35,7 @@ async def over_http(client: aiohttp.ClientSession, question: str) -> None:
     body = {"question": question, "max_tokens": ANSWER_TOKENS}
     async with client.post("/v1/memories/town/answer", json=body) as response:
         answer = await response.json()
-    if answer.get("degraded") != ["untrained-model"]:
+    if answer.get("degraded") != ["embedded-model"]:
         raise RuntimeError(f"not a whole answer: {answer}")
 
 

@@ -106,11 +106,11 @@ def _alone(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from memory_worker.embedded import ensure_embedded_model
     from memory_worker.manifest import MemoryShape
     from memory_worker.store import MemoryStore, segment_path
+    from tests.random_model import ensure_random_model
 
-    tokenizer = AutoTokenizer.from_pretrained(ensure_embedded_model(folder / "embedded"))
+    tokenizer = AutoTokenizer.from_pretrained(ensure_random_model(folder / "embedded"))
     text = EXAMPLE.read_text(encoding="utf-8")
     text *= 4_000_000 // len(text)
     start = time.process_time()

@@ -27,12 +27,12 @@ from cluster.pools import PoolConfig
 from memory_worker.beacon import BeaconModel
 from memory_worker.clues import ClueLines
 from memory_worker.config import MemoryConfig, RecallConfig
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.messages import Clue, ClueKind, MemoryKey, RecallRequest
 from memory_worker.prompts import head_tokens, question_tokens
 from memory_worker.recaller import recaller_application
 from memory_worker.store import MemoryStore
 from tests.memory_worker.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
+from tests.random_model import ensure_random_model
 
 SLOTS, RATIO, CONCURRENT = 2000, 8, 16
 REFERENCE_QUESTIONS = 4  # of each turn's
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="times that both ways take turns")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = ensure_embedded_model(folder)
+        model = ensure_random_model(folder)
         store = MemoryStore(f"{folder}/store")
         reference = ReferenceWay(model)
         store_slots(store, KEY, reference.parts, reference.fingerprint)

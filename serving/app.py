@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory_worker.embedded import ensure_embedded_model, is_trained
+from memory_worker import embedded
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile
 from serving.local_ray import new_ray_folder, start_ray, stop_ray
 
@@ -41,7 +41,7 @@ class Running:
         profile = load_profile(options.profile)
         require_safe(profile, options.host)
         require_nodes(profile)
-        _run(with_models(profile, models_folder(options.storage)), options.storage)
+        _run(with_models(profile), options.storage)
 
     def stop(self) -> None:
         """Ends Serve and, where it was started here, Ray, with all that they left on disk."""
@@ -63,7 +63,7 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
     its sockets and logs; none makes a temporary one.
     """
     require_safe(profile, host)
-    profile = with_models(profile, models_folder(storage))
+    profile = with_models(profile)
     if profile.ray.address == "local":
         ray_folder = ray_folder or new_ray_folder()
         start_ray(profile.ray, ray_folder)
@@ -156,7 +156,7 @@ def build(profile: Profile, storage_root: str) -> "Application":
         profile,
         storage_root,
         secret,
-        untrained(profile),
+        limits_of(profile),
         memorizer_application(memory, pools.memory, storage_root),
         recaller_application(
             memory,
@@ -201,15 +201,15 @@ def require_safe(profile: Profile, host: str) -> None:
         )
 
 
-def with_models(profile: Profile, folder: Path) -> Profile:
-    """`profile` with the embedded language model, where it is asked for, made in `folder` and named by its path."""
+def with_models(profile: Profile) -> Profile:
+    """`profile` with the embedded language model, where it is asked for, named by its folder in this package."""
     engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
     for engine in engines:
         if Path(engine.model).is_absolute() and not Path(engine.model).is_dir():
             raise ProfileError(f"the model folder {engine.model} is not there; correct the engine's `model`")
     if all(engine.model != EMBEDDED for engine in engines):
         return profile
-    path = {"model": str(ensure_embedded_model(folder))}
+    path = {"model": str(embedded.FOLDER)}
     memory, generator = profile.memory, profile.generator
     if memory.engine.model == EMBEDDED:
         memory = memory.model_copy(update={"engine": memory.engine.model_copy(update=path)})
@@ -218,20 +218,15 @@ def with_models(profile: Profile, folder: Path) -> Profile:
     return profile.model_copy(update={"memory": memory, "generator": generator})
 
 
-def untrained(profile: Profile) -> tuple[str, ...]:
-    """What every answer has to say of the models: `untrained-model` where one writes noise."""
+def limits_of(profile: Profile) -> tuple[str, ...]:
+    """What every answer has to say of the models: `embedded-model` where one knows chronicles alone."""
     engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
-    return ("untrained-model",) if any(not is_trained(engine.model) for engine in engines) else ()
+    return ("embedded-model",) if any(embedded.knows_chronicles_only(engine.model) for engine in engines) else ()
 
 
 def memories_root(storage: str) -> str:
     """The storage root of memories: a URI as it is, or a folder below a local one."""
     return storage if "://" in storage else str(Path(storage).resolve() / "memories")
-
-
-def models_folder(storage: str) -> Path:
-    """Where models that are made here are kept: below a local storage, else in the user's cache."""
-    return (Path.home() / ".cache" / "memorag" if "://" in storage else Path(storage).resolve()) / "models"
 
 
 def _require_no_other() -> None:

@@ -18,7 +18,7 @@ from serving.commands_batch import batch, memorize_folder
 from serving.commands_evaluate import evaluate
 from serving.commands_keys import app as keys_app
 from serving.commands_plan import calibrate, plan
-from serving.commands_show import Json, Output
+from serving.commands_show import DEGRADED, Json, Output
 from serving.commands_status import status
 from serving.commands_train import app as train_app
 
@@ -95,7 +95,7 @@ def up(
         else:
             out.note(f"{folder} is already served, with profile {state.profile}")
         if state.profile == "embedded":
-            out.note("the embedded language model is untrained: its words are noise; passages and evidence are real")
+            out.note(DEGRADED["embedded-model"])
         facts = {"address": state.address, "profile": state.profile, "pid": state.pid, "storage": str(folder)}
         out.result(facts | {"started": started}, str(state.address))
 

@@ -23,7 +23,7 @@ _LINES_EVERY_S = 5.0
 _TABLE_WIDTH = 140  # off a terminal
 _CLUE_KINDS = {"span": "span", "question": "question", "draft": "draft answer", "key_point": "key point"}
 DEGRADED = {
-    "untrained-model": "the embedded model is untrained: its words are noise; passages and evidence are real",
+    "embedded-model": "the embedded model knows generated chronicles only: its words on other texts are noise",
     "text-cut": "the text did not fit the generator's window: its middle was left out",
     "recall": "no clues could be recalled in time: this is plain retrieval with the question alone",
 }

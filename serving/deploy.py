@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.config import Settings
 from cluster.placement import PoolUnplaceable
 from memory_worker.catalog_actor import end_actors
-from serving.app import build, memories_root, models_folder, require_nodes, require_safe, with_models
+from serving.app import build, memories_root, require_nodes, require_safe, with_models
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile, parse_profile
 
 
@@ -49,7 +49,7 @@ def application(arguments: Arguments) -> Application:
             if not any(running.deployments for running in serve.status().applications.values()):
                 end_actors(profile.ray.namespace)
         storage = arguments.storage if "://" in arguments.storage else str(Path(arguments.storage).expanduser())
-        return build(with_models(profile, models_folder(storage)), memories_root(storage))
+        return build(with_models(profile), memories_root(storage))
     except (PoolUnplaceable, ProfileError) as error:
         raise RayServeException(str(error)) from None
 

@@ -55,7 +55,7 @@ class Pools:
     search: SearchConfig
     recall_deadline_s: float
     question_deadline_s: float
-    degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as untrained-model
+    degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as embedded-model
     prepared: Prepared
     texts: Texts
     on_damage: Callable[[Sequence[Manifest], BaseException], Awaitable[bool]]  # told of errors that are survived

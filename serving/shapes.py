@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.costs import ModelShape
-from memory_worker.embedded import embedded_config
+from memory_worker import embedded
 from serving.config import EMBEDDED
 
 
@@ -13,10 +13,9 @@ def read_shape(model: str, files: Mapping[str, Path]) -> ModelShape:
     """Of a model's config.json: a file given for it, its folder, or the hub's. Raises `ValueError`."""
     if model in files:
         return ModelShape.of(json.loads(files[model].read_text(encoding="utf-8")))
-    if model == EMBEDDED:
-        return ModelShape.of(embedded_config())
-    if Path(model).is_dir():
-        return ModelShape.of(json.loads((Path(model) / "config.json").read_text(encoding="utf-8")))
+    folder = embedded.FOLDER if model == EMBEDDED else Path(model)
+    if folder.is_dir():
+        return ModelShape.of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     from transformers import AutoConfig
 
     try:

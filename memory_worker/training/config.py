@@ -37,10 +37,12 @@ class FreshConfig(Settings):
     ratios: tuple[int, ...] = Field((2, 4, 8), description="ratios that the checkpoint names as its own")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rope_scaling: dict[str, str | int | float] = Field(
-        {}, description="of the rotary frequencies, as in config.json; llama3 with a large factor leaves only the fast "
-        "ones turning: near places are told apart, and far content is found as well at any distance"
+        {},
+        description="of the rotary frequencies, as in config.json; llama3 with a large factor leaves only the fast "
+        "ones turning: near places are told apart, and far content is found as well at any distance",
     )
     max_positions: int = Field(32768, ge=1, description="longest sequence that the config promises")
+    knows: str | None = Field(None, description="the one kind of text it is taught, which its config then says")
     tied: bool = Field(True, description="whether the embedding is also the output matrix")
     local_heads: bool = Field(
         True, description="begin layer 0 with heads that look 1, 2, 3, … tokens back: copying is learnt much sooner"

@@ -22,6 +22,7 @@ from memory_worker.training.config import DataConfig, RunError, StageConfig
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch
 
+_DRAWN = 2  # times as many questions as are asked: those of like lengths are
 _TEXT, _QUESTION = "\ue0f2", "\ue0f3"  # private-use characters, which no chat template contains or changes
 
 
@@ -70,7 +71,8 @@ class Source:
                 begin = draw.randrange(max(1, len(ids) - tokens + 1))
                 made.append(Example([], ids[begin : begin + tokens]))
             else:
-                made.append(self._asked(draw, record, ids, starts, stage.questions, tokens))
+                made.append(self._asked(draw, record, ids, starts, _DRAWN * stage.questions, tokens))
+        _keep_alike(draw, made, stage.questions)
         return made
 
     def _alike(self, draw: random.Random, count: int) -> list[dict[str, Any]]:
@@ -205,6 +207,16 @@ def collate(examples: Sequence[Example], window: int, ratios: Sequence[int], tex
             tail_weights[i, j, prompt : len(ids)] = 1
     layout = Layout.cut(head, head + length, window, ratios, count, longest)
     return Batch(layout, text, weights, tails, tail_weights)
+
+
+def _keep_alike(draw: random.Random, examples: Sequence[Example], count: int) -> None:
+    """Keeps `count` tails of each example, about as long as one that is drawn: little is filled up then."""
+    lengths = [len(ids) for example in examples for ids, _ in example.tails]
+    if not lengths:
+        return
+    wanted = draw.choice(lengths)
+    for example in examples:
+        example.tails = sorted(example.tails, key=lambda tail: abs(len(tail[0]) - wanted))[:count]
 
 
 def _recited(draw: random.Random, text: list[int], prompt: int = 4, length: int = 16) -> tuple[list[int], int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory_worker.embedded import KNOWS
 from memory_worker.qwen2 import qwen2_config
 from memory_worker.training.config import FreshConfig, TokenizerConfig
 from memory_worker.training.data import imported, records
@@ -34,7 +35,11 @@ def fresh_config(settings: FreshConfig, vocabulary: int) -> dict[str, Any]:
         max_positions=settings.max_positions,
         tied=settings.tied,
     )
-    return config | ({"rope_scaling": dict(settings.rope_scaling)} if settings.rope_scaling else {})
+    if settings.rope_scaling:
+        config["rope_scaling"] = dict(settings.rope_scaling)
+    if settings.knows:
+        config[KNOWS] = settings.knows
+    return config
 
 
 def write_fresh_tokenizer(folder: Path, settings: TokenizerConfig) -> int:

@@ -121,8 +121,3 @@ class Layout:
             seen = torch.ones(len(own), window.slot, dtype=torch.bool)
             masks[window] = torch.cat([seen, own[:, None] >= own[None, :]], dim=1)
         return masks
-
-    @cached_property
-    def tail_mask(self) -> Tensor:
-        """[tail_tokens, slots + tail_tokens] bool: what a tail sees of the memory and of itself."""
-        return torch.ones(self.tail_tokens, self.slots + self.tail_tokens, dtype=torch.bool).tril(self.slots)

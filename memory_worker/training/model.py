@@ -5,6 +5,7 @@ parameters carry the checkpoint's names. The recurrence over windows runs over l
 each layer, the slots of earlier windows' beacons at that layer, which the same pass has just made.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,13 +183,7 @@ class _Attention(nn.Module):
             attended.append(of_tokens)
             of_beacons.append(of_own_beacons)
         if layout.tails:
-            own = [self._each_tail(pieces[len(tokens)], layout) for pieces in cut]
-            before = [
-                whole[:, None].expand(-1, layout.tails, -1, -1, -1).flatten(0, 1) if tokens else None
-                for whole in memory
-            ]
-            out = self._attend(own, before, layout.tail_mask.to(normed.device))
-            attended.append(out.unflatten(0, (len(normed), layout.tails)).transpose(1, 2).flatten(2, 3))
+            attended.append(self._attend_tails([pieces[len(tokens)] for pieces in cut], memory, layout))
         return self.o_proj(torch.cat([*attended, *of_beacons], dim=2).transpose(1, 2).flatten(2))
 
     def _project(self, normed: Tensor, prefix: str) -> Tensor:
@@ -198,10 +193,25 @@ class _Attention(nn.Module):
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         return F.linear(normed, weight, bias)
 
-    @staticmethod
-    def _each_tail(rows: Tensor, layout: Layout) -> Tensor:
-        """[texts, heads, tails * tail_tokens, head_dim] as [texts * tails, heads, tail_tokens, head_dim]."""
-        return rows.unflatten(2, (layout.tails, layout.tail_tokens)).transpose(1, 2).flatten(0, 1)
+    def _attend_tails(self, own: Sequence[Tensor], memory: Sequence[Tensor], layout: Layout) -> Tensor:
+        """All tails [texts, heads, tails * tail_tokens, head_dim], each over its text's slots and itself.
+
+        Rows of all tails meet the slots in one product, so that nothing of the memory is copied for a tail.
+        """
+        shared = self.heads // self.kv_heads
+        each = (layout.tails, layout.tail_tokens)
+        queries, keys, values = (rows.unflatten(2, each) for rows in own)
+        queries = queries.unflatten(1, (self.kv_heads, shared)) * self.head_dim**-0.5
+        keys, values = keys[:, :, None], values[:, :, None]
+        rows = queries.flatten(2, 4)  # [texts, kv_heads, shared * tails * tail_tokens, head_dim]
+        later = torch.ones(layout.tail_tokens, layout.tail_tokens, dtype=torch.bool, device=rows.device).triu(1)
+        with torch.autocast(rows.device.type, enabled=False):
+            of_itself = (queries @ keys.transpose(-1, -2)).masked_fill(later, -torch.inf)
+            of_slots = (rows @ memory[0].transpose(-1, -2)).view(*of_itself.shape[:-1], layout.slots)
+            shares = torch.cat([of_slots, of_itself], -1).softmax(-1)
+            at_slots, at_itself = shares.split([layout.slots, layout.tail_tokens], -1)
+            attended = (at_slots.flatten(2, 4) @ memory[1]).view_as(queries) + at_itself @ values
+        return attended.flatten(1, 2).flatten(2, 3)
 
     def _attend(self, own: list[Tensor], slots: list[Tensor | None], mask: Tensor) -> Tensor:
         """[texts, heads, rows, head_dim] of `own` queries, keys, values, after the keys and values of `slots`."""

@@ -21,9 +21,9 @@ from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
 from generator_worker.messages import GenerateRequest, Generation, Source
 from generator_worker.remote import RemoteGenerator
-from memory_worker.embedded import ensure_embedded_model
 from tests.cluster.tiny_engine import ray_session, tiny_engine
 from tests.generator_worker.watched import WatchedGenerator
+from tests.random_model import ensure_random_model
 
 KEY = "correct horse"
 REQUEST = GenerateRequest(
@@ -40,7 +40,7 @@ REQUEST = GenerateRequest(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return ensure_embedded_model(tmp_path_factory.mktemp("model"))
+    return ensure_random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from generator_worker.errors import QuestionTooLong
 from generator_worker.messages import GenerateRequest, Source
 from generator_worker.prompts import build_prompt
-from memory_worker.embedded import ensure_embedded_model
+from tests.random_model import ensure_random_model
 
 ENGLISH = GenerateRequest(
     task="answer",
@@ -30,7 +30,7 @@ CHINESE = replace(
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(ensure_embedded_model(tmp_path_factory.mktemp("model")))
+    return AutoTokenizer.from_pretrained(ensure_random_model(tmp_path_factory.mktemp("model")))
 
 
 def _words(prompt):

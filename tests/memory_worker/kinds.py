@@ -9,12 +9,12 @@ from safetensors.numpy import load_file, save_file
 from cluster.config import EngineConfig
 from cluster.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.memorizer import Memorizer
 from memory_worker.messages import DocumentSource, MemorizeRequest, MemorizeResult, MemoryKey
 from memory_worker.store import MemoryStore
 from tests.memory_worker.memorizing import steps_until
+from tests.random_model import ensure_random_model
 
 RATIOS: dict[MemoryKind, int] = {"beacon": 8, "full": 1, "gist": 32}
 
@@ -34,7 +34,7 @@ def config_for(model: Path, **memorize: Any) -> MemoryConfig:
 
 def stock_model(folder: Path) -> Path:
     """The embedded model without its beacon weights: a checkpoint as hubs have them."""
-    embedded, stock = ensure_embedded_model(folder), folder / "stock"
+    embedded, stock = ensure_random_model(folder), folder / "stock"
     stock.mkdir()
     for file in embedded.iterdir():
         if file.suffix == ".json":

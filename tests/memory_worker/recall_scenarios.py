@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 
 from memory_worker.beacon import BeaconModel
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.store import MemoryStore
 from tests.memory_worker.recalling import (
@@ -33,6 +32,7 @@ from tests.memory_worker.recalling import (
     request,
     store_slots,
 )
+from tests.random_model import ensure_random_model
 
 GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens"
 NEW_TOKENS = 24
@@ -45,7 +45,7 @@ HEAD = 7
 def main(folder: Path) -> None:
     chance = random.Random(5)
     store = MemoryStore(str(folder / "store"))
-    embedded = ensure_embedded_model(folder)
+    embedded = ensure_random_model(folder)
     seen: dict[str, Any] = {}
     with ray_of_its_own():
         memories = {name: memorized(embedded, slots, chance) for name, slots in SLOTS.items()}

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 
 from memory_worker import checkpoint
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.memorizer import Memorizer
 from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
 from memory_worker.store import MemoryStore, checkpoint_path
 from tests.memory_worker.memorizing import SEGMENT_TOKENS, TEXTS, config_for, files_of, steps_until, stored_request
+from tests.random_model import ensure_random_model
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_embedded_model(tmp_path_factory.mktemp("model"))
+    return ensure_random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

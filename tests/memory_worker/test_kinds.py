@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from cluster.costs import GIST_WINDOW, MemoryKind
 from cluster.storage import DamagedFile
 from memory_worker.beacon import BeaconModel, Slots
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.errors import UnfitRatio, UnsupportedKind
 from memory_worker.kinds import KINDS, fingerprint_of
 from memory_worker.memorizer import Memorizer
@@ -25,6 +24,7 @@ from memory_worker.store import MemoryStore, checkpoint_path
 from tests.memory_worker.kinds import NOTE, RATIOS, STORY, config_for, request_for, stock_model
 from tests.memory_worker.memorizing import files_of, steps_until
 from tests.memory_worker.recalling import Reference
+from tests.random_model import ensure_random_model
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {"story": STORY, "note": NOTE, "dot": "."}
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    return ensure_embedded_model(folder)
+    return ensure_random_model(folder)
 
 
 @pytest.fixture(scope="module")

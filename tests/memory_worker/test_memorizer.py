@@ -19,7 +19,6 @@ from cluster.pools import PoolConfig
 from cluster.storage import DamagedFile
 from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.errors import DamagedMemory, EmptyDocument, UnfitRatio, WindowTooLarge
 from memory_worker.keeper import local_keeper
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
@@ -35,6 +34,7 @@ from memory_worker.messages import (
 from memory_worker.segments import as_torch
 from memory_worker.store import MemoryStore, checkpoint_path
 from tests.memory_worker.stored import whole
+from tests.random_model import ensure_random_model
 
 TEXTS = {
     "sea": "The lighthouse keeper counted nineteen ships before the fog came down.\n" * 60,
@@ -45,7 +45,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> MemoryConfig:
-    folder = ensure_embedded_model(tmp_path_factory.mktemp("model"))
+    folder = ensure_random_model(tmp_path_factory.mktemp("model"))
     return MemoryConfig(
         engine=EngineConfig(model=str(folder)),
         memorize=MemorizeConfig(dtype="float32", group_windows=1, threads=1, device="cpu", checkpoint_windows=8),

@@ -4,16 +4,16 @@ from typing import get_args
 import pytest
 from transformers import AutoTokenizer
 
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.messages import ClueKind, Language
 from memory_worker.prompts import head_tokens, question_tokens
+from tests.random_model import ensure_random_model
 
 KINDS = (*get_args(ClueKind), "answer")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_embedded_model(tmp_path_factory.mktemp("model"))
+    return ensure_random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

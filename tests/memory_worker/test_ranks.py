@@ -26,7 +26,6 @@ from cluster.pools import PoolConfig
 from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.beacon.exchange import exchanged_bytes, shared_out
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.errors import LostRank
 from memory_worker.memorizer import Memorizer, memorizer_application
 from memory_worker.messages import MemorizeProgress, MemoryKey
@@ -36,6 +35,7 @@ from serving.errors import is_unavailable
 from tests.memory_worker import ranking
 from tests.memory_worker.beacon_reference import write_checkpoint
 from tests.memory_worker.memorizing import config_for, files_of, steps_until, stored_request
+from tests.random_model import ensure_random_model
 
 TOLERANCE = 1e-4
 MESSAGE = 320  # bytes that gloo writes around what it is given, at most
@@ -115,7 +115,7 @@ def test_a_gpu_is_not_shared_by_ranks() -> None:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_embedded_model(tmp_path_factory.mktemp("model"))
+    return ensure_random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

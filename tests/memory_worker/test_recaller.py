@@ -17,7 +17,6 @@ from cluster.pools import PoolConfig
 from memory_worker.beacon import BeaconModel
 from memory_worker.clues import ClueLines
 from memory_worker.config import KeeperConfig, MemoryConfig, RecallConfig
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.errors import MemoryNotFound, MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper import local_keeper
 from memory_worker.messages import (
@@ -33,6 +32,7 @@ from memory_worker.prompts import head_tokens, question_tokens
 from memory_worker.recaller import recaller_application
 from memory_worker.store import MemoryStore
 from tests.memory_worker.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
+from tests.random_model import ensure_random_model
 
 KEY = MemoryKey("tests", "book", "v000001-00000000")
 RECALL = RecallConfig(max_clue_tokens=96, max_clues=3)
@@ -46,7 +46,7 @@ class Deployed:
     """What the tests need of the running Recaller."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = ensure_embedded_model(folder)
+        self.model = ensure_random_model(folder)
         self.store = MemoryStore(str(folder / "store"))
         self.reference = Reference(self.model)
         from transformers import AutoTokenizer

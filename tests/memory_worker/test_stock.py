@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from memory_worker.beacon import Part, Slots, UnsupportedCheckpoint, UnsupportedRope, rope
-from memory_worker.embedded import ensure_embedded_model
 from memory_worker.errors import UnsupportedKind
 from memory_worker.kinds import fingerprint_of
 from memory_worker.memorizer import Memorizer
@@ -24,6 +23,7 @@ from tests.memory_worker.kinds import NOTE, STORY, config_for, request_for
 from tests.memory_worker.memorizing import files_of, steps_until
 from tests.memory_worker.recalling import Reference
 from tests.memory_worker.stock_models import MADE, REFUSED, write_model
+from tests.random_model import ensure_random_model
 
 ROOT = Path(__file__).parents[2]
 ENGINE_FAMILIES = ("glm", "phi3")  # neighbours, half of each head; halves, as Llama does
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Path:
-    return ensure_embedded_model(folder)
+    return ensure_random_model(folder)
 
 
 @pytest.fixture(scope="module")

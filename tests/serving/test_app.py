@@ -1,36 +1,33 @@
-"""What deploying does before Ray is asked: models found or made, and said when they are noise."""
+"""What deploying does before Ray is asked: models found, and said what they cannot do."""
 
 import pytest
 
-from serving.app import memories_root, models_folder, needs_of, require_safe, untrained, with_models
+from memory_worker import embedded
+from serving.app import limits_of, memories_root, needs_of, require_safe, with_models
 from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
 
 
-def test_the_embedded_model_is_made_and_known_as_untrained(tmp_path):
-    profile = with_models(load_profile("embedded"), tmp_path)
-    assert profile.memory.engine.model == profile.generator.engine.model
-    assert profile.memory.engine.model.startswith(str(tmp_path))
-    assert untrained(profile) == ("untrained-model",)
+def test_the_embedded_model_is_found_and_known_to_be_narrow():
+    profile = with_models(load_profile("embedded"))
+    assert profile.memory.engine.model == profile.generator.engine.model == str(embedded.FOLDER)
+    assert limits_of(profile) == ("embedded-model",)
     assert profile.memory.engine.max_model_len == load_profile("embedded").memory.engine.max_model_len
 
 
-def test_other_models_are_left_as_they_are(tmp_path):
+def test_other_models_are_left_as_they_are():
     profile = load_profile("laptop")
-    assert with_models(profile, tmp_path) is profile and untrained(profile) == ()
-    assert not any(tmp_path.iterdir())
+    assert with_models(profile) is profile and limits_of(profile) == ()
 
 
 def test_a_model_folder_that_is_not_there_is_named(tmp_path):
     text = f"memory: {{engine: {{model: {tmp_path}/none}}}}\ngenerator: {{engine: {{model: b}}}}"
     with pytest.raises(ProfileError, match="none is not there"):
-        with_models(parse_profile(text, "mine"), tmp_path)
+        with_models(parse_profile(text, "mine"))
 
 
 def test_where_things_are_kept(tmp_path):
     assert memories_root(str(tmp_path)) == str(tmp_path / "memories")
     assert memories_root("s3://bucket/memories") == "s3://bucket/memories"
-    assert models_folder(str(tmp_path)) == tmp_path / "models"
-    assert models_folder("s3://bucket/memories").is_absolute()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])

@@ -19,7 +19,7 @@ PASSAGE = {"document": "a", "start": 0, "end": 4, "text": "gate", "score": 0.5}
 ANSWER = {
     "memory": "m", "version": "1", "task": "memorag", "answer": "twice [1]",
     "citations": [{"n": 1, "document": "a", "start": 0, "end": 4}], "evidence": [PASSAGE],
-    "clues": [{"kind": "span", "text": "门 gate"}], "passages": [PASSAGE], "degraded": ["untrained-model"], "usage": {},
+    "clues": [{"kind": "span", "text": "门 gate"}], "passages": [PASSAGE], "degraded": ["embedded-model"], "usage": {},
     "timings_ms": {"recall": 1.0, "retrieve": 2.0, "generate": 3.0, "total": 6.0},
 }  # fmt: skip
 PROGRESS = {"status": "memorizing", "done_tokens": 5, "total_tokens": 10, "tokens_per_second": 2.0, "seconds_left": 2.5}
@@ -166,7 +166,7 @@ def test_ask_and_the_stages(stub: Stub) -> None:
     with MemoRAG(stub.url) as client:
         book = client.memory("m")
         answer = book.ask("how often?", max_tokens=7, language="en")
-        assert (answer.text, answer.citations[0]["n"], answer.degraded) == ("twice [1]", 1, ["untrained-model"])
+        assert (answer.text, answer.citations[0]["n"], answer.degraded) == ("twice [1]", 1, ["embedded-model"])
         assert answer.clues == ANSWER["clues"] and answer.passages == answer.evidence == [PASSAGE]
         assert answer.timings["total"] == 6.0 and answer.raw == ANSWER
         assert book.summarize() == Answer.of(ANSWER)

@@ -19,7 +19,7 @@ from ray.serve._private.build_app import build_app
 from memory_worker.quotas import Quota
 from serving.app import build, with_models
 for name in sys.argv[1:]:
-    profile = with_models(load_profile(name), folder)
+    profile = with_models(load_profile(name))
     graph = build_app(build(profile, str(folder / "memories")), name=name)
     for deployment in graph.deployments:
         options = deployment.ray_actor_options or {}

@@ -24,7 +24,7 @@ def answer(tokens: int) -> Answer:
         evidence=[],
         clues=clues,
         passages=[],
-        degraded=["untrained-model"],
+        degraded=["embedded-model"],
         usage=Usage(completion_tokens=tokens),
         timings_ms=Timings(recall=750, generate=500, total=1500),
     )
@@ -73,7 +73,7 @@ def test_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.5, {"tenant": "a", "stage": "generate"}),
         (2, {"tenant": "a", "kind": "span"}),
         (1, {"tenant": "a", "kind": "draft"}),
-        (1.0, {"tenant": "a", "lacking": "untrained-model"}),
+        (1.0, {"tenant": "a", "lacking": "embedded-model"}),
         (7, {"tenant": "a"}),
         (9, {"tenant": "b"}),
     ]

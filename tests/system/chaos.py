@@ -234,7 +234,7 @@ class Chaos:
     def _check(self, memory: str, oldest: int, answer: dict[str, Any]) -> None:
         expected, version = self.memories[memory], answer["version"]
         self.found.answers += 1
-        self.found.degraded.update(note for note in answer["degraded"] if note != "untrained-model")
+        self.found.degraded.update(note for note in answer["degraded"] if note != "embedded-model")
         if answer["memory"] != memory:
             self.found.wrong.append(f"asked {memory}, answered {answer['memory']}")
         if version in expected.versions and [*expected.versions].index(version) < oldest:

@@ -41,7 +41,7 @@ def novel(server: Server) -> str:
 def check_answer(answer: dict, texts: dict[str, str], task: str = "memorag", degraded: tuple[str, ...] = ()) -> None:
     """Everything an answer quotes is exactly what stands at those offsets; its parts fit together."""
     assert answer["task"] == task and answer["version"]
-    assert answer["degraded"] == ["untrained-model", *degraded], answer["degraded"]
+    assert answer["degraded"] == ["embedded-model", *degraded], answer["degraded"]
     for quoted in answer["passages"] + answer["evidence"]:
         assert texts[quoted["document"]][quoted["start"] : quoted["end"]] == quoted["text"]
     places = [(list(texts).index(p["document"]), p["start"]) for p in answer["passages"]]

@@ -42,7 +42,7 @@ def test_what_comes_back_answers_the_same(server: Server, archive: bytes):
         assert {key: made.json()[key] for key in same} == {key: was[key] for key in same}
         answers = [client.post(f"/v1/memories/{id}/answer", json=question).json() for id in ("shipped", "arrived")]
         for id, answer in zip(("shipped", "arrived"), answers, strict=True):
-            assert answer["degraded"] == ["untrained-model"] and answer["passages"] and answer["clues"]
+            assert answer["degraded"] == ["embedded-model"] and answer["passages"] and answer["clues"]
             check_exact(answer["passages"] + answer["evidence"], {id: TEXTS})
         assert without_memory(answers[0]["passages"]) == without_memory(answers[1]["passages"])
         assert answers[0]["clues"] == answers[1]["clues"], "the slots are the same"

@@ -90,7 +90,7 @@ def test_what_can_be_made_again_is(server: Server, memory: dict, part: str):
         mended = whole_again(client, memory)
         assert mended["error"] is None and mended["documents"] == memory["documents"]
         answer = ask(client, memory).json()
-    assert answer["version"] == mended["version"] and answer["degraded"] == ["untrained-model"]
+    assert answer["version"] == mended["version"] and answer["degraded"] == ["embedded-model"]
     assert answer["clues"] and answer["passages"]
     check_exact(answer["passages"] + answer["evidence"], {memory["id"]: TEXTS})
     again = server.manifest(memory["id"], mended["version"])
@@ -108,7 +108,7 @@ def test_a_manifest_is_restored_from_its_backup(server: Server, memory: dict):
     file = flip(server, path)
     with server.client() as client:
         answer = ask(client, memory)
-        assert answer.status_code == 200 and answer.json()["degraded"] == ["untrained-model"]
+        assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"]
         check_exact(answer.json()["passages"], {memory["id"]: TEXTS})
     assert file.read_bytes() == before
     assert server.log_names(path)
@@ -122,7 +122,7 @@ def test_a_damaged_text_is_not_served_and_questions_go_on(server: Server, memory
         check_problem(response, 500, path)
         assert "does not match its SHA-256" in response.json()["detail"]
         answer = ask(client, memory)
-        assert answer.status_code == 200 and answer.json()["degraded"] == ["untrained-model"]
+        assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"]
         check_exact(answer.json()["passages"], {memory["id"]: TEXTS})
         with pytest.raises(httpx.RemoteProtocolError):  # it breaks off: no client takes it for an archive
             client.get(f"/v1/memories/{memory['id']}/archive")

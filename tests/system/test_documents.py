@@ -274,7 +274,7 @@ def test_several_memories_are_asked_at_once(server: Server):
         one = client.post("/v1/answer", json=question | {"tag": "odd", "memories": ["shelf-1"]}).json()
         assert one["memory"] == "shelf-1" and [m["id"] for m in one["memories"]] == ["shelf-1"]
         for answer in (by_ids, by_tag, one):
-            assert answer["degraded"] == ["untrained-model"]
+            assert answer["degraded"] == ["embedded-model"]
             check_exact(answer["passages"] + answer["evidence"], texts)
         listed = client.get("/v1/memories", params={"tag": "shelf", "limit": 2}).json()
         assert [m["id"] for m in listed["memories"]] == ["shelf-0", "shelf-1"] and listed["next_cursor"]

@@ -45,7 +45,7 @@ def test_a_memory_of_each_kind_is_asked(server: Server, memories: dict[str, dict
             body = {"question": f"Who lit the lamp of {kind}?", "task": task, "max_tokens": 8}
             answer = client.post(f"/v1/memories/{memory['id']}/answer", json=body)
             assert answer.status_code == 200, answer.text
-            assert answer.json()["degraded"] == ["untrained-model"] and answer.json()["answer"]
+            assert answer.json()["degraded"] == ["embedded-model"] and answer.json()["answer"]
             check_exact(answer.json()["passages"], {memory["id"]: {"d": WORDS[kind]}})
             assert task != "memorag" or answer.json()["clues"]
 
@@ -53,7 +53,7 @@ def test_a_memory_of_each_kind_is_asked(server: Server, memories: dict[str, dict
 def test_memories_of_all_kinds_are_asked_at_once(server: Server, memories: dict[str, dict]):
     with server.client() as client:
         answer = client.post("/v1/answer", json={"question": "Who lit the lamps?", "tag": TAG, "max_tokens": 8})
-        assert answer.status_code == 200 and answer.json()["degraded"] == ["untrained-model"], answer.text
+        assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"], answer.text
         assert len(answer.json()["memories"]) == len(memories) and answer.json()["clues"]
         together = {"question": "Who lit the lamps?", "tag": TAG, "task": "memory"}
         check_problem(client.post("/v1/answer", json=together), 422, "make 3 prompts")
@@ -90,7 +90,7 @@ def test_a_damaged_segment_is_made_again_the_same(server: Server, kind: str):
         *_, (name, mended) = follow(client, id)
         assert name == "ready" and mended["version"] != memory["version"] and mended["kind"] == kind
         assert [f["digest"] for f in files(mended["version"])] == [f["digest"] for f in files(memory["version"])]
-        assert ask_damaged(client, memory).json()["degraded"] == ["untrained-model"]
+        assert ask_damaged(client, memory).json()["degraded"] == ["embedded-model"]
         client.delete(f"/v1/memories/{id}")
 
 
@@ -145,7 +145,7 @@ def test_a_model_without_beacon_weights_serves_gists(stock: Server):
     with stock.client() as client:
         for id in ("stock", "whole"):
             answer = client.post(f"/v1/memories/{id}/answer", json=question)
-            assert answer.status_code == 200 and answer.json()["degraded"] == ["untrained-model"], answer.text
+            assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"], answer.text
             assert answer.json()["clues"] and answer.json()["passages"]
         refused = client.post("/v1/memories", json={"kind": "beacon", "documents": [{"text": "The gate."}]})
         check_problem(refused, 422, "which has no beacon weights: use one of full, gist")

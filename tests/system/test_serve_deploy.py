@@ -137,7 +137,7 @@ def test_the_shipped_file_answers_a_question(cluster):
     assert answered.status_code == 200, answered.text
     answer = answered.json()
     assert any("Ida Quill" in passage["text"] for passage in answer["passages"])
-    assert "untrained-model" in answer["degraded"] and "recall" not in answer["degraded"]
+    assert "embedded-model" in answer["degraded"] and "recall" not in answer["degraded"]
     assert (cluster.storage / "memories" / "default" / "marsh").is_dir()
     await_metrics(
         cluster,

@@ -68,7 +68,7 @@ def actors(address: str) -> list[tuple[str, str]]:
 def test_an_answer_over_three_nodes(on_nodes: OnNodes) -> None:
     with on_nodes.server.client() as client:
         answer = client.post("/v1/memories/ledger/answer", json={"question": "Who owed nine sacks of barley?"}).json()
-    assert answer["degraded"] == ["untrained-model"], "no clues"
+    assert answer["degraded"] == ["embedded-model"], "no clues"
     assert all(passage["text"] == TEXT[passage["start"] : passage["end"]] for passage in answer["passages"])
     assert answer["passages"] and answer["evidence"]
 
@@ -96,7 +96,7 @@ def test_what_tenants_do_is_exported_to_prometheus(on_nodes: OnNodes) -> None:
         'ray_memorag_question_seconds_count{.*task="memorag".*tenant="default"',
         'ray_memorag_stage_seconds_count{.*stage="recall".*tenant="default"',
         'ray_memorag_clues_total{.*tenant="default"',
-        'ray_memorag_degraded_answers_total{.*lacking="untrained-model".*tenant="default"',
+        'ray_memorag_degraded_answers_total{.*lacking="embedded-model".*tenant="default"',
         'ray_memorag_memorized_tokens_total{.*tenant="default"',
         'ray_memorag_segment_files_total{.*tenant="default".*tier="storage"',
         'ray_memorag_moved_bytes_total{.*tier="storage"',

@@ -1,0 +1,54 @@
+"""The random model that tests and benchmarks use is made once, of the same bytes, and writes lines of valid text."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.random_model import ensure_random_model
+
+_MAKE = "import sys; from tests.random_model import ensure_random_model as make; print(make(sys.argv[1]))"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_random_model(tmp_path_factory.mktemp("random"))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_two_processes_at_once_make_one_model_with_the_same_bytes_as_ever(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "shared"
+    both = [
+        subprocess.Popen([sys.executable, "-c", _MAKE, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for _ in range(2)
+    ]
+    made = {process.communicate(timeout=120)[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert made == {str(folder / model.name)}
+    assert list(folder.iterdir()) == [folder / model.name]  # nothing temporary is left
+    assert _digests(folder / model.name) == _digests(model)
+
+
+def test_transformers_generates_valid_lines_of_text_with_it(model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    parameters = sum(p.numel() for p in language_model.parameters())
+    assert 4e6 < parameters < 6e6
+    texts = []
+    for prompt in ("Who opened the gate?", "In the beginning", "谁打开了门？"):
+        assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
+        tokens = tokenizer(prompt, return_tensors="pt")
+        new = language_model.generate(**tokens, do_sample=False, max_new_tokens=160)[0, tokens.input_ids.shape[1] :]
+        texts.append(tokenizer.decode(new))
+    assert len(set(texts)) == len(texts)
+    assert all("\ufffd" not in text and text.strip() for text in texts)
+    assert any("\n" in text for text in texts)
