@@ -11,6 +11,7 @@ EXAMPLE := examples/chronicle.txt
 QUESTION ?= Who became keeper of the lighthouse?
 MINUTES ?= 20
 SEED    ?= 0
+WORKERS ?= 2
 SOAK    := .memorag-soak
 
 .PHONY: install up down test lint soak bench docs
@@ -36,7 +37,7 @@ lint: install
 	@$(BIN)/mypy
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST)
 
 soak: install
 	@trap '$(BIN)/memorag down --storage $(SOAK)' EXIT; trap 'exit 1' INT TERM; \

@@ -30,7 +30,7 @@ from serving.config import load_profile
 from serving.deploy import Arguments, application
 from tests.cluster import known_metrics
 from tests.cluster.known_metrics import ROOT
-from tests.cluster.tiny_engine import ray_session
+from tests.own_ray import own_ray
 
 DEPLOY = ROOT / "cluster" / "deploy"
 SCHEMA = ROOT.parent / "shared" / "data" / "schemas" / "rayservice-v1.schema.json.xz"
@@ -116,7 +116,7 @@ def demands(tmp_path_factory) -> dict[str, tuple[int, int, list[dict[str, float]
     """Of each deployment that `serve-cluster.yaml` builds: fewest and most replicas, and what one takes."""
     arguments = read("serve-cluster.yaml")["applications"][0]["args"]
     arguments["storage"] = str(tmp_path_factory.mktemp("storage"))
-    with ray_session():  # an engine's settings are checked in a Ray task
+    with own_ray():  # an engine's settings are checked in a Ray task
         built = build_app(call_user_app_builder_with_args_if_necessary(application, arguments), name="memorag")
     found = {}
     for deployment in built.deployments:

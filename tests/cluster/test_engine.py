@@ -12,14 +12,15 @@ from cluster.engine import EngineServer, _core_ids, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools import PoolConfig
-from tests.cluster.tiny_engine import ray_session, tiny_engine
+from tests.cluster.tiny_engine import tiny_engine
+from tests.own_ray import own_ray
 from tests.random_model import ensure_random_model
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     config = tiny_engine(ensure_random_model(tmp_path_factory.mktemp("model")), cpu_cores="0")
-    with ray_session():
+    with own_ray():
         before = ray.available_resources()["CPU"]
         app = engine_application(EngineServer, config, PoolConfig(), name="Engine", arguments={})
         handle = serve.run(app, name="engine", route_prefix=None)

@@ -4,7 +4,6 @@ import asyncio
 import math
 import os
 import signal
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from cluster.routing import MemoryRouter, ReportsRank
 from tests.cluster.test_memory_routing import MEMORIES, homes
+from tests.own_ray import own_ray
 
 
 @ray.remote(num_cpus=0)
@@ -103,24 +103,10 @@ def wanted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def caller(wanted):
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as temporary:
-        ray.init(
-            "local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            _temp_dir=temporary,
-            log_to_driver=False,
-            logging_level="ERROR",
-            namespace="routing",
-        )
-        try:
-            serve.start(proxy_location="Disabled")
-            _gate = Gate.options(name="gate").remote()  # lives as long as this reference
-            yield serve.run(application(wanted), name="routing", route_prefix=None)
-            serve.shutdown()
-        finally:
-            ray.shutdown()
+    with own_ray(num_cpus=4, namespace="routing"):
+        serve.start(proxy_location="Disabled")
+        _gate = Gate.options(name="gate").remote()  # lives as long as this reference
+        yield serve.run(application(wanted), name="routing", route_prefix=None)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
 from generator_worker.messages import GenerateRequest, Generation, Source
 from generator_worker.remote import RemoteGenerator
-from tests.cluster.tiny_engine import ray_session, tiny_engine
+from tests.cluster.tiny_engine import tiny_engine
 from tests.generator_worker.watched import WatchedGenerator
+from tests.own_ray import own_ray
 from tests.random_model import ensure_random_model
 
 KEY = "correct horse"
@@ -46,7 +47,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def session():
     os.environ["GENERATOR_TEST_KEY"] = KEY
-    with ray_session():
+    with own_ray():
         yield
 
 

@@ -5,9 +5,9 @@ An engine in one process needs variables that hold for the whole process, so tes
 """
 
 import gc
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemorySha
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.recaller import recall_engine_kwargs
 from memory_worker.store import MemoryStore, head_path, segment_path
+from tests.own_ray import own_ray
 
 NAMESPACE = "recalling"
 PLACEHOLDER = 0
@@ -93,25 +94,8 @@ def connector_config(store: MemoryStore, **changes: Any) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def ray_of_its_own() -> Iterator[None]:
-    """A Ray that nothing else on this machine finds, with nothing left of it afterwards."""
-    with tempfile.TemporaryDirectory(prefix="rcl", dir="/tmp") as temporary:
-        ray.init(
-            "local",
-            num_cpus=8,
-            include_dashboard=False,
-            object_store_memory=300 * 2**20,
-            _temp_dir=temporary,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _system_config={"worker_niceness": 0},  # what is measured here against this process runs with the same
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+# What is measured here against this process runs with the same niceness.
+ray_of_its_own = partial(own_ray, namespace=NAMESPACE, _system_config={"worker_niceness": 0})
 
 
 @contextmanager

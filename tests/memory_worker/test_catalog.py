@@ -1,7 +1,6 @@
 """The catalog gives a name to one job only, tells who waits, and may be killed at any moment."""
 
 import asyncio
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -33,22 +32,13 @@ from memory_worker.quotas import Quota, QuotasConfig
 from memory_worker.store import MemoryStore, source_path
 from tests.memory_worker.actors import kill_and_await_restart
 from tests.memory_worker.stored import store_memory
+from tests.own_ray import own_ray
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="cat", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=8,
-            include_dashboard=False,
-            object_store_memory=300 * 2**20,
-            _temp_dir=folder,
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
+    with own_ray():
         yield
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from pydantic import ValidationError
 from ray import serve
@@ -34,6 +32,7 @@ from memory_worker.messages import (
 from memory_worker.segments import as_torch
 from memory_worker.store import MemoryStore, checkpoint_path
 from tests.memory_worker.stored import whole
+from tests.own_ray import own_ray
 from tests.random_model import ensure_random_model
 
 TEXTS = {
@@ -277,20 +276,9 @@ def test_pieces_join_to_the_text(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="mem", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=8,
-            include_dashboard=False,
-            object_store_memory=300 * 2**20,
-            _temp_dir=folder,
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
+    with own_ray():
         serve.start(http_options={"location": "NoServer"})
         yield
-        serve.shutdown()
-        ray.shutdown()
 
 
 async def test_served_from_text_to_kept_memory(

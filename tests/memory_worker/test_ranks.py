@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +34,7 @@ from serving.errors import is_unavailable
 from tests.memory_worker import ranking
 from tests.memory_worker.beacon_reference import write_checkpoint
 from tests.memory_worker.memorizing import config_for, files_of, steps_until, stored_request
+from tests.own_ray import own_ray
 from tests.random_model import ensure_random_model
 
 TOLERANCE = 1e-4
@@ -120,19 +120,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="rank", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,
-            _temp_dir=folder,
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
+    with own_ray():
         yield
-        serve.shutdown()
-        ray.shutdown()
 
 
 def pid_of(actor: Any) -> int:

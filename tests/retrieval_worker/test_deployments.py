@@ -1,15 +1,12 @@
 """The two deployments on a real local Serve, over a real novel."""
 
 import asyncio
-import logging
 import pickle
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from ray import serve
 
 from cluster.pools import PoolConfig
@@ -28,6 +25,7 @@ from retrieval_worker.messages import (
     IndexRequest,
 )
 from retrieval_worker.retriever import Retriever, retrieval_applications
+from tests.own_ray import own_ray
 from tests.retrieval_worker.made import described
 
 BOOK = Path(__file__).parents[2].parent / "shared" / "data" / "books" / "pride-and-prejudice.txt"
@@ -48,21 +46,10 @@ def storage(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def retriever(storage, tmp_path_factory):
-    folder = Path("/tmp") / f"rw{time.time_ns() % 10**9}"
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        object_store_memory=300 * 2**20,
-        _temp_dir=str(folder),
-        logging_level=logging.ERROR,
-    )
-    serve.start(http_options={"location": "NoServer"})
-    _, application = retrieval_applications(CONFIG, PoolConfig(), storage_root=storage.root)
-    yield serve.run(application, name="retrieval", route_prefix=None)
-    serve.shutdown()
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with own_ray():
+        serve.start(http_options={"location": "NoServer"})
+        _, application = retrieval_applications(CONFIG, PoolConfig(), storage_root=storage.root)
+        yield serve.run(application, name="retrieval", route_prefix=None)
 
 
 async def add(retriever, storage, version: str, name: str, text: str) -> tuple[IndexPart, int, list[IndexProgress]]:

@@ -104,9 +104,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
     started = make("up", storage)
     log = storage / "server.log"
     assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
-    assert all(
-        word in started.stdout for word in ("Vesper Dunmore", "chronicles only", "http://127.0.0.1:")
-    ), started.stdout
+    assert all(word in started.stdout for word in ("Vesper Dunmore", "chronicles only", "http://127.0.0.1:")), (
+        started.stdout
+    )
     state = json.loads((storage / "server.json").read_text())
     family = [psutil.Process(state["pid"]), *psutil.Process(state["pid"]).children(recursive=True)]
     yield Server(state["address"], storage)
