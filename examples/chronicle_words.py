@@ -34,27 +34,13 @@ _ONSETS = [
     "Wyk",
     "Yar",
     "Baz",
-    "Cas",
+    "Cad",
     "Dun",
     "Eld",
     "Gar",
     "Had",
     "Ivek",
     "Lor",
-    "Mil",
-    "Ran",
-    "Sig",
-    "Tor",
-    "Agn",
-    "Bes",
-    "Cyr",
-    "Dag",
-    "Emm",
-    "Fitz",
-    "Gis",
-    "Hem",
-    "Jas",
-    "Ket",
 ]
 _ENDINGS = [
     "win",
@@ -83,16 +69,6 @@ _ENDINGS = [
     "stan",
     "bert",
     "ley",
-    "mund",
-    "ola",
-    "ward",
-    "fred",
-    "ina",
-    "mond",
-    "tha",
-    "nor",
-    "ric",
-    "sel",
 ]
 _PORT_ONSETS = [
     "Hal",
@@ -100,7 +76,7 @@ _PORT_ONSETS = [
     "Vey",
     "King",
     "Tar",
-    "Lis",
+    "Lim",
     "Sor",
     "Amb",
     "Bir",
@@ -115,10 +91,6 @@ _PORT_ONSETS = [
     "Mor",
     "Nes",
     "Pol",
-    "Rav",
-    "Skar",
-    "Thur",
-    "Wex",
 ]
 _PORT_ENDINGS = [
     "lam",
@@ -137,10 +109,6 @@ _PORT_ENDINGS = [
     "stead",
     "by",
     "sund",
-    "vik",
-    "wold",
-    "mar",
-    "quay",
 ]
 
 
@@ -160,10 +128,10 @@ PEOPLE = {held: _named(_ONSETS, _ENDINGS, held) for held in (False, True)}
 PORTS = {held: _named(_PORT_ONSETS, _PORT_ENDINGS, held) for held in (False, True)}
 
 OFFICES = tuple(
-    f"{first} of the {second}"
+    f"{first} {second}"
     for first, second in product(
+        ("lighthouse", "watch", "salt", "council", "gate", "mill", "ferry", "granary", "bell", "harbour"),
         ("keeper", "warden", "captain", "master", "clerk"),
-        ("lighthouse", "watch", "salt pans", "common", "north gate", "mill", "ferry", "granary", "bells", "harbour"),
     )
 )
 GIFTS = tuple(
@@ -206,8 +174,21 @@ BEASTS = tuple(
         ("grey", "brown", "lame", "night", "marsh"), ("wolf", "bear", "bull", "owl", "dog", "boar", "hare")
     )
 )
-TOLD_YEARS = (1100, 1400)  # births in the first century, events after it
-YEARS = tuple(str(year) for year in range(1100, 1200))
+
+
+def roman(year: int) -> str:
+    """A year as chronicles write it; unlike digits, one word and one token."""
+    signs = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"),
+             (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))  # fmt: skip
+    written = ""
+    for value, sign in signs:
+        written += sign * (year // value)
+        year %= value
+    return written
+
+
+TOLD_YEARS = tuple(roman(year) for year in range(1150, 1300))
+YEARS = TOLD_YEARS[:50]  # of births; events come after them
 EVENTS = tuple(
     f"a {first} {second}"
     for first, second in product(
@@ -226,20 +207,7 @@ QUIET = (
     "Nobody knew who rang the bells.",
 )
 
-ADVERBS = (
-    "In spring",
-    "At Easter",
-    "In autumn",
-    "After the flood",
-    "In those days",
-    "At last",
-    "Before winter",
-    "By chance",
-    "In secret",
-    "That year",
-    "Once more",
-    "With great joy",
-)
+ADVERBS = ("Then", "Later", "Once", "Soon", "Again", "Meanwhile", "Still", "Here")
 PLAIN = "{p} {verb} {v}."
 WITH_ADVERB = "{adverb} {p} {verb} {v}."
 HELD_OUT = "It was {p} who {verb} {v}."
@@ -273,13 +241,8 @@ class Relation:
 RELATIONS = {
     "voyage": Relation(
         None,
-        ("sailed to", "took ship for", "left for"),
-        (
-            "Where did {p} sail to?",
-            "Which port did {p} sail to?",
-            "Where did {p} take ship for?",
-            "Which port did {p} take ship for?",
-        ),
+        ("sailed to", "rowed to", "travelled to"),
+        ("Where did {p} sail?", "Where did {p} row?", "Which port did {p} visit?", "Which port did {p} sail to?"),
         ("What haven did {who} reach?", "Which haven did {who} enter?", "Which haven did {who} reach?"),
     ),
     "office": Relation(
@@ -291,33 +254,28 @@ RELATIONS = {
     ),
     "gift": Relation(
         GIFTS,
-        ("gave the church", "left the church", "brought the church"),
-        (
-            "What did {p} give the church?",
-            "What did {p} leave the church?",
-            "What had the church from {p}?",
-            "What was the church left by {p}?",
-        ),
-        ("What did {who} offer at the altar?", "Which offering did {who} make?", "What offering did {who} make?"),
+        ("gave", "donated", "presented"),
+        ("What did {p} give?", "What did {p} donate?", "What was donated by {p}?", "What was given by {p}?"),
+        ("What offering came from {who}?", "Which offering did {who} make?", "Which offering came from {who}?"),
         "the giver of {v}",
     ),
     "home": Relation(
         STREETS,
-        ("lived in", "took a house in", "kept house in"),
-        ("Where did {p} live?", "Where did {p} take a house?", "Where did {p} have a house?"),
+        ("lived in", "dwelt in", "moved to"),
+        ("Where did {p} live?", "Where did {p} dwell?", "Where was it {p} lived?"),
         ("What was the address of {who}?", "Which was the door of {who}?", "Which was the address of {who}?"),
     ),
     "find": Relation(
         FINDS,
-        ("found", "dug up", "pulled from the sea"),
-        ("What did {p} find?", "What did {p} dig up?", "What did {p} pull from the sea?", "What was found by {p}?"),
+        ("found", "dug up", "discovered"),
+        ("What did {p} find?", "What did {p} dig up?", "What was found by {p}?"),
         ("Which treasure did {who} own?", "What treasure had {who}?", "What treasure did {who} own?"),
         "the finder of {v}",
     ),
     "work": Relation(
         WORKS,
-        ("built", "paid for", "mended"),
-        ("What did {p} build?", "What did {p} pay for?", "What did {p} mend?", "What was built by {p}?"),
+        ("built", "mended", "paid for"),
+        ("What did {p} build?", "What did {p} mend?", "What was built by {p}?"),
         (
             "What does the town owe to {who}?",
             "Which labour was begun by {who}?",
@@ -327,14 +285,14 @@ RELATIONS = {
     ),
     "trade": Relation(
         GOODS,
-        ("traded in", "dealt in", "grew rich by"),
-        ("What did {p} trade in?", "What did {p} deal in?", "What did {p} grow rich by?", "What was it {p} dealt in?"),
-        ("Which wares did {who} sell?", "What wares had {who}?", "What wares did {who} sell?"),
+        ("sold", "traded", "imported"),
+        ("What did {p} sell?", "What did {p} trade?", "What was sold by {p}?"),
+        ("Which wares made {who} rich?", "What wares had {who}?", "What wares made {who} rich?"),
     ),
     "fear": Relation(
         BEASTS,
-        ("feared", "ran from", "dreamt of"),
-        ("What did {p} fear?", "What did {p} run from?", "What did {p} dream of?", "What was it {p} feared?"),
+        ("feared", "fled", "dreaded"),
+        ("What did {p} fear?", "What did {p} flee?", "What was it {p} feared?"),
         (
             "Which animal frightened {who}?",
             "What animal was the terror of {who}?",
@@ -343,13 +301,8 @@ RELATIONS = {
     ),
     "birth": Relation(
         YEARS,
-        ("was born in", "came into the world in", "was christened in"),
-        (
-            "When was {p} born?",
-            "When was {p} christened?",
-            "When did {p} come into the world?",
-            "When was it {p} was born?",
-        ),
+        ("was born in", "was baptised in", "was christened in"),
+        ("When was {p} born?", "When was {p} christened?", "When was it {p} was born?"),
         (
             "How far back does the life of {who} go?",
             "What is the first date of {who}?",
@@ -358,8 +311,8 @@ RELATIONS = {
     ),
     "marriage": Relation(
         None,
-        ("married", "took the hand of", "wed"),
-        ("Whom did {p} marry?", "Whose hand did {p} take?", "Whom did {p} wed?", "Whom was it {p} married?"),
+        ("married", "wed", "courted"),
+        ("Whom did {p} marry?", "Whom did {p} wed?", "Whom did {p} court?", "Whom was it {p} married?"),
         (
             "Who was the spouse of {who}?",
             "What was the name of the spouse of {who}?",
@@ -371,5 +324,6 @@ RELATIONS = {
 _TEMPLATES = [
     t for r in RELATIONS.values() for t in (*r.verbs, *r.direct[:-1], *r.inverse[:-1], *r.hidden[:-1], r.described)
 ]
+_FRAMES = ("In the year came a", "The year", "given")
 _VALUES = (*OFFICES, *GIFTS, *STREETS, *FINDS, *WORKS, *GOODS, *BEASTS, *EVENTS)
-WORDS = tuple(sorted(set(re.findall(r"[A-Za-z]{2,}", " ".join((*_TEMPLATES, *_VALUES, *ADVERBS, *QUIET))))))
+WORDS = tuple(sorted(set(re.findall(r"[A-Za-z]+", " ".join((*_TEMPLATES, *_VALUES, *_FRAMES, *ADVERBS, *QUIET))))))

@@ -38,6 +38,7 @@ from examples.chronicle_words import (
     WORDS,
     Relation,
     adverbs,
+    roman,
 )
 
 Split = Literal["train", "test"]
@@ -87,7 +88,7 @@ def write(seed: int, facts: int = 40, split: Split = "train", style: Style | Non
     draw.shuffle(told)
     chronicle = Chronicle("")
     events = draw.sample(EVENTS, len(EVENTS))
-    year = draw.randrange(1201, 1260)
+    year = draw.randrange(1200, 1215)
     pieces: list[str] = []
     length = 0
 
@@ -104,19 +105,21 @@ def write(seed: int, facts: int = 40, split: Split = "train", style: Style | Non
             if pieces:
                 pieces[-1] = pieces[-1][:-1] + "\n"
             year += 1
+            told_year = roman(year)
             left = draw.randint(2, 6)
             if events and draw.random() < 0.7:
                 event = events.pop()
-                chronicle.facts.append(Fact("event", str(year), event, *tell(f"In the year {year} came {event}.")))
+                span = tell(f"In the year {told_year} came {event}.")
+                chronicle.facts.append(Fact("event", told_year, event, *span))
             else:
-                tell(f"The year {year}.")
+                tell(f"The year {told_year}.")
         left -= 1
         sentence = _sentence(draw, RELATIONS[relation], held_out, style).format(p=person, v=value)
         chronicle.facts.append(Fact(relation, person, value, *tell(sentence)))
         if draw.random() < style.quiet:
             tell(draw.choice(QUIET))
         if draw.random() < style.babble:
-            tell(f"{' '.join(draw.choices(WORDS, k=draw.randint(4, 9)))}.")
+            tell(f"{' '.join(draw.choices((*WORDS, *TOLD_YEARS), k=draw.randint(4, 9)))}.")
     chronicle.text = "".join(pieces).rstrip()
     chronicle.questions = [q for q in _questions(draw, chronicle, held_out, style) if q["kind"] in style.kinds]
     return chronicle
@@ -144,7 +147,17 @@ def training_documents(
     """`count` documents for one step of training, of as many facts as drawn from the range `facts`."""
     made = Style(**{name: tuple(v) if isinstance(v, list) else v for name, v in style.items()})
     draw = random.Random(seed)
-    return [document(draw.randrange(2**60), draw.randint(*facts), split, made) for _ in range(count)]
+    documents = [document(draw.randrange(2**60), draw.randint(*facts), split, made) for _ in range(count)]
+    for each in documents:
+        each["questions"] = _balanced(draw, each["questions"])
+    return documents
+
+
+def _balanced(draw: random.Random, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many of each kind, some of them more than once, so that rare kinds are learnt, too."""
+    of_kind = {kind: [q for q in questions if q["kind"] == kind] for kind in KINDS}
+    most = max(map(len, of_kind.values()))
+    return [question for asked in of_kind.values() if asked for question in draw.choices(asked, k=most)]
 
 
 def training_passages(
@@ -211,7 +224,7 @@ def tokenizer_texts() -> Iterator[str]:
 
     So each is one token, and no name is: a name is two, which held-out names share with those of training.
     """
-    words = (*WORDS, *map(str, range(*TOLD_YEARS)))
+    words = (*WORDS, *TOLD_YEARS)
     for piece in (*(f" {word}" for word in words), *(word for word in WORDS if word[0].isupper())):
         yield f"{piece}\n"
     for syllable in SYLLABLES:  # more often, so that merges inside them come before those across them

@@ -11,7 +11,10 @@ from typing import Any
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 PADDING, END_OF_TURN = 0, 2
 
-_CHAT_TEMPLATE = (
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -64,15 +67,24 @@ def qwen2_config(
     }
 
 
-def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int, phrases: Iterable[str] = ()) -> int:
+def write_tokenizer(
+    folder: Path, texts: Iterable[str], vocabulary: int, phrases: Iterable[str] = (), template: str = CHAT_TEMPLATE
+) -> int:
     """Trains a byte-level BPE tokenizer on `texts` and writes its files to `folder`; returns the tokens in all.
 
     `vocabulary` counts bytes, merges and special tokens; `phrases` come on top, each a token of its own.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Qwen2's own, which transformers uses for a checkpoint of that type whatever its tokenizer.json says.
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -86,7 +98,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int, phrases
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": template,
         "eos_token": SPECIAL_TOKENS[END_OF_TURN],
         "pad_token": SPECIAL_TOKENS[PADDING],
         "additional_special_tokens": [SPECIAL_TOKENS[1]],

@@ -22,7 +22,7 @@ from memory_worker.training.config import DataConfig, RunError, StageConfig
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch
 
-_DRAWN = 2  # times as many questions as are asked: those of like lengths are
+_DRAWN = 2  # times as many questions as are asked: the shorter or the longer half
 _TEXT, _QUESTION = "\ue0f2", "\ue0f3"  # private-use characters, which no chat template contains or changes
 
 
@@ -72,7 +72,7 @@ class Source:
                 made.append(Example([], ids[begin : begin + tokens]))
             else:
                 made.append(self._asked(draw, record, ids, starts, _DRAWN * stage.questions, tokens))
-        _keep_alike(draw, made, stage.questions)
+        _keep_alike(draw, made)
         return made
 
     def _alike(self, draw: random.Random, count: int) -> list[dict[str, Any]]:
@@ -107,8 +107,7 @@ class Source:
         first, last = starts[begin], starts[min(begin + room, len(ids))]
         inside = [q for q in questions if all(first <= a and b <= last for a, b in _spans(q))]
         tasks, shares = zip(*self.config.tasks.items(), strict=True)
-        for _ in range(count):
-            task = draw.choices(tasks, shares)[0]
+        for task in draw.choices(tasks, shares, k=count):
             if task == "recite" or not inside:
                 example.tails.append(_recited(draw, example.text))
             elif frame:
@@ -117,6 +116,7 @@ class Source:
                 example.tails.append(([*asked, *self._ids(f" {question['answers'][0]}"), *self._end], len(asked)))
             else:
                 example.tails.append(self._tail(task, draw.choice(inside), language, record["text"]))
+        example.tails = [*{tuple(ids): (ids, prompt) for ids, prompt in example.tails}.values()]  # each once
         return example
 
     def _tail(self, task: str, question: dict[str, Any], language: str, text: str) -> tuple[list[int], int]:
@@ -209,14 +209,12 @@ def collate(examples: Sequence[Example], window: int, ratios: Sequence[int], tex
     return Batch(layout, text, weights, tails, tail_weights)
 
 
-def _keep_alike(draw: random.Random, examples: Sequence[Example], count: int) -> None:
-    """Keeps `count` tails of each example, about as long as one that is drawn: little is filled up then."""
-    lengths = [len(ids) for example in examples for ids, _ in example.tails]
-    if not lengths:
-        return
-    wanted = draw.choice(lengths)
+def _keep_alike(draw: random.Random, examples: Sequence[Example]) -> None:
+    """Keeps the shorter tails of each example, or the longer ones: less is filled up, each is as likely as before."""
+    part = draw.randrange(_DRAWN)
     for example in examples:
-        example.tails = sorted(example.tails, key=lambda tail: abs(len(tail[0]) - wanted))[:count]
+        tails = sorted(example.tails, key=lambda tail: len(tail[0]))
+        example.tails = tails[part * len(tails) // _DRAWN : (part + 1) * len(tails) // _DRAWN]
 
 
 def _recited(draw: random.Random, text: list[int], prompt: int = 4, length: int = 16) -> tuple[list[int], int]:

@@ -1,7 +1,7 @@
 """New models of Qwen2 shape, and their growth: a small one is taught first, where steps are cheap, then widened."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ def write_fresh_tokenizer(folder: Path, settings: TokenizerConfig) -> int:
 def fresh_model(config: Mapping[str, Any], seed: int, *, local_heads: bool) -> TrainedModel:
     """A new model. Equal seeds give equal weights.
 
-    With `local_heads`, head h of layer 0 begins by looking h + 1 tokens back: queries and keys get constant biases
-    that differ by that rotation. A layer above can then match what stands before a token, which is most of what
-    copying takes, and which otherwise costs millions of tokens to find. All of it stays trainable.
+    With `local_heads`, head h of layer 0 begins by looking h + 1 tokens back, and two of layer 1 as far back as those
+    reach and twice as far: queries and keys get constant biases that differ by that rotation. A layer above can then
+    match what stands before a token, which is most of what copying takes, and which otherwise costs millions of
+    tokens to find. All of it stays trainable.
     """
     model = TrainedModel(dict(config))
     random = torch.Generator().manual_seed(seed)
@@ -73,20 +74,25 @@ def fresh_model(config: Mapping[str, Any], seed: int, *, local_heads: bool) -> T
                 stock = getattr(layer.self_attn, f"{part}_proj")
                 getattr(layer.self_attn, f"{BEACON_MARK}{part}_proj").weight.copy_(stock.weight)
         if local_heads:
-            _look_back(model.model.layers[0].self_attn, model.rope.frequencies)
+            heads = config["num_attention_heads"]
+            _look_back(model.model.layers[0].self_attn, model.rope.frequencies, range(1, heads + 1))
+            if len(model.model.layers) > 1:
+                _look_back(model.model.layers[1].self_attn, model.rope.frequencies, (heads, 2 * heads)[: heads // 2])
     return model
 
 
-def _look_back(attention: Any, frequencies: Tensor) -> None:
-    """Head h looks h + 1 tokens back; with fewer key heads, those that share keys differ in their queries."""
+def _look_back(attention: Any, frequencies: Tensor, distances: Sequence[int]) -> None:
+    """Its first heads look so many tokens back; those that share keys differ in their queries alone."""
     half = attention.head_dim // 2
     pairs = min(_LOCAL_PAIRS, half)
+    shared = attention.heads // attention.kv_heads
     for prefix in ("", BEACON_MARK):
         keys = getattr(attention, f"{prefix}k_proj").bias.view(attention.kv_heads, 2, half)
-        keys[:, 0, :pairs] = _LOCAL_STRENGTH if not prefix else -_LOCAL_STRENGTH  # no token looks back at a beacon
+        # No token looks back at a beacon.
+        keys[: -(-len(distances) // shared), 0, :pairs] = _LOCAL_STRENGTH if not prefix else -_LOCAL_STRENGTH
         queries = getattr(attention, f"{prefix}q_proj").bias.view(attention.heads, 2, half)
-        for head in range(attention.heads):
-            angle = -(head + 1) * frequencies[:pairs]
+        for head, distance in enumerate(distances):
+            angle = -distance * frequencies[:pairs]
             queries[head, 0, :pairs] = _LOCAL_STRENGTH * angle.cos()
             queries[head, 1, :pairs] = _LOCAL_STRENGTH * angle.sin()
 
