@@ -77,6 +77,7 @@ class Style:
     verbs: int = 3  # of a relation that are used, and the questions with them
     adverbs: bool = True  # before every other sentence
     babble: float = 0.0  # sentences of words at random, a fact: only reciting can ask for them
+    strewn: float = 0.0  # sentences with words at random around the person, so that any template is quoted as it is
 
 
 def write(seed: int, facts: int = 40, split: Split = "train", style: Style | None = None) -> Chronicle:
@@ -314,6 +315,9 @@ def _sentence(draw: random.Random, relation: Relation, held_out: bool, style: St
     verb = draw.randrange(min(style.verbs, len(relation.verbs)))
     frames = [PLAIN] + [WITH_ADVERB] * style.adverbs + [WITH_ADVERB, HELD_OUT] * held_out
     adverb = draw.choice(adverbs(verb, held_out))
+    if draw.random() < style.strewn:
+        before, after = (draw.choices(WORDS, k=draw.randint(low, 2)) for low in (1, 0))
+        return " ".join([*before, "{p}", *after, relation.verbs[verb], "{v}."])
     return draw.choice(frames).format(p="{p}", v="{v}", verb=relation.verbs[verb], adverb=adverb)
 
 
