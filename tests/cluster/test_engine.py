@@ -21,6 +21,7 @@ from tests.random_model import ensure_random_model
 def engine(tmp_path_factory):
     config = tiny_engine(ensure_random_model(tmp_path_factory.mktemp("model")), cpu_cores="0")
     with own_ray():
+        serve.start(proxy_location="Disabled")
         before = ray.available_resources()["CPU"]
         app = engine_application(EngineServer, config, PoolConfig(), name="Engine", arguments={})
         handle = serve.run(app, name="engine", route_prefix=None)

@@ -48,6 +48,7 @@ def model(tmp_path_factory):
 def session():
     os.environ["GENERATOR_TEST_KEY"] = KEY
     with own_ray():
+        serve.start(proxy_location="Disabled")
         yield
 
 
