@@ -47,7 +47,7 @@ def test_a_memory_of_each_kind_is_asked(server: Server, memories: dict[str, dict
             assert answer.status_code == 200, answer.text
             assert answer.json()["degraded"] == ["embedded-model"] and answer.json()["answer"]
             check_exact(answer.json()["passages"], {memory["id"]: {"d": WORDS[kind]}})
-            assert task != "memorag" or answer.json()["clues"]
+            assert task != "memorag" or kind == "full" or answer.json()["clues"]  # of a whole text it may write none
 
 
 def test_memories_of_all_kinds_are_asked_at_once(server: Server, memories: dict[str, dict]):
