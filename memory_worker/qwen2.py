@@ -14,7 +14,7 @@ PADDING, END_OF_TURN = 0, 2
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -68,7 +68,7 @@ def qwen2_config(
 
 
 def write_tokenizer(
-    folder: Path, texts: Iterable[str], vocabulary: int, phrases: Iterable[str] = (), template: str = CHAT_TEMPLATE
+    folder: Path, texts: Iterable[str], vocabulary: int, phrases: Iterable[str] = (), template: str = _CHAT_TEMPLATE
 ) -> int:
     """Trains a byte-level BPE tokenizer on `texts` and writes its files to `folder`; returns the tokens in all.
 

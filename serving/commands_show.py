@@ -23,7 +23,8 @@ _LINES_EVERY_S = 5.0
 _TABLE_WIDTH = 140  # off a terminal
 _CLUE_KINDS = {"span": "span", "question": "question", "draft": "draft answer", "key_point": "key point"}
 DEGRADED = {
-    "embedded-model": "the embedded model knows generated chronicles only: its words on other texts are noise",
+    "embedded-model": "the embedded model knows generated chronicles only; of other texts its words are noise; "
+    "passages and evidence are real",
     "text-cut": "the text did not fit the generator's window: its middle was left out",
     "recall": "no clues could be recalled in time: this is plain retrieval with the question alone",
 }

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from serving.config import RayConfig
 
@@ -52,23 +53,32 @@ def start_ray(config: RayConfig, folder: Path) -> None:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares",
     }
+    init_patiently(
+        namespace=config.namespace,
+        num_cpus=config.logical_cpus,
+        object_store_memory=config.object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder),
+        _system_config={"enable_metrics_collection": config.metrics, "worker_niceness": 0},
+    )
+    import ray
+
+    (folder / _ADDRESS).write_text(ray.get_runtime_context().gcs_address)
+
+
+def init_patiently(**options: Any) -> None:
+    """Starts a Ray of this process's own with `options` of `ray.init`.
+
+    A node has fixed 30 s to start, which a busy machine exceeds now and then: it is tried again.
+    """
     import ray
 
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",
-                namespace=config.namespace,
-                num_cpus=config.logical_cpus,
-                object_store_memory=config.object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-                _system_config={"enable_metrics_collection": config.metrics, "worker_niceness": 0},
-            )
-            (folder / _ADDRESS).write_text(ray.get_runtime_context().gcs_address)
+            ray.init("local", **options)
             return
         except Exception as error:  # Ray raises no more precise class here
             ray.shutdown()

@@ -9,15 +9,12 @@ from typing import Any
 import ray
 from ray import serve
 
-_ATTEMPTS = 3
+from serving.local_ray import init_patiently
 
 
 @contextmanager
 def own_ray(**options: Any) -> Iterator[None]:
-    """Starts it, with `options` of `ray.init`, and ends it with all Serve applications; nothing is left of it.
-
-    A node has fixed 30 s to start, which a busy machine exceeds now and then: it is tried again.
-    """
+    """Starts it, with `options` of `ray.init`, and ends it with all Serve applications; nothing is left of it."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short enough for the Unix sockets below it
     settings: dict[str, Any] = {
         "num_cpus": 8,
@@ -27,14 +24,7 @@ def own_ray(**options: Any) -> Iterator[None]:
         "log_to_driver": False,
     }
     try:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                ray.init("local", _temp_dir=folder, **settings | options)
-                break
-            except Exception as error:  # Ray raises no more precise class here
-                ray.shutdown()
-                if "timed out during startup" not in str(error) or attempt == _ATTEMPTS:
-                    raise
+        init_patiently(_temp_dir=folder, **settings | options)
         yield
     finally:
         if ray.is_initialized():

@@ -22,7 +22,6 @@ from memory_worker.training.config import DataConfig, RunError, StageConfig
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch
 
-_DRAWN = 2  # times as many questions as are asked: the shorter or the longer half
 _TEXT, _QUESTION = "\ue0f2", "\ue0f3"  # private-use characters, which no chat template contains or changes
 
 
@@ -71,8 +70,8 @@ class Source:
                 begin = draw.randrange(max(1, len(ids) - tokens + 1))
                 made.append(Example([], ids[begin : begin + tokens]))
             else:
-                made.append(self._asked(draw, record, ids, starts, _DRAWN * stage.questions, tokens))
-        _keep_alike(draw, made)
+                made.append(self._asked(draw, record, ids, starts, 2 * stage.questions, tokens))
+        _keep_half(draw, made)
         return made
 
     def _alike(self, draw: random.Random, count: int) -> list[dict[str, Any]]:
@@ -209,12 +208,12 @@ def collate(examples: Sequence[Example], window: int, ratios: Sequence[int], tex
     return Batch(layout, text, weights, tails, tail_weights)
 
 
-def _keep_alike(draw: random.Random, examples: Sequence[Example]) -> None:
-    """Keeps the shorter tails of each example, or the longer ones: less is filled up, each is as likely as before."""
-    part = draw.randrange(_DRAWN)
+def _keep_half(draw: random.Random, examples: Sequence[Example]) -> None:
+    """Keeps the shorter half of each example's tails, or the longer one: less is filled up, and none is favoured."""
+    longer = draw.random() < 0.5
     for example in examples:
-        tails = sorted(example.tails, key=lambda tail: len(tail[0]))
-        example.tails = tails[part * len(tails) // _DRAWN : (part + 1) * len(tails) // _DRAWN]
+        tails = sorted(example.tails, key=lambda tail: len(tail[0]), reverse=longer)
+        example.tails = tails[: -(-len(tails) // 2)]  # of a single one, that one
 
 
 def _recited(draw: random.Random, text: list[int], prompt: int = 4, length: int = 16) -> tuple[list[int], int]:

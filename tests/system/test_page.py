@@ -76,7 +76,7 @@ def test_a_question_is_answered_with_its_grounds(page: webdriver.Chrome, server:
     assert marks and all(mark in source for mark in marks)
     stages = [bar.text.split()[0] for bar in page.find_elements(By.CSS_SELECTOR, "#timings .bar")]
     assert stages == ["recall", "retrieve", "generate", "total"]
-    assert "words on other texts are noise" in page.find_element(By.ID, "notes").text
+    assert "its words are noise" in page.find_element(By.ID, "notes").text
 
 
 def test_a_pasted_text_is_memorized_and_never_becomes_markup(page: webdriver.Chrome, server: Server) -> None:
