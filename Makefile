@@ -37,7 +37,7 @@ lint: install
 	@$(BIN)/mypy
 
 test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
 
 soak: install
 	@trap '$(BIN)/memorag down --storage $(SOAK)' EXIT; trap 'exit 1' INT TERM; \

@@ -1,6 +1,8 @@
 """What may run beside what: `make test` runs two workers, each taking whole groups of tests."""
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Tests that start Ray, engines or servers wait for those with a limit, and each of them fills the machine: they run one
 # after another, and all others beside them. The session's server, too, is then started by one worker only.
@@ -23,9 +25,13 @@ _FILLS_THE_MACHINE = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups all that fill the machine; of the others each module is a group, so that its fixtures are made once."""
-    for item in items:
-        group = "machine" if item.nodeid.startswith(_FILLS_THE_MACHINE) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+class Groups(LoadScopeScheduling):
+    """All that fill the machine are one group; of the others each module is, so that its fixtures are made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "machine" if nodeid.startswith(_FILLS_THE_MACHINE) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    """Named groups (`xdist_group`) would say the same, but xdist 3.8 writes them into ids, which pytest 9.2 ignores."""
+    return Groups(config, log)
