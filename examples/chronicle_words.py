@@ -207,15 +207,22 @@ QUIET = (
     "Nobody knew who rang the bells.",
 )
 
-ADVERBS = ("Then", "Later", "Once", "Soon", "Again", "Meanwhile", "Still", "Here")
-PLAIN = "{p} {verb} {v}."
-WITH_ADVERB = "{adverb} {p} {verb} {v}."
-HELD_OUT = "It was {p} who {verb} {v}."
+OPENINGS = (
+    "Then {p}",
+    "Later {p}",
+    "Once {p}",
+    "Soon {p}",
+    "Again {p}",
+    "Meanwhile {p}",
+    "Still {p}",
+    "Here {p}",
+    "It was {p} who",
+)
 
 
-def adverbs(verb: int, held_out: bool) -> tuple[str, ...]:
-    """What the `verb`-th verb of a relation may follow; a quarter is held out."""
-    return tuple(adverb for place, adverb in enumerate(ADVERBS) if held_out or (verb + place) % 4)
+def openings(verb: int, held_out: bool) -> tuple[str, ...]:
+    """What the `verb`-th verb of a relation may follow, besides a bare {p}; a quarter of the pairs is held out."""
+    return tuple(opening for place, opening in enumerate(OPENINGS) if held_out or (verb + place) % 4)
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,7 @@ RELATIONS = {
     "voyage": Relation(
         None,
         ("sailed to", "rowed to", "travelled to"),
-        ("Where did {p} sail?", "Where did {p} row?", "Which port did {p} visit?", "Which port did {p} sail to?"),
+        ("Where did {p} sail?", "Where did {p} row?", "Which port did {p} visit?", "Where was it {p} sailed to?"),
         ("What haven did {who} reach?", "Which haven did {who} enter?", "Which haven did {who} reach?"),
     ),
     "office": Relation(
@@ -262,20 +269,20 @@ RELATIONS = {
     "home": Relation(
         STREETS,
         ("lived in", "dwelt in", "moved to"),
-        ("Where did {p} live?", "Where did {p} dwell?", "Where was it {p} lived?"),
+        ("Where did {p} live?", "Where was it {p} lived?", "Where did {p} dwell?", "Where was it {p} dwelt?"),
         ("What was the address of {who}?", "Which was the door of {who}?", "Which was the address of {who}?"),
     ),
     "find": Relation(
         FINDS,
         ("found", "dug up", "discovered"),
-        ("What did {p} find?", "What did {p} dig up?", "What was found by {p}?"),
+        ("What did {p} find?", "What did {p} dig up?", "What was found by {p}?", "What was dug up by {p}?"),
         ("Which treasure did {who} own?", "What treasure had {who}?", "What treasure did {who} own?"),
         "the finder of {v}",
     ),
     "work": Relation(
         WORKS,
         ("built", "mended", "paid for"),
-        ("What did {p} build?", "What did {p} mend?", "What was built by {p}?"),
+        ("What did {p} build?", "What was it {p} built?", "What did {p} mend?", "What was built by {p}?"),
         (
             "What does the town owe to {who}?",
             "Which labour was begun by {who}?",
@@ -286,13 +293,13 @@ RELATIONS = {
     "trade": Relation(
         GOODS,
         ("sold", "traded", "imported"),
-        ("What did {p} sell?", "What did {p} trade?", "What was sold by {p}?"),
+        ("What did {p} sell?", "What was sold by {p}?", "What did {p} trade?", "What was it {p} sold?"),
         ("Which wares made {who} rich?", "What wares had {who}?", "What wares made {who} rich?"),
     ),
     "fear": Relation(
         BEASTS,
         ("feared", "fled", "dreaded"),
-        ("What did {p} fear?", "What did {p} flee?", "What was it {p} feared?"),
+        ("What did {p} fear?", "What was it {p} feared?", "What did {p} flee?", "What was feared by {p}?"),
         (
             "Which animal frightened {who}?",
             "What animal was the terror of {who}?",
@@ -302,7 +309,7 @@ RELATIONS = {
     "birth": Relation(
         YEARS,
         ("was born in", "was baptised in", "was christened in"),
-        ("When was {p} born?", "When was {p} christened?", "When was it {p} was born?"),
+        ("When was {p} born?", "When was it {p} was born?", "When was {p} baptised?", "When was {p} christened?"),
         (
             "How far back does the life of {who} go?",
             "What is the first date of {who}?",
@@ -312,7 +319,13 @@ RELATIONS = {
     "marriage": Relation(
         None,
         ("married", "wed", "courted"),
-        ("Whom did {p} marry?", "Whom did {p} wed?", "Whom did {p} court?", "Whom was it {p} married?"),
+        (
+            "Whom did {p} marry?",
+            "Whom did {p} wed?",
+            "Whom was it {p} married?",
+            "Whom did {p} court?",
+            "Whom was it {p} courted?",
+        ),
         (
             "Who was the spouse of {who}?",
             "What was the name of the spouse of {who}?",
@@ -324,6 +337,6 @@ RELATIONS = {
 _TEMPLATES = [
     t for r in RELATIONS.values() for t in (*r.verbs, *r.direct[:-1], *r.inverse[:-1], *r.hidden[:-1], r.described)
 ]
-_FRAMES = ("In the year came a", "The year", "given")
+_FRAMES = ("In the year came a", "The year", "given", *(opening.replace("{p}", "") for opening in OPENINGS))
 _VALUES = (*OFFICES, *GIFTS, *STREETS, *FINDS, *WORKS, *GOODS, *BEASTS, *EVENTS)
-WORDS = tuple(sorted(set(re.findall(r"[A-Za-z]+", " ".join((*_TEMPLATES, *_VALUES, *_FRAMES, *ADVERBS, *QUIET))))))
+WORDS = tuple(sorted(set(re.findall(r"[A-Za-z]+", " ".join((*_TEMPLATES, *_VALUES, *_FRAMES, *QUIET))))))

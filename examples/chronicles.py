@@ -26,18 +26,15 @@ from typing import Any, Literal
 
 from examples.chronicle_words import (
     EVENTS,
-    HELD_OUT,
     PEOPLE,
-    PLAIN,
     PORTS,
     QUIET,
     RELATIONS,
     SYLLABLES,
     TOLD_YEARS,
-    WITH_ADVERB,
     WORDS,
     Relation,
-    adverbs,
+    openings,
     roman,
 )
 
@@ -72,12 +69,11 @@ class Style:
     relations: tuple[str, ...] = tuple(RELATIONS)
     kinds: tuple[str, ...] = KINDS  # of questions
     facts_a_person: int = 4  # at most, and on average one less
-    quiet: float = 0.1  # sentences that tell nothing, a fact
+    quiet: float = 0.8  # sentences that tell nothing, a fact
     years: bool = True  # in paragraphs, each with its year and event
-    verbs: int = 3  # of a relation that are used, and the questions with them
-    adverbs: bool = True  # before every other sentence
+    verbs: int = 4  # of a relation that are used, at most, and the questions with them
+    openings: bool = True  # of every other sentence: another than the person
     babble: float = 0.0  # sentences of words at random, a fact: only reciting can ask for them
-    strewn: float = 0.0  # sentences with words at random around the person, so that any template is quoted as it is
 
 
 def write(seed: int, facts: int = 40, split: Split = "train", style: Style | None = None) -> Chronicle:
@@ -313,12 +309,10 @@ def _questions(draw: random.Random, chronicle: Chronicle, held_out: bool, style:
 def _sentence(draw: random.Random, relation: Relation, held_out: bool, style: Style) -> str:
     """A template for {p} and {v}."""
     verb = draw.randrange(min(style.verbs, len(relation.verbs)))
-    frames = [PLAIN] + [WITH_ADVERB] * style.adverbs + [WITH_ADVERB, HELD_OUT] * held_out
-    adverb = draw.choice(adverbs(verb, held_out))
-    if draw.random() < style.strewn:
-        before, after = (draw.choices(WORDS, k=draw.randint(low, 2)) for low in (1, 0))
-        return " ".join([*before, "{p}", *after, relation.verbs[verb], "{v}."])
-    return draw.choice(frames).format(p="{p}", v="{v}", verb=relation.verbs[verb], adverb=adverb)
+    opening = "{p}"
+    if style.openings and draw.random() < (2 / 3 if held_out else 1 / 2):
+        opening = draw.choice(openings(verb, held_out))
+    return f"{opening} {relation.verbs[verb]} {{v}}."
 
 
 def _pick(draw: random.Random, questions: tuple[str, ...], held_out: bool, wordings: int) -> str:

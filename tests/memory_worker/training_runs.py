@@ -12,7 +12,7 @@ def write_documents(folder: Path, count: int = 12) -> Path:
     """Short chronicles with their questions, as JSON Lines."""
     folder.mkdir(exist_ok=True)
     file = folder / "chronicles.jsonl"
-    made = training_documents(7, count, (10, 14), kinds=["direct"], verbs=1, adverbs=False, quiet=0, years=False)
+    made = training_documents(7, count, (10, 14), kinds=["direct"], verbs=1, openings=False, quiet=0, years=False)
     file.write_text("".join(json.dumps(document) + "\n" for document in made), "utf-8")
     return file
 
