@@ -25,7 +25,7 @@ $(READY): pyproject.toml $(PINNED) cluster/requirements/dev.txt cluster/requirem
 up: install
 	@$(BIN)/memorag up --profile embedded --storage $(STORAGE) --port $(PORT)
 	@$(BIN)/memorag memories show chronicle --storage $(STORAGE) >/dev/null 2>&1 \
-	  || $(BIN)/memorag memorize $(EXAMPLE) --id chronicle --title "The Chronicle of Marrow Head" --storage $(STORAGE)
+	  || $(BIN)/memorag memorize $(EXAMPLE) --id chronicle --title "A Town Chronicle" --storage $(STORAGE)
 	@$(BIN)/memorag ask chronicle "$(QUESTION)" --storage $(STORAGE)
 	@echo; echo "The server goes on running; 'make down' ends it."
 

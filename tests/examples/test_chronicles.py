@@ -13,6 +13,7 @@ from examples.chronicles import KINDS, document, tokenizer_texts, training_docum
 from memory_worker.training.tokenizer import write_training_tokenizer
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ["--seed", "7", "--facts", "150", "--split", "test"]
 FUNCTION_WORDS = (
     "a an the of to in by from at for and up with on was were is are did do does had what which who whom whose where "
     "when how"
@@ -117,6 +118,6 @@ def test_any_length_and_as_many_as_wanted():
 
 def test_the_example_text_is_what_its_program_writes():
     made = subprocess.run(
-        [sys.executable, "examples/chronicle.py"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "examples.chronicles", *EXAMPLE], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert made == (ROOT / "examples" / "chronicle.txt").read_text("utf-8")

@@ -2,9 +2,9 @@
 
 import json
 
-from tests.system.conftest import ROOT, Server
+from tests.system.conftest import EXAMPLE, Server
 
-TOWN = (ROOT / "examples" / "chronicle.txt").read_text(encoding="utf-8")
+TOWN = EXAMPLE["text"]
 
 
 def record(id: str, text: str, questions: dict[str, str]) -> dict:
@@ -16,11 +16,10 @@ def record(id: str, text: str, questions: dict[str, str]) -> dict:
 
 
 def test_two_texts_by_every_method(server: Server, tmp_path):
-    half = TOWN.index("\n\n", len(TOWN) // 2)
+    half = TOWN.index("\n", len(TOWN) // 2)
+    event = next(asked for asked in EXAMPLE["questions"] if asked["kind"] == "event")
     texts = [
-        record("first", TOWN[:half], {"Who became keeper of the lighthouse?": "Vesper Dunmore"})
-        if "Vesper Dunmore" in TOWN[:half]
-        else record("first", TOWN[half:], {"Who became keeper of the lighthouse?": "Vesper Dunmore"}),
+        record("first", TOWN[:half], {event["question"]: event["answers"][0]}),
         record("second", "Bread costs two coins.\n\nThe gate is blue.", {"What colour is the gate?": "blue"}),
     ]
     dataset = tmp_path / "town.jsonl"

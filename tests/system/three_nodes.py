@@ -79,7 +79,7 @@ def main() -> None:
         server = Server("", storage)
         print(server.memorag("up", "--profile", str(profile), "--port", "0").stdout, flush=True)
         example = ROOT / "examples" / "chronicle.txt"
-        server.memorag("memorize", str(example), "--id", "chronicle", "--title", "The Chronicle of Marrow Head")
+        server.memorag("memorize", str(example), "--id", "chronicle", "--title", "A Town Chronicle")
         print(f"MEMORAG_TEST_STORAGE={storage} python -m pytest tests/system", flush=True)
         try:
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
