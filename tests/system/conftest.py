@@ -16,6 +16,7 @@ from examples.chronicles import document
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = document(7, 150, "test")  # examples/chronicle.txt, which `make up` memorizes, with its questions
+FIRST_QUESTION, FIRST_ANSWER = "What haven did the finder of the green sword reach?", "Kirsund"
 SHARED = ROOT.parent / "shared"
 MEMORAG = Path(sys.executable).with_name("memorag")
 CLUSTER_PID = "cluster.pid"  # beside server.json, where the server did not start its cluster itself
@@ -107,7 +108,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     started = make("up", storage)
     log = storage / "server.log"
     assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
-    assert all(word in started.stdout for word in (EXAMPLE_ANSWER, "chronicles only", "http://127.0.0.1:")), (
+    assert all(word in started.stdout for word in (f"\n{FIRST_ANSWER}", "chronicles only", "http://127.0.0.1:")), (
         started.stdout
     )
     state = json.loads((storage / "server.json").read_text())

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.system.conftest import EXAMPLE, SHARED, Server, memorize, read_events
+from tests.system.conftest import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, SHARED, Server, memorize, read_events
 
 NOVEL = SHARED / "data" / "books" / "pride-and-prejudice.txt"
 CHINESE = (
@@ -77,6 +77,22 @@ def test_the_passage_that_answers_is_found(server, chronicle):
         ).json()
     assert asked["clues"][0] in " ".join(p["text"] for p in answer["passages"])
     assert any(asked["answers"][0] in e["text"] for e in answer["evidence"])
+
+
+def test_memory_finds_what_the_question_alone_does_not(server, chronicle):
+    """The first question of `make up`: it shares no content word with the sentence that answers it."""
+    asked = next(asked for asked in EXAMPLE["questions"] if asked["question"] == FIRST_QUESTION)
+    assert asked["answers"] == [FIRST_ANSWER]
+    (start, end), *_ = asked["evidence"]
+    with server.client() as client:
+        answers = {
+            task: client.post("/v1/memories/chronicle/answer", json={"question": FIRST_QUESTION, "task": task}).json()
+            for task in ("memorag", "rag")
+        }
+    cited = {(citation["start"], citation["end"]) for citation in answers["memorag"]["citations"]}
+    assert answers["memorag"]["answer"].partition("[")[0].strip() == FIRST_ANSWER
+    assert any(first <= start and end <= last for first, last in cited)
+    assert FIRST_ANSWER not in answers["rag"]["answer"] + " ".join(p["text"] for p in answers["rag"]["passages"])
 
 
 @pytest.mark.parametrize("task", ["memorag", "rag", "memory", "summarize", "full", "hyde", "rewrite"])

@@ -11,7 +11,7 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.system.conftest import EXAMPLE, Server
+from tests.system.conftest import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, Server
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -69,7 +69,8 @@ def ask(page: webdriver.Chrome, question: str) -> None:
 def test_a_question_is_answered_with_its_grounds(page: webdriver.Chrome, server: Server, chronicle: dict) -> None:
     page.refresh()
     choose(page, chronicle["title"])
-    ask(page, EXAMPLE["questions"][0]["question"])
+    ask(page, FIRST_QUESTION)
+    assert FIRST_ANSWER in page.find_element(By.ID, "answer").text
     assert page.find_elements(By.CSS_SELECTOR, "#passages li")
     marks = [mark.get_property("textContent") for mark in page.find_elements(By.CSS_SELECTOR, "#passages mark")]
     assert marks and all(mark in EXAMPLE["text"] for mark in marks)
