@@ -108,9 +108,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
     started = make("up", storage)
     log = storage / "server.log"
     assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
-    assert all(word in started.stdout for word in (f"\n{FIRST_ANSWER}", "chronicles only", "http://127.0.0.1:")), (
-        started.stdout
-    )
+    expected = (f"Answer\n {FIRST_ANSWER} [", "chronicles only", "http://127.0.0.1:")
+    assert all(words in started.stdout for words in expected), started.stdout
     state = json.loads((storage / "server.json").read_text())
     family = [psutil.Process(state["pid"]), *psutil.Process(state["pid"]).children(recursive=True)]
     yield Server(state["address"], storage)
