@@ -1,4 +1,4 @@
-"""`memorag train`: train a memory model from one YAML file, or prepare documents for it."""
+"""`memorag train`: train a memory model from one YAML file, prepare documents for it, average what came of runs."""
 
 import json
 import os
@@ -43,6 +43,8 @@ def run(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Without Ray, in this process: one worker, stops cleanly on SIGTERM.")
     ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder of this run, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train, or go on where the run was stopped; return when its last stage is done, with the checkpoint's folder."""
@@ -51,6 +53,10 @@ def run(
         from memory_worker.training import load_run
 
         settings = load_run(file)
+        if output is not None:
+            settings = settings.model_copy(update={"output": str(output.absolute())})
+        if seed is not None:
+            settings = settings.model_copy(update={"seed": seed})
 
         def show(line: Mapping[str, Any]) -> None:
             out.note(
@@ -87,6 +93,24 @@ def prepare(
         questions = sum(len(document["questions"]) for document in documents)
         facts = {"file": str(out_file), "documents": len(documents), "questions": questions}
         out.result(facts, f"{questions:,} questions on {len(documents):,} documents in {out_file}")
+
+
+@app.command()
+def average(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", exists=True, file_okay=False, help="Results of runs from one model."),
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the checkpoint to.")] = Path("averaged"),
+    as_json: Json = False,
+) -> None:
+    """Write the mean of models that were trained from one beginning with different seeds: better than each."""
+    out = Output(as_json)
+    with _errors(out):
+        from memory_worker.training.average import average as averaged
+
+        averaged(models, out_folder)
+        out.result({"model": str(out_folder)}, str(out_folder))
 
 
 def _here(settings: "RunConfig", show: Any) -> Path:

@@ -181,6 +181,19 @@ def test_the_command_line_trains_and_prepares(tmp_path):
     assert json.loads(made.stdout)["model"] == str(tmp_path / "here" / "model")
     assert "step 8" in made.stderr and "tokens/s" in made.stderr
 
+    other = tmp_path / "other"
+    made = CliRunner().invoke(app, ["train", str(file), "--in-process", "--seed", "9", "--output", str(other)])
+    assert made.exit_code == 0, made.output
+    models = [str(tmp_path / "here" / "model"), str(other / "model")]
+    made = CliRunner().invoke(app, ["train", "average", *models, "--out", str(tmp_path / "mean"), "--json"])
+    assert made.exit_code == 0, made.output
+    one, two, mean = map(read_weights, (*map(Path, models), tmp_path / "mean"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.allclose(mean[name], (one[name] + two[name]) / 2, atol=1e-6) for name in one)
+    assert BeaconModel.from_pretrained(tmp_path / "mean").layers  # it is read like any other
+    made = CliRunner().invoke(app, ["train", "average", models[0], "--out", str(tmp_path / "one")])
+    assert made.exit_code == 1 and "name another" in made.stderr
+
     (tmp_path / "tale.txt").write_text(
         "Captain Mary Hale sailed the Tern round the cape in 1807.\nShe came home with saffron.\n\n"
         "Nobody in Vey believed her, until the harbour master opened the hold."
@@ -221,9 +234,11 @@ def test_the_shipped_runs_are_valid_and_their_phrases_are_the_prompts_own():
     from generator_worker.prompts import _INSTRUCTIONS, _LABELS
 
     runs = sorted((ROOT / "memory_worker" / "training" / "runs").glob("*.yaml"))
-    assert runs
-    for file in runs:
-        (phrase,) = load_run(file).fresh.tokenizer.phrases
+    loaded = [load_run(file) for file in runs]
+    fresh = [run for run in loaded if run.model is None]
+    assert fresh and all(Path(run.model or "").name == "model" for run in loaded if run not in fresh)
+    for run in fresh:
+        (phrase,) = run.fresh.tokenizer.phrases
         assert phrase == f"{_INSTRUCTIONS['answer', 'en']}\n\n{_LABELS['en']['passages']}\n\n"
 
 
