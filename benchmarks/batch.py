@@ -5,7 +5,7 @@
 One `embedded` server on this machine. All memories are archives of one text at ratio 2, so that together they have more
 slots than the Recaller's engine (524,288) and its node's keeper hold: when a memory is asked decides what is loaded.
 The questions are shuffled over the memories; HTTP clients, and the run without grouping, ask them in that order. 16
-questions are in flight in each way. Each way asks other words, so that none profits from the other's cache.
+questions are in flight in each way. Each way asks a memory other questions, so that none profits from another's cache.
 
 A run has a fixed cost before its first question: processes that read and sort. It is in `seconds` and not in `asking`,
 of which the ratios are: over 10,000 questions it would hardly count. The load average is the machine's at the end of
@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import aiohttp
 import pyarrow as pa
 
 from benchmarks.report import report
+from examples.chronicles import document
 from serving.app import deploy
 from serving.batch import answer_all
 from serving.batch_progress import OnCount, counting
@@ -36,7 +38,7 @@ CLIENTS = 16
 WAYS = ("HTTP, 16 clients", "batch, not grouped", "batch")
 ANSWER_TOKENS = 8
 RATIO = 2
-EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
+CHRONICLE = document(7, 150, "test")  # what the embedded model can be asked
 
 
 def main() -> None:
@@ -94,7 +96,7 @@ def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, fold
 
 def _memorize(address: str, count: int, tokens: int, folder: Path) -> int:
     """Makes one memory, and the others of its archive; returns its slots."""
-    text = EXAMPLE.read_text(encoding="utf-8")
+    text = CHRONICLE["text"] + "\n"
     with MemoRAG(address) as client:
         _say("memorizing one text")
         client.memorize(text=text[:4000], id="probe", ratio=RATIO, progress=False)
@@ -111,16 +113,19 @@ def _memorize(address: str, count: int, tokens: int, folder: Path) -> int:
 
 
 def _questions(count: int, memories: int, way: str) -> pa.Table:
+    """Each memory is asked one question of the chronicle after another, in each way others."""
     order = [n % memories for n in range(count)]
     random.Random(0).shuffle(order)
-    return pa.table(
-        {
-            "id": [f"q{n:06d}" for n in range(count)],
-            "memory": [f"memory-{memory}" for memory in order],
-            "question": [f"{way}: who took office or sailed in the year {1201 + n}?" for n in range(count)],
-            "max_tokens": [ANSWER_TOKENS] * count,
-        }
-    )
+    asked = [question["question"] for question in CHRONICLE["questions"]]
+    first = WAYS.index(way) * len(asked) // len(WAYS)
+    rows = []
+    next_of = defaultdict(lambda: first)
+    for n, memory in enumerate(order):
+        question = asked[next_of[memory] % len(asked)]
+        next_of[memory] += 1
+        row = {"id": f"q{n:06d}", "memory": f"memory-{memory}", "question": question, "max_tokens": ANSWER_TOKENS}
+        rows.append(row)
+    return pa.Table.from_pylist(rows)
 
 
 async def _over_http(address: str, questions: list[dict[str, Any]]) -> None:

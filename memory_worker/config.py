@@ -51,14 +51,26 @@ class MemorizeConfig(Settings):
     )
 
 
+INSTRUCTION_TOKENS = 384  # more than what stands around any question, in bytes even: a test counts it
+
+
 class RecallConfig(Settings):
     """How clues are recalled."""
 
     max_clue_tokens: int = Field(192, gt=0, description="tokens generated for one kind of clue")
     max_clues: int = Field(8, gt=0, description="clues kept of one kind")
     max_answer_tokens: int = Field(256, gt=0, description="tokens of an answer from memory where none is named")
-    question_tokens: int = Field(1024, gt=0, description="tokens kept for a question with its instruction")
+    question_tokens: int = Field(
+        1024,
+        gt=INSTRUCTION_TOKENS,
+        description=f"tokens kept for a question and {INSTRUCTION_TOKENS} of its instruction",
+    )
     deadline_s: float = Field(30.0, gt=0, description="seconds after which a question goes on without its clues")
+
+    @property
+    def longest_question(self) -> int:
+        """Tokens that a question may have: what is kept for it holds its instruction, too."""
+        return self.question_tokens - INSTRUCTION_TOKENS
 
 
 class KeeperConfig(Settings):

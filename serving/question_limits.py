@@ -13,12 +13,12 @@ class QuestionLimits:
     """The limits of one profile."""
 
     def __init__(self, profile: Profile) -> None:
-        self._limits = profile.limits
+        self._limits, self._longest = profile.limits, profile.memory.recall.longest_question
         self._model = Path(profile.memory.engine.model)
         self._tokenizer: Any = None
 
-    async def check(self, question: api.Question, window: int) -> None:
-        """Raises `ProblemError` for a question that is empty, too long for `window` tokens, or asks for too much."""
+    async def check(self, question: api.Question) -> None:
+        """Raises `ProblemError` for a question that is empty, too long, or asks for too much."""
         limits, text = self._limits, question.question
         if question.task != "summarize" and not text.strip():
             raise ProblemError(422, "the question is empty; ask something")
@@ -26,7 +26,7 @@ class QuestionLimits:
             raise ProblemError(
                 422, f"max_tokens is {question.max_tokens}; at most {limits.answer_tokens} can be asked for"
             )
-        if len(text) <= window // 4:  # a token is at least one byte of UTF-8, a character at most four
+        if len(text) <= self._longest // 4:  # a token is at least one byte of UTF-8, a character at most four
             return
         if len(text) > limits.question_characters:
             raise ProblemError(
@@ -34,11 +34,11 @@ class QuestionLimits:
                 f"the question has {len(text)} characters, and limits.question_characters is "
                 f"{limits.question_characters}; memorize long texts instead",
             )
-        if (tokens := await asyncio.to_thread(self._tokens, text)) > window:
+        if (tokens := await asyncio.to_thread(self._tokens, text)) > self._longest:
             raise ProblemError(
                 422,
-                f"the question has {tokens} tokens, more than the memory model's window of {window}; "
-                "memorize long texts instead",
+                f"the question has {tokens} tokens; beside a memory, the model's window has room for {self._longest} "
+                "(recall.question_tokens): memorize long texts instead",
             )
 
     def _tokens(self, text: str) -> int:

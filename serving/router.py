@@ -347,7 +347,7 @@ class Router(KeyedAnswers):
 
     async def _inquiry(self, tenant: str, manifests: Sequence[Manifest], question: api.Question) -> Inquiry:
         model = await self._memory_model()
-        await self._limits.check(question, model.window)
+        await self._limits.check(question)
         groups: Sequence[SegmentGroup] = ()
         if question.task in READ_MEMORY:
             for manifest in manifests:

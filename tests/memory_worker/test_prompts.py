@@ -4,6 +4,7 @@ from typing import get_args
 import pytest
 from transformers import AutoTokenizer
 
+from memory_worker.config import INSTRUCTION_TOKENS
 from memory_worker.messages import ClueKind, Language
 from memory_worker.prompts import head_tokens, question_tokens
 from tests.random_model import ensure_random_model
@@ -31,6 +32,12 @@ def test_head_text_and_question_make_one_conversation(tokenizer, language: Langu
         assert tail.endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert ("Why?" in tail) == (kind != "key_point")
         assert (head + tail).count("<|im_start|>") == 2
+
+
+@pytest.mark.parametrize("language", get_args(Language))
+def test_an_instruction_leaves_a_question_the_room_that_is_kept_for_it(tokenizer, language: Language) -> None:
+    for kind in KINDS:
+        assert len(question_tokens(tokenizer, kind, "", language)) <= INSTRUCTION_TOKENS
 
 
 def test_languages_differ(tokenizer) -> None:

@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from memory_worker.config import INSTRUCTION_TOKENS
 from serving import api
 from serving.config import parse_profile
 from serving.errors import ProblemError
@@ -15,7 +16,8 @@ def limits(tmp_path) -> QuestionLimits:
     words = Tokenizer(models.WordLevel({"word": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(tmp_path / "tokenizer.json"))
-    text = f"memory: {{engine: {{model: {tmp_path}}}}}\ngenerator: {{engine: {{model: b}}}}\n"
+    recall = f"{{question_tokens: {INSTRUCTION_TOKENS + 16}}}"
+    text = f"memory: {{engine: {{model: {tmp_path}}}, recall: {recall}}}\ngenerator: {{engine: {{model: b}}}}\n"
     return QuestionLimits(parse_profile(text + "limits: {question_characters: 1000, answer_tokens: 50}", "mine"))
 
 
@@ -28,7 +30,7 @@ def asked(text: str, **fields) -> api.Question:
     [asked("word?"), asked("word " * 16), asked("x" * 1000), asked("word", max_tokens=50), asked("", task="summarize")],
 )
 async def test_what_fits_is_taken(limits: QuestionLimits, question: api.Question) -> None:
-    await limits.check(question, window=16)
+    await limits.check(question)
 
 
 @pytest.mark.parametrize(
@@ -37,11 +39,11 @@ async def test_what_fits_is_taken(limits: QuestionLimits, question: api.Question
         (asked(""), 422, "empty"),
         (asked(" \n\u3000"), 422, "empty"),
         (asked("word", max_tokens=51), 422, "at most 50"),
-        (asked("word " * 17), 422, "17 tokens, more than the memory model's window of 16"),
+        (asked("word " * 17), 422, "17 tokens; beside a memory, the model's window has room for 16"),
         (asked("x" * 1001), 413, "limits.question_characters is 1000"),
     ],
 )
 async def test_what_does_not_says_why(limits: QuestionLimits, question: api.Question, status: int, words: str) -> None:
     with pytest.raises(ProblemError, match=words) as refused:
-        await limits.check(question, window=16)
+        await limits.check(question)
     assert refused.value.status == status
