@@ -8,12 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from examples.chronicles import document
 from memory_worker.store import open_manifest, seal
 from tests.system.conftest import Server, check_problem, memorize
-from tests.system.test_documents import check_exact, text
+from tests.system.test_documents import check_exact
 
 TAR = {"content-type": "application/x-tar"}
-TEXTS = {name: text(name, "first", 30) for name in ("one", "two")}
+CHRONICLES = {name: document(seed, 40, "test") for seed, name in enumerate(("one", "two"))}  # no clue is a toss-up
+TEXTS = {name: chronicle["text"] for name, chronicle in CHRONICLES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def bring(client: httpx.Client, data: bytes, id: str) -> httpx.Response:
 
 
 def test_what_comes_back_answers_the_same(server: Server, archive: bytes):
-    question = {"question": "Who lit the lamp of two?", "max_tokens": 8}
+    question = {"question": CHRONICLES["two"]["questions"][0]["question"], "max_tokens": 8}
     with server.client() as client:
         made = bring(client, archive, "arrived")
         assert made.status_code == 202 and made.json()["status"] == "ready"
