@@ -30,6 +30,7 @@ trap 'rm -f "$pinned"' EXIT
 development="$lists/dev.txt"
 [ "${DEVELOPMENT:-yes}" = yes ] || development=
 cat "$lists/$extra.txt" $development | { [ "$extra" = cpu ] && grep -v '^torch==' || cat; } >"$pinned"
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -r "$pinned" 2>/dev/null \
+# Bytecode now, not at each import: where PYTHONDONTWRITEBYTECODE is set, every process would compile it all again.
+.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --no-deps -r "$pinned" 2>/dev/null \
   || $pip install --no-deps -r "$pinned"
 $pip install --no-deps --no-build-isolation --editable .
