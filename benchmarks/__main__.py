@@ -24,6 +24,13 @@ TARGETS = {
         **{f"difference_ratio_{ratio}": "≤ 1e-4" for ratio in (32, 8)},
     },
     "corpus": {},
+    "chronicles": {
+        "answer_exact_match": "≥ 0.80",
+        "clue_contains_span": "≥ 0.60",
+        "recall_at_3, gained": "≥ 0",
+        "two_step_recall_at_3, gained": "≥ 0.10",
+        "emptied_memory_exact_match": "chance",
+    },
     "batch": {},
     "autoscaling": {"failed_requests": "0"},
     "plan": {},

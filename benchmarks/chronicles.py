@@ -1,6 +1,6 @@
 """What the embedded model can do on chronicles it has not seen: clues, answers and recall, with and without memory.
 
-    python -m benchmarks.chronicles --seed N [--json FILE] [--chronicles 4] [--facts 150] [--questions 48]
+    python -m benchmarks.chronicles [--seed N] [--json FILE] [--chronicles 3] [--facts 150] [--questions 48]
 
 Chronicles of `examples/chronicles.py` from the seed, of the split `test`: held-out names and held-out wordings among
 the others. Each is memorized at every ratio by a server of the profile, and the same questions, of all kinds in equal
@@ -49,8 +49,8 @@ Values = dict[str, list[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--chronicles", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=2026, help="of the first chronicle; the others follow")
+    parser.add_argument("--chronicles", type=int, default=3)
     parser.add_argument("--facts", type=int, default=150, help="of each chronicle; 150 are about 2,000 words")
     parser.add_argument("--questions", type=int, default=48, help="on each chronicle")
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS, help="the first gives the figures")
