@@ -1,4 +1,4 @@
-"""The mean of runs that began from one model: better than each of them, at the cost of one.
+"""The mean of runs that began from one model: better than each of them, and no larger.
 
 "Model soups" (Wortsman et al., ICML 2022, arXiv 2203.05482): runs that differ in the order of their data stay in one
 basin, and what is noise of the last steps in each cancels out. Of the embedded model, the mean of two quotes 90 % of a
@@ -17,10 +17,12 @@ from memory_worker.training.state import read_weights, write_model
 def average(models: Sequence[Path], output: Path) -> None:
     """Writes the checkpoint whose weights are the mean of those of `models`; config and tokenizer are the first's.
 
-    Raises `RunError` for fewer than two models, or for models of different shapes.
+    Raises `RunError` for fewer than two models, for models of different shapes, and where `output` exists already.
     """
     if len(models) < 2:
         raise RunError("a mean is of two models at least: name another")
+    if output.exists():
+        raise RunError(f"{output} exists already, and nothing is written over: name another folder, or remove it")
     first, *others = models
     total = {name: tensor.float() for name, tensor in read_weights(first).items()}
     for other in others:

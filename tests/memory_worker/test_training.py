@@ -191,6 +191,11 @@ def test_the_command_line_trains_and_prepares(tmp_path):
     assert any(not torch.equal(one[name], two[name]) for name in one)
     assert all(torch.allclose(mean[name], (one[name] + two[name]) / 2, atol=1e-6) for name in one)
     assert BeaconModel.from_pretrained(tmp_path / "mean").layers  # it is read like any other
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("kept")
+    made = CliRunner().invoke(app, ["train", "average", *models, "--out", str(tmp_path / "full")])
+    assert made.exit_code == 1 and "exists already" in made.stderr
+    assert (tmp_path / "full" / "diary.txt").read_text() == "kept"
     made = CliRunner().invoke(app, ["train", "average", models[0], "--out", str(tmp_path / "one")])
     assert made.exit_code == 1 and "name another" in made.stderr
 
