@@ -346,10 +346,10 @@ class Router(KeyedAnswers):
         return found
 
     async def _inquiry(self, tenant: str, manifests: Sequence[Manifest], question: api.Question) -> Inquiry:
-        model = await self._memory_model()
         await self._limits.check(question)
         groups: Sequence[SegmentGroup] = ()
         if question.task in READ_MEMORY:
+            model = await self._memory_model()
             for manifest in manifests:
                 require_same_model(manifest, model)
             try:
