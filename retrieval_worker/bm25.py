@@ -3,6 +3,7 @@
 Built from the passages' texts when an index is opened, and searched beside their vectors (`retrieval_worker.index`).
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -33,6 +34,20 @@ class Bm25:
             return np.zeros(self._count, np.float32)
         found: np.ndarray = self._index.get_scores_from_ids(known)
         return found
+
+    def grounding(self, text: str, sparse: dict[int, float] | None = None) -> float:
+        """0 to 1: the most of the query's different words, each counting its idf, that one passage holds."""
+        if not self._numbers:
+            return 0.0
+        places, passages = self._index.scores["indptr"], self._index.scores["indices"]  # of words: the passages of each
+        held, all_words = np.zeros(self._count), 0.0
+        for word in dict.fromkeys(words(text)):
+            number = self._numbers.get(word)
+            holders = passages[:0] if number is None else passages[places[number] : places[number + 1]]
+            idf = math.log(1 + (self._count - len(holders) + 0.5) / (len(holders) + 0.5))
+            held[holders] += idf
+            all_words += idf
+        return min(1.0, float(held.max() / all_words)) if all_words else 0.0
 
 
 def words(text: str) -> Iterator[str]:

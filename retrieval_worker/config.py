@@ -56,7 +56,7 @@ class SearchConfig(Settings):
     hits_per_query: int = Field(10, gt=0, description="passages taken from each ranking")
     passages: int = Field(5, gt=0, description="passages kept after fusion")
     budget_tokens: int = Field(2048, gt=0, description="tokens of all kept passages, by the embedder's tokenizer")
-    rrf_k: int = Field(60, gt=0, description="constant of reciprocal-rank fusion")
+    rrf_k: int = Field(2, gt=0, description="constant of reciprocal-rank fusion: the less, the more first places count")
     evidence: int = Field(3, ge=0, description="sentences quoted as evidence")
     cached_evidence_passages: int = Field(4096, gt=0, description="passages whose sentence vectors one Retriever keeps")
 

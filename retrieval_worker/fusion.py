@@ -2,26 +2,39 @@
 
 from collections.abc import Sequence
 
-from retrieval_worker.messages import Hit
+from retrieval_worker.messages import Hit, Ranking
 
 
-def fuse(rankings: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
-    """Reciprocal-rank fusion (Cormack et al., SIGIR 2009): a passage scores the sum of 1 / (k + rank), rank from 1.
+def fuse(rankings: Sequence[Ranking], weights: Sequence[float], k: int) -> list[Hit]:
+    """Reciprocal-rank fusion (Cormack et al., SIGIR 2009): a passage scores the sum of weight / (k + rank).
 
-    Put the question's rankings first: of equal scores, the passage that appears in the earlier ranking wins,
+    Ranks are from 1. Put the question's ranking first: of equal scores, the passage of the earlier ranking wins,
     then the one that comes first in document order. A passage counts once per ranking.
     """
     scores: dict[int, float] = {}
     first_seen: dict[int, tuple[int, Hit]] = {}
-    for order, ranking in enumerate(rankings):
-        ranked = list(dict.fromkeys(hit.passage.id for hit in ranking))
-        for hit in ranking:
+    for order, (ranking, weight) in enumerate(zip(rankings, weights, strict=True)):
+        ranked = list(dict.fromkeys(hit.passage.id for hit in ranking.hits))
+        for hit in ranking.hits:
             first_seen.setdefault(hit.passage.id, (order, hit))
         for rank, passage in enumerate(ranked, start=1):
-            scores[passage] = scores.get(passage, 0.0) + 1.0 / (k + rank)
+            scores[passage] = scores.get(passage, 0.0) + weight / (k + rank)
     # Rounded: sums of the same ranks in another order differ in the last bit, and must tie.
     best = sorted(scores, key=lambda passage: (-round(scores[passage], 12), first_seen[passage][0], passage))
     return [Hit(first_seen[passage][1].passage, scores[passage]) for passage in best]
+
+
+def clue_weights(rankings: Sequence[Ranking], reference: float) -> list[float]:
+    """How much each ranking counts: the square of its grounding over `reference`, the question's, and 1 at most.
+
+    A clue claims to be in the text. What memory recalls well is there, nearly word for word, and what it made up is in
+    no passage: that would outvote the question. A question, too, shares some of its words with a passage, so a clue
+    that shares fewer is doubted. `benchmarks.fusion` measures what this is worth. Where even the question shares none,
+    as in another language, all count 1.
+    """
+    if not reference:
+        return [1.0] * len(rankings)
+    return [min(1.0, ranking.grounding / reference) ** 2 for ranking in rankings]
 
 
 def fit(hits: Sequence[Hit], passages: int, budget_tokens: int) -> list[Hit]:

@@ -19,7 +19,7 @@ from retrieval_worker.vectors import PassageVectors, SparseRows
 _TRAINING_VECTORS_PER_LIST = 64  # FAISS wants 39 to 256
 _ROWS_AT_ONCE = 16_384  # FAISS takes float32: so many rows are widened at a time
 
-Ranking = list[tuple[int, float]]  # passage id and score, best first
+Found = list[tuple[int, float]]  # passage id and score, best first
 
 
 class Lexical(Protocol):
@@ -27,6 +27,9 @@ class Lexical(Protocol):
 
     def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
         """float32 `[passages]` for a query's text and its sparse weights; 0 where nothing is shared."""
+
+    def grounding(self, text: str, sparse: dict[int, float] | None) -> float:
+        """0 to 1: the most of the query's words, each by its weight or its rarity, that one passage holds."""
 
 
 class PassageIndex:
@@ -73,7 +76,7 @@ class PassageIndex:
         """Passages in it."""
         return int(self._vectors.ntotal)
 
-    def search(self, text: str, query: Embeddings, row: int, hits: int) -> Ranking:
+    def search(self, text: str, query: Embeddings, row: int, hits: int) -> Found:
         """The passages that fit `text`, which is row `row` of `query`, best first.
 
         The best `hits` by similarity and the best `hits` by words are scored by both, and the best of them returned.
@@ -81,7 +84,7 @@ class PassageIndex:
         if not self.count:
             return []
         vector, share = query.dense[row : row + 1], self._dense_weight
-        near: Ranking = []
+        near: Found = []
         if share > 0:
             scores, ids = self._dense.search(vector, min(hits, self.count))
             near = [(id, score) for id, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if id >= 0]
@@ -97,6 +100,15 @@ class PassageIndex:
             total += share * similarities / _scale(similarities.max())
         order = np.lexsort((found, -total))[:hits]
         return [(int(found[place]), float(total[place])) for place in order]
+
+    def grounding(self, text: str, query: Embeddings, row: int) -> float:
+        """0 to 1: how much of `text`, which is row `row` of `query`, one passage says in its words.
+
+        1 in an index without words, which cannot tell.
+        """
+        if self._lexical is None:
+            return 1.0
+        return self._lexical.grounding(text, None if query.sparse is None else query.sparse[row])
 
 
 class SparseWeights:
@@ -119,16 +131,25 @@ class SparseWeights:
 
     def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
         """float32 `[passages]`: the sum over shared tokens of query weight × passage weight."""
-        query = sparse or {}
+        rows, weights = self._known(sparse or {})
+        scores: np.ndarray = self._postings[rows].T @ weights
+        return scores
+
+    def grounding(self, text: str, sparse: dict[int, float] | None) -> float:
+        """Of the query's weights, summed, the share of the tokens that one passage has, at most."""
+        if not sparse:
+            return 0.0
+        rows, weights = self._known(sparse)
+        held = self._postings[rows].sign().T @ weights
+        return min(1.0, float(held.max(initial=0.0)) / sum(sparse.values()))
+
+    def _known(self, query: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of the query's tokens that some passage has, and their weights in the query."""
         wanted = np.fromiter(query, np.int64, len(query))
         rows = np.searchsorted(self._tokens, wanted)
         known = rows < len(self._tokens)
         known[known] = self._tokens[rows[known]] == wanted[known]
-        if not known.any():
-            return np.zeros(self._count, np.float32)
-        weights = np.fromiter(query.values(), np.float32, len(query))[known]
-        scores: np.ndarray = self._postings[rows[known]].T @ weights
-        return scores
+        return rows[known], np.fromiter(query.values(), np.float32, len(query))[known]
 
 
 def _lexical(

@@ -50,6 +50,14 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranking:
+    """From `Retriever.search`, for one text: the passages that fit it, and how far the passages say what it says."""
+
+    hits: tuple[Hit, ...]  # best first
+    grounding: float  # 0 to 1: the most of the text's words, rare ones counting more, that one passage holds
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentText:
     """A document whose text is already durable, as UTF-8."""
 

@@ -23,7 +23,6 @@ from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedder import Embedder
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
 from retrieval_worker.evidence import Sentences, choose, sentence_texts
-from retrieval_worker.index import Ranking
 from retrieval_worker.messages import (
     EmbedderDescription,
     Embeddings,
@@ -35,6 +34,7 @@ from retrieval_worker.messages import (
     IndexProgress,
     IndexRequest,
     Passage,
+    Ranking,
 )
 from retrieval_worker.open_index import IndexShelf
 from retrieval_worker.passage_file import Piece, read_passages, write_passages
@@ -93,8 +93,8 @@ class Retriever(ReportsRank):
         stored = await _in(self._storage_threads, write, self._storage, request.path, pieces, vectors)
         yield IndexedDocument(stored, len(pieces))
 
-    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[list[Hit]]:
-        """For each text the passages that fit it, best first.
+    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[Ranking]:
+        """For each text the passages that fit it, best first, and how far they say the same.
 
         Raises `DamagedIndex`, which names the file, if one cannot be searched. An index that is open is searched
         whatever has become of its files.
@@ -107,11 +107,15 @@ class Retriever(ReportsRank):
             embedding.cancel()
         wanted = hits or self._config.search.hits_per_query
 
-        def search_all() -> list[Ranking]:
-            return [opened.search.search(text, queries, row, wanted) for row, text in enumerate(texts)]
+        def ranking(text: str, row: int) -> Ranking:
+            found = opened.search.search(text, queries, row, wanted)
+            hits = tuple(Hit(opened.passage(id), score) for id, score in found)
+            return Ranking(hits, opened.search.grounding(text, queries, row))
 
-        rankings = await _in(self._search_threads, search_all)
-        return [[Hit(opened.passage(id), score) for id, score in ranking] for ranking in rankings]
+        def search_all() -> list[Ranking]:
+            return [ranking(text, row) for row, text in enumerate(texts)]
+
+        return await _in(self._search_threads, search_all)
 
     async def evidence(self, request: EvidenceRequest) -> list[Evidence]:
         """The sentences of the passages that best support question and answer, best first.

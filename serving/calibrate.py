@@ -196,7 +196,7 @@ class Stages:
         from serving.manifests import index_of
 
         ranked = await self.handles["Retriever"].search.remote(index_of([self.manifest]), [_question(0)], _BATCH)
-        hits = {hit.passage.id: hit.passage for ranking in ranked for hit in ranking}
+        hits = {hit.passage.id: hit.passage for ranking in ranked for hit in ranking.hits}
         return list(hits.values())
 
     async def _embedder(self, texts: list[str], seconds: float) -> float:
@@ -207,7 +207,7 @@ class Stages:
 
     async def _retriever(self, clues: list[str], seconds: float) -> "Busy":
         """Questions a second: one search for the question and its clues, and the evidence of an answer."""
-        from retrieval_worker.fusion import fit, fuse
+        from retrieval_worker.fusion import clue_weights, fit, fuse
         from retrieval_worker.messages import EvidenceRequest
         from serving.manifests import index_of
 
@@ -217,7 +217,11 @@ class Stages:
             question = _question(number)
             queries = [question, *(f"{number} {clue}" for clue in clues)]
             ranked = await retriever.search.remote(index, queries)
-            hits = fit(fuse(ranked, search.rrf_k), search.passages, search.budget_tokens)
+            hits = fit(
+                fuse(ranked, clue_weights(ranked, ranked[0].grounding), search.rrf_k),
+                search.passages,
+                search.budget_tokens,
+            )
             ids = tuple(hit.passage.id for hit in hits)
             await retriever.evidence.remote(EvidenceRequest(index, ids, question, " ".join(queries[1:3])))
 

@@ -20,8 +20,8 @@ from memory_worker.clues import ClueLines
 from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from retrieval_worker.config import SearchConfig
-from retrieval_worker.fusion import fit, fuse
-from retrieval_worker.messages import EvidenceRequest, Hit, Index
+from retrieval_worker.fusion import clue_weights, fit, fuse
+from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
 from serving.manifests import index_of
@@ -192,7 +192,7 @@ class Inquiry:
             yield self.clues[-1]
         self.timings.recall = self._elapsed_ms()
 
-    def begin_search(self) -> asyncio.Task[list[list[Hit]]]:
+    def begin_search(self) -> asyncio.Task[list[Ranking]]:
         """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
         # A summary asks nothing: the title stands for it until key points come.
         titles = " ".join(manifest.title for manifest in self._manifests if manifest.title)
@@ -200,7 +200,7 @@ class Inquiry:
         self._tasks.append(task := asyncio.create_task(self._search()))
         return task
 
-    async def retrieve(self, searching: asyncio.Task[list[list[Hit]]]) -> None:
+    async def retrieve(self, searching: asyncio.Task[list[Ranking]]) -> None:
         """Waits for the searches still running, fuses all rankings, keeps what the budget allows.
 
         The passage most like the question is always among them: clues add to what the question finds, and cannot
@@ -209,16 +209,23 @@ class Inquiry:
         began = self._elapsed_ms()
         self._queries.put_nowait(None)
         rankings = await searching
-        fused = fuse(rankings, self._pools.search.rrf_k)
-        best = {ranking[0].passage.id for ranking in rankings[:1] if ranking}
+        fused = fuse(rankings, self._weights(rankings), self._pools.search.rrf_k)
+        best = {hit.passage.id for ranking in rankings[:1] for hit in ranking.hits[:1]}
         fused.sort(key=lambda hit: hit.passage.id not in best)  # stable: the others stay in their order
         self.hits = fit(fused, self._pools.search.passages, self._pools.search.budget_tokens)
         self.timings.retrieve = self._elapsed_ms() - began
         self._spans.ended("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
 
-    async def _search(self) -> list[list[Hit]]:
+    def _weights(self, rankings: list[Ranking]) -> list[float]:
+        """Clues count by their grounding, measured by the question's; in a summary by that of the best of them."""
+        if self._question.task in ("hyde", "rewrite"):  # guesses of a model that has not seen the text
+            return [1.0] * len(rankings)
+        measure = rankings[:1] if self._question.question else rankings
+        return clue_weights(rankings, max(ranking.grounding for ranking in measure))
+
+    async def _search(self) -> list[Ranking]:
         """All rankings, the question's first. What came during one search goes into the next, together."""
-        rankings: list[list[Hit]] = []
+        rankings: list[Ranking] = []
         more = True
         while more:
             queries = [await self._queries.get()]

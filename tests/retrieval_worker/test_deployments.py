@@ -13,7 +13,7 @@ from cluster.pools import PoolConfig
 from cluster.storage import DamagedFile, Storage, StorageGone
 from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
-from retrieval_worker.fusion import fit, fuse
+from retrieval_worker.fusion import clue_weights, fit, fuse
 from retrieval_worker.messages import (
     DocumentText,
     Embeddings,
@@ -23,6 +23,7 @@ from retrieval_worker.messages import (
     IndexPart,
     IndexProgress,
     IndexRequest,
+    Ranking,
 )
 from retrieval_worker.retriever import Retriever, retrieval_applications
 from tests.own_ray import own_ray
@@ -74,8 +75,8 @@ async def embedded(retriever) -> int:
 
 async def best(retriever, index: Index, question: str):
     """The passage most like the question."""
-    [hits] = await retriever.search.remote(index, [question])
-    return hits[0].passage
+    [found] = await retriever.search.remote(index, [question])
+    return found.hits[0].passage
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ async def test_progress_then_a_file_whose_passages_are_exact(retriever, storage)
         Storage(storage.root).read(part.passages)
         parts.append(part)
         total += count
-    [hits] = await retriever.search.remote(Index(tuple(parts)), ["dragon"], hits=10_000)
+    [found] = await retriever.search.remote(Index(tuple(parts)), ["dragon"], hits=10_000)
+    hits = found.hits
     assert len(hits) == total
     found = sorted((hit.passage for hit in hits), key=lambda passage: passage.id)
     assert [passage.id for passage in found] == list(range(total))
@@ -116,8 +118,8 @@ async def test_adding_replacing_and_deleting_a_document_embeds_only_what_is_new(
     replaced = Index((gate, bread_now, harp))
     assert (await best(retriever, replaced, "What does bread cost?")).text == "Bread costs nine coins."
     assert (await best(retriever, added, "What does bread cost?")).text == "Bread costs two coins.", "immutable"
-    [hits] = await retriever.search.remote(Index((bread_now, harp)), ["When was the gate opened?"], hits=100)
-    assert sorted(hit.passage.document for hit in hits) == ["bread", "harp"]
+    [found] = await retriever.search.remote(Index((bread_now, harp)), ["When was the gate opened?"], hits=100)
+    assert sorted(hit.passage.document for hit in found.hits) == ["bread", "harp"]
 
 
 async def test_one_index_over_two_memories(retriever, storage):
@@ -125,8 +127,8 @@ async def test_one_index_over_two_memories(retriever, storage):
     parts = [(await add(retriever, storage, f"t/{m}/v1", d, text))[0] for (m, d), text in texts.items()]
     index = Index(tuple(parts))
     answers = await retriever.search.remote(index, ["When was the gate opened?", "城门什么时候打开？"])
-    assert [hits[0].passage.memory for hits in answers] == ["english", "chinese"]
-    passages = {hit.passage for hits in answers for hit in hits}
+    assert [found.hits[0].passage.memory for found in answers] == ["english", "chinese"]
+    passages = {hit.passage for found in answers for hit in found.hits}
     assert all(texts[p.memory, p.document][p.start : p.end] == p.text for p in passages)
     request = EvidenceRequest(index, tuple(p.id for p in passages), "城门什么时候打开？ When was the gate opened?", "")
     found = await retriever.evidence.remote(request)
@@ -135,7 +137,7 @@ async def test_one_index_over_two_memories(retriever, storage):
 
 
 async def test_an_index_of_nothing_finds_nothing(retriever):
-    assert await retriever.search.remote(Index(()), ["anything"]) == [[]]
+    assert await retriever.search.remote(Index(()), ["anything"]) == [Ranking((), 0.0)]
 
 
 async def test_what_an_earlier_run_wrote_is_taken_as_it_is(retriever, storage):
@@ -180,12 +182,12 @@ async def test_concurrent_searches(retriever, small):
     results = await asyncio.gather(
         *(retriever.search.remote(small, [q]) for q in ["When was the gate opened?", "城门什么时候打开？"] * 8)
     )
-    assert [hits[0].passage.document for [hits] in results] == ["en", "zh"] * 8
+    assert [found.hits[0].passage.document for [found] in results] == ["en", "zh"] * 8
 
 
 async def test_evidence_quotes_the_document(retriever, small):
-    [hits] = await retriever.search.remote(small, ["gate"], hits=1000)
-    everything = tuple(hit.passage.id for hit in hits)
+    [found] = await retriever.search.remote(small, ["gate"], hits=1000)
+    everything = tuple(hit.passage.id for hit in found.hits)
     await retriever.prepare_evidence.remote(small, everything)
     request = EvidenceRequest(small, everything, "Who opened the gate?", "The dragon keeper did.")
     found = await retriever.evidence.remote(request)
@@ -203,7 +205,7 @@ async def test_an_empty_document_has_an_empty_file(retriever, storage):
     part, count, progress = await add(retriever, storage, "t/m/empty", "nothing", " \n ")
     index = Index((part,))
     assert count == 0 and progress == [IndexProgress(0, 0)]
-    assert await retriever.search.remote(index, ["anything", "else"]) == [[], []]
+    assert await retriever.search.remote(index, ["anything", "else"]) == [Ranking((), 0.0)] * 2
     assert await retriever.evidence.remote(EvidenceRequest(index, (), "q", "a")) == []
 
 
@@ -294,7 +296,7 @@ async def test_a_novel(retriever, storage, record_property):
     question = "Who is the clergyman that proposes to Elizabeth?"
     clues = ["Mr. Collins made his proposal of marriage to Elizabeth.", "the rector of Hunsford"]
     rankings = await retriever.search.remote(index, [question, *clues])
-    kept = fit(fuse(rankings, 60), 5, 2048)
+    kept = fit(fuse(rankings, clue_weights(rankings, rankings[0].grounding), 2), 5, 2048)
     assert any("Collins" in hit.passage.text for hit in kept)
     assert all(text[hit.passage.start : hit.passage.end] == hit.passage.text for hit in kept)
     began = time.perf_counter()
