@@ -11,19 +11,15 @@ as in its paper and with the profile's k.
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import KS
+from benchmarks.quality import KS, documents
 from benchmarks.report import report
 from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedders import load_embedder
 from retrieval_worker.fusion import clue_weights, fuse
-from retrieval_worker.index import PassageIndex
-from retrieval_worker.messages import EmbedderDescription, Hit, Passage, Ranking
-from retrieval_worker.passages import cut
-from retrieval_worker.vectors import PassageVectors
+from retrieval_worker.messages import Hit, Passage, Ranking
 from serving.config import load_profile
 from serving.evaluation.datasets import Example, read_examples
 from serving.evaluation.recall import Found, evidence_recall
@@ -65,17 +61,12 @@ def _rankings(dataset: Path, rows: Path, config: RetrievalConfig) -> Iterator[tu
     run = [json.loads(line) for line in rows.read_text().splitlines()]
     clues = {row["example"]: row["clues"] for row in run if row["method"] == "memorag" and "error" not in row}
     model = load_embedder(config.embedder)
-    described = EmbedderDescription("here", model.dimension, model.has_sparse, model.max_tokens, 0, 0, 0)
-    asked = [example for example in read_examples(dataset) if example.id in clues and example.evidence]
-    for _, group in groupby(asked, key=lambda example: example.document):
-        examples = list(group)
-        text = examples[0].text
-        slices = cut(text, config.passages.max_characters, config.passages.overlap_characters)
-        passages = [Passage(n, "", "", start, end, text[start:end], 0) for n, (start, end) in enumerate(slices)]
-        texts = [passage.text for passage in passages]
-        vectors = PassageVectors.of(model.encode([model.passage_prompt + each for each in texts]))
-        index = PassageIndex.build([vectors], texts, described, config.index)
-        for example in examples:
+    wanted = [example for example in read_examples(dataset) if example.id in clues and example.evidence]
+    for asked, document in documents(wanted, model, config.passages):
+        index = document.index(config.index)
+        places = enumerate(zip(document.slices, document.texts, strict=True))
+        passages = [Passage(n, "", "", *ends, text, 0) for n, (ends, text) in places]
+        for example in asked:
             queries = [example.question, *clues[example.id]]
             embedded = model.encode([model.query_prompt + query for query in queries])
             rankings = []

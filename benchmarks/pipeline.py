@@ -47,7 +47,7 @@ def engines_alone(storage: str) -> Ask:
     from memory_worker.groups import segment_groups
     from memory_worker.messages import Clue, RecallRequest
     from memory_worker.store import MemoryStore
-    from retrieval_worker.fusion import clue_weights, fit, fuse
+    from retrieval_worker.fusion import clue_weights, kept
     from retrieval_worker.messages import EvidenceRequest
     from serving.manifests import index_of
     from serving.pipeline import CLUE_KINDS
@@ -66,9 +66,7 @@ def engines_alone(storage: str) -> Ask:
         recalled = recaller.options(stream=True).recall.remote(request)
         queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
         found = await retriever.search.remote(index, queries)
-        hits = fit(
-            fuse(found, clue_weights(found, found[0].grounding), search.rrf_k), search.passages, search.budget_tokens
-        )
+        hits = kept(found, clue_weights(found, found[0].grounding), search)
         passages = [hit.passage for hit in hits]
         sources = tuple(Source(p.memory, p.document, p.start, p.end, p.text) for p in passages)
         request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, "benchmark", stream=False)

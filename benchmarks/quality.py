@@ -13,13 +13,14 @@ with 95 % intervals of the differences between both and each part, paired, over 
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import report
-from retrieval_worker.config import IndexConfig, RetrievalConfig
-from retrieval_worker.embedders import load_embedder
+from retrieval_worker.config import IndexConfig, PassageConfig, RetrievalConfig
+from retrieval_worker.embedders import EmbedderModel, load_embedder
 from retrieval_worker.index import PassageIndex
 from retrieval_worker.messages import EmbedderDescription
 from retrieval_worker.passages import cut
@@ -78,20 +79,42 @@ def _rankings(
     examples: Sequence[Example], config: RetrievalConfig, characters: int
 ) -> Iterator[tuple[str, Example, list[Found]]]:
     model = load_embedder(config.embedder)
+    for asked, document in documents(
+        examples, model, config.passages.model_copy(update={"max_characters": characters})
+    ):
+        queries = model.encode([model.query_prompt + example.question for example in asked])
+        for ranking, weight in WEIGHTS.items():
+            index = document.index(config.index.model_copy(update={"dense_weight": weight}))
+            for row, example in enumerate(asked):
+                hits = index.search(example.question, queries, row, config.search.hits_per_query)
+                yield ranking, example, [Found(*document.slices[passage], score) for passage, score in hits]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text's passages and their vectors."""
+
+    slices: list[tuple[int, int]]
+    texts: list[str]
+    vectors: PassageVectors
+    embedder: EmbedderDescription
+
+    def index(self, config: IndexConfig) -> PassageIndex:
+        return PassageIndex.build([self.vectors], self.texts, self.embedder, config)
+
+
+def documents(
+    examples: Sequence[Example], model: EmbedderModel, config: PassageConfig
+) -> Iterator[tuple[list[Example], Document]]:
+    """Each text, cut and embedded once, with the examples that ask of it."""
     described = EmbedderDescription("here", model.dimension, model.has_sparse, model.max_tokens, 0, 0, 0)
     for _, group in groupby(examples, key=lambda example: example.document):
         asked = list(group)
         text = asked[0].text
-        slices = cut(text, characters, config.passages.overlap_characters)
+        slices = cut(text, config.max_characters, config.overlap_characters)
         texts = [text[start:end] for start, end in slices]
         vectors = PassageVectors.of(model.encode([model.passage_prompt + each for each in texts]))
-        queries = model.encode([model.query_prompt + example.question for example in asked])
-        for ranking, weight in WEIGHTS.items():
-            settings = config.index.model_copy(update={"dense_weight": weight})
-            index = PassageIndex.build([vectors], texts, described, settings)
-            for row, example in enumerate(asked):
-                hits = index.search(example.question, queries, row, config.search.hits_per_query)
-                yield ranking, example, [Found(*slices[passage], score) for passage, score in hits]
+        yield asked, Document(slices, texts, vectors, described)
 
 
 def _lists(values: dict[str, float], documents: dict[str, str]) -> tuple[list[float], list[str]]:

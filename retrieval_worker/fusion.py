@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from retrieval_worker.config import SearchConfig
 from retrieval_worker.messages import Hit, Ranking
 
 
@@ -35,6 +36,18 @@ def clue_weights(rankings: Sequence[Ranking], reference: float) -> list[float]:
     if not reference:
         return [1.0] * len(rankings)
     return [min(1.0, ranking.grounding / reference) ** 2 for ranking in rankings]
+
+
+def kept(rankings: Sequence[Ranking], weights: Sequence[float], search: SearchConfig) -> list[Hit]:
+    """What the generator gets: the best of all rankings, fused, within the budget, in document order.
+
+    The passage most like the question, the first of the first ranking, is always among them: clues add to what the
+    question finds, and cannot crowd that out however many they are, or however wrong.
+    """
+    fused = fuse(rankings, weights, search.rrf_k)
+    best = {hit.passage.id for ranking in rankings[:1] for hit in ranking.hits[:1]}
+    fused.sort(key=lambda hit: hit.passage.id not in best)  # stable: the others stay in their order
+    return fit(fused, search.passages, search.budget_tokens)
 
 
 def fit(hits: Sequence[Hit], passages: int, budget_tokens: int) -> list[Hit]:

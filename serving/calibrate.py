@@ -207,7 +207,7 @@ class Stages:
 
     async def _retriever(self, clues: list[str], seconds: float) -> "Busy":
         """Questions a second: one search for the question and its clues, and the evidence of an answer."""
-        from retrieval_worker.fusion import clue_weights, fit, fuse
+        from retrieval_worker.fusion import clue_weights, kept
         from retrieval_worker.messages import EvidenceRequest
         from serving.manifests import index_of
 
@@ -217,11 +217,7 @@ class Stages:
             question = _question(number)
             queries = [question, *(f"{number} {clue}" for clue in clues)]
             ranked = await retriever.search.remote(index, queries)
-            hits = fit(
-                fuse(ranked, clue_weights(ranked, ranked[0].grounding), search.rrf_k),
-                search.passages,
-                search.budget_tokens,
-            )
+            hits = kept(ranked, clue_weights(ranked, ranked[0].grounding), search)
             ids = tuple(hit.passage.id for hit in hits)
             await retriever.evidence.remote(EvidenceRequest(index, ids, question, " ".join(queries[1:3])))
 

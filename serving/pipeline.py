@@ -20,7 +20,7 @@ from memory_worker.clues import ClueLines
 from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from retrieval_worker.config import SearchConfig
-from retrieval_worker.fusion import clue_weights, fit, fuse
+from retrieval_worker.fusion import clue_weights, kept
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
@@ -201,18 +201,11 @@ class Inquiry:
         return task
 
     async def retrieve(self, searching: asyncio.Task[list[Ranking]]) -> None:
-        """Waits for the searches still running, fuses all rankings, keeps what the budget allows.
-
-        The passage most like the question is always among them: clues add to what the question finds, and cannot
-        crowd that out however many they are, or however wrong.
-        """
+        """Waits for the searches still running, fuses all rankings, keeps what the budget allows."""
         began = self._elapsed_ms()
         self._queries.put_nowait(None)
         rankings = await searching
-        fused = fuse(rankings, self._weights(rankings), self._pools.search.rrf_k)
-        best = {hit.passage.id for ranking in rankings[:1] for hit in ranking.hits[:1]}
-        fused.sort(key=lambda hit: hit.passage.id not in best)  # stable: the others stay in their order
-        self.hits = fit(fused, self._pools.search.passages, self._pools.search.budget_tokens)
+        self.hits = kept(rankings, self._weights(rankings), self._pools.search)
         self.timings.retrieve = self._elapsed_ms() - began
         self._spans.ended("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
 

@@ -11,9 +11,9 @@ from ray import serve
 
 from cluster.pools import PoolConfig
 from cluster.storage import DamagedFile, Storage, StorageGone
-from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig
+from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig, SearchConfig
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
-from retrieval_worker.fusion import clue_weights, fit, fuse
+from retrieval_worker.fusion import clue_weights, kept
 from retrieval_worker.messages import (
     DocumentText,
     Embeddings,
@@ -94,10 +94,9 @@ async def test_progress_then_a_file_whose_passages_are_exact(retriever, storage)
         Storage(storage.root).read(part.passages)
         parts.append(part)
         total += count
-    [found] = await retriever.search.remote(Index(tuple(parts)), ["dragon"], hits=10_000)
-    hits = found.hits
-    assert len(hits) == total
-    found = sorted((hit.passage for hit in hits), key=lambda passage: passage.id)
+    [ranking] = await retriever.search.remote(Index(tuple(parts)), ["dragon"], hits=10_000)
+    assert len(ranking.hits) == total
+    found = sorted((hit.passage for hit in ranking.hits), key=lambda passage: passage.id)
     assert [passage.id for passage in found] == list(range(total))
     for passage in found:
         assert passage.memory == "m" and texts[passage.document][passage.start : passage.end] == passage.text
@@ -296,9 +295,9 @@ async def test_a_novel(retriever, storage, record_property):
     question = "Who is the clergyman that proposes to Elizabeth?"
     clues = ["Mr. Collins made his proposal of marriage to Elizabeth.", "the rector of Hunsford"]
     rankings = await retriever.search.remote(index, [question, *clues])
-    kept = fit(fuse(rankings, clue_weights(rankings, rankings[0].grounding), 2), 5, 2048)
-    assert any("Collins" in hit.passage.text for hit in kept)
-    assert all(text[hit.passage.start : hit.passage.end] == hit.passage.text for hit in kept)
+    hits = kept(rankings, clue_weights(rankings, rankings[0].grounding), SearchConfig())
+    assert any("Collins" in hit.passage.text for hit in hits)
+    assert all(text[hit.passage.start : hit.passage.end] == hit.passage.text for hit in hits)
     began = time.perf_counter()
     for _ in range(20):
         await retriever.search.remote(index, [question])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from retrieval_worker.fusion import clue_weights, fit, fuse
+from retrieval_worker.config import SearchConfig
+from retrieval_worker.fusion import clue_weights, fit, fuse, kept
 from retrieval_worker.messages import Hit, Passage, Ranking
 
 
@@ -62,6 +63,13 @@ def test_clues_that_no_passage_says_do_not_outvote_the_question():
 def test_where_even_the_question_shares_no_word_all_clues_count():
     rankings = [Ranking((hit(1),), 0.0), Ranking((hit(2),), 0.3), Ranking((hit(3),), 0.0)]
     assert clue_weights(rankings, 0.0) == [1, 1, 1]
+
+
+def test_the_questions_best_passage_is_kept_whatever_clues_find():
+    rankings = [Ranking((hit(9), hit(1)), 0.5), *[Ranking((hit(3), hit(4), hit(1)), 1.0)] * 4]
+    search = SearchConfig(passages=2)
+    assert ids(kept(rankings, [1.0] * 5, search)) == [3, 9] and ids(kept(rankings[:1], [1.0], search)) == [1, 9]
+    assert kept([], [], search) == [] and kept([Ranking((), 0.0)], [1.0], search) == []
 
 
 def test_fit_takes_the_best_that_fit_and_restores_document_order():

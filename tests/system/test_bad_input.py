@@ -124,8 +124,8 @@ def test_while_it_is_being_made_and_twice(server: Server):
 def test_clients_that_hang_up_while_an_answer_is_written(server: Server, chronicle):
     body = {"question": "Tell me everything about every year.", "max_tokens": 4000, "stream": True}
 
-    async def hang_up() -> None:
-        """Clients that ask again and again, since one answer is soon whole, and hang up when some have tokens."""
+    async def hang_up() -> int:
+        """Clients that ask again and again, since one answer is soon whole, and hang up; the requests that ran then."""
         token = asyncio.Event()
 
         async def ask(client: httpx.AsyncClient) -> None:
@@ -138,14 +138,15 @@ def test_clients_that_hang_up_while_an_answer_is_written(server: Server, chronic
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             tasks = [asyncio.create_task(ask(client)) for _ in range(16)]
             await token.wait()
-            while not sum((await client.get("/readyz")).json()["running"].values()):
+            while not (ran := sum((await client.get("/readyz")).json()["running"].values())):
                 assert not any(task.done() for task in tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        return ran
 
     with ThreadPoolExecutor(1) as thread, server.client() as client:
-        thread.submit(asyncio.run, hang_up()).result(60)
+        assert thread.submit(asyncio.run, hang_up()).result(60) >= 1
         _nothing_runs_any_more(client)
 
 
