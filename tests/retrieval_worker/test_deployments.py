@@ -305,7 +305,7 @@ async def test_a_novel(retriever, storage, record_property):
         f"\nindexed {count} passages in {seconds:.1f} s; "
         f"a search takes {(time.perf_counter() - began) / 20 * 1000:.1f} ms"
     )
-    ids = tuple(hit.passage.id for hit in kept)
+    ids = tuple(hit.passage.id for hit in hits)
     request = EvidenceRequest(index, ids, question, "Mr. Collins proposes to her.")
     for name in ("cold", "warm"):
         began = time.perf_counter()
