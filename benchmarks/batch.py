@@ -119,7 +119,7 @@ def _questions(count: int, memories: int, way: str) -> pa.Table:
     asked = [question["question"] for question in CHRONICLE["questions"]]
     first = WAYS.index(way) * len(asked) // len(WAYS)
     rows = []
-    next_of = defaultdict(lambda: first)
+    next_of: defaultdict[int, int] = defaultdict(lambda: first)
     for n, memory in enumerate(order):
         question = asked[next_of[memory] % len(asked)]
         next_of[memory] += 1

@@ -95,7 +95,9 @@ async def made(http: aiohttp.ClientSession, id: str, documents: list[str]) -> tu
         return await response.json(), time.perf_counter() - began
 
 
-async def asked(http: aiohttp.ClientSession, id: str, documents: list[str], questions: list[tuple[str, str]]) -> dict:
+async def asked(
+    http: aiohttp.ClientSession, id: str, documents: list[str], questions: list[tuple[str, str]]
+) -> dict[str, Any]:
     """How many sentences were found again, and the median seconds of first and later questions."""
     found, seconds = 0, []
     for sentence, question in questions:

@@ -62,8 +62,8 @@ def engines_alone(storage: str) -> Ask:
     search = profile.retrieval.search
 
     async def ask(question: str) -> None:
-        request = RecallRequest(memory, question, CLUE_KINDS["memorag"], "en")
-        recalled = recaller.options(stream=True).recall.remote(request)
+        asked = RecallRequest(memory, question, CLUE_KINDS["memorag"], "en")
+        recalled = recaller.options(stream=True).recall.remote(asked)
         queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
         found = await retriever.search.remote(index, queries)
         hits = kept(found, clue_weights(found, found[0].grounding), search)

@@ -142,7 +142,8 @@ def training_documents(
     **style: Any,
 ) -> list[dict[str, Any]]:
     """`count` documents for one step of training, of as many facts as drawn from the range `facts`."""
-    made = Style(**{name: tuple(v) if isinstance(v, list) else v for name, v in style.items()})
+    read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in style.items()}
+    made = Style(**read)
     draw = random.Random(seed)
     documents = [document(draw.randrange(2**60), draw.randint(*facts), split, made) for _ in range(count)]
     for each in documents:

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -84,7 +84,7 @@ class Memorizer:
         self._device_error: Exception | None = None
         self._left: dict[int, int] = {}  # tokens of each call under way that are not encoded yet
 
-    async def memorize(self, request: MemorizeRequest) -> AsyncIterator[_Step]:
+    async def memorize(self, request: MemorizeRequest) -> AsyncGenerator[_Step, None]:
         """Writes the head's and the documents' segments; yields progress after each group, then the result.
 
         A version whose work was cut short goes on after its last checkpoint, to the same files. Ending the iteration

@@ -60,7 +60,7 @@ class Fault:
     @contextmanager
     def injected(self) -> Iterator["Fault"]:
         """Makes the storages of this block faulty. What a loss of power takes is gone when it ends."""
-        healthy = cluster.storage.files_at
+        healthy = cluster.storage.files_at  # type: ignore[attr-defined]  # patched where it is used
 
         def faulty(root: str) -> tuple[Any, str]:
             files, base = healthy(root)

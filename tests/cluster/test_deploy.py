@@ -58,8 +58,8 @@ def settings_of_up() -> dict[str, str]:
     tree = ast.parse((ROOT / "serving" / "local_ray.py").read_text(encoding="utf-8"))
     dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
-    literal = {key.value: value for key, value in pairs if isinstance(key, ast.Constant)}
-    return {key: value.value for key, value in literal.items() if key.startswith("RAY_SERVE_")}
+    known = [(ast.literal_eval(key), value) for key, value in pairs if isinstance(key, ast.Constant)]
+    return {key: ast.literal_eval(value) for key, value in known if key.startswith("RAY_SERVE_")}
 
 
 @pytest.mark.parametrize("name", SERVE_FILES)
@@ -339,7 +339,7 @@ def test_an_image_is_built_from_files_that_are_there_and_runs_a_command_that_is(
     from serving.cli import app
 
     assert program == "memorag"
-    parsed = typer.main.get_command(app).commands[command].make_context(command, options).params
+    parsed = typer.main.get_group(app).commands[command].make_context(command, options).params
     profile = load_profile(parsed["profile"])
     assert parsed["foreground"] and (parsed["host"] == "127.0.0.1") == (profile.auth.mode == "off")
 

@@ -105,7 +105,7 @@ def wanted(tmp_path_factory):
 def caller(wanted):
     with own_ray(num_cpus=4, namespace="routing"):
         serve.start(proxy_location="Disabled")
-        _gate = Gate.options(name="gate").remote()  # lives as long as this reference
+        _gate = Gate.options(name="gate").remote()  # type: ignore[attr-defined]  # lives as long as this reference
         yield serve.run(application(wanted), name="routing", route_prefix=None)
 
 

@@ -223,7 +223,7 @@ def test_the_keeper_owns_its_copies(kept: Any, store: MemoryStore, nodes: list[s
             self.memory = ray.get(keeper.chunks.remote(group))
             return sum(array.shape[2] for array in ray.get(list(self.memory.chunks)))
 
-    caller = Caller.remote()
+    caller: Any = Caller.remote()  # type: ignore[attr-defined]  # Ray's decorator
     assert ray.get(caller.read.remote(keeper.actor)) == 45
     ray.kill(caller)
     assert torch.equal(slots_of(keeper.chunks(group)), expected((40, 1)))

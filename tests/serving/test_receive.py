@@ -14,7 +14,7 @@ from memory_worker.messages import MemoryKey, Reservation
 from serving import api
 from serving.archive import MEDIA_TYPE, packed
 from serving.config import LimitsConfig
-from serving.errors import problem_for
+from serving.errors import ProblemError, problem_for
 from serving.http_errors import add_error_handlers
 from serving.receive import Receiver, if_match
 from tests.serving import made
@@ -219,7 +219,7 @@ def test_if_match(headers: list[str], version) -> None:
     raw = [(b"if-match", value.encode()) for value in headers]
     request = Request({"type": "http", "method": "PUT", "path": "/", "headers": raw})
     if version == 400:
-        with pytest.raises(Exception, match="send one ETag") as refused:
+        with pytest.raises(ProblemError, match="send one ETag") as refused:
             if_match(request)
         assert refused.value.status == 400 and len(json.dumps(refused.value.body())) < 500
     else:

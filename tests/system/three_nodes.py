@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from tests.system.conftest import CLUSTER_PID, ROOT, Server
 
 # Which pools are on a node, and which deployments that are.
-NODES = {
+NODES: dict[str, dict[str, tuple[str, ...]]] = {
     "front_pool": {"cpu": ("Ingress", "Router"), "retrieval": ("Embedder", "Retriever")},
     "memory_pool": {"memory": ("Memorizer", "Recaller")},
     "generator_pool": {"generator": ("Generator",)},
