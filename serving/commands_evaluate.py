@@ -38,6 +38,9 @@ def evaluate(
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the dataset; may be repeated.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions at most, evenly spread.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    cited: Annotated[
+        bool, typer.Option("--cited", help="Ask for answers as users get them, and score them without their citations.")
+    ] = False,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Questions in flight; above 1, batches may change an answer's last bits.")
     ] = 1,
@@ -58,7 +61,7 @@ def evaluate(
 
         methods = _methods(tasks)
         examples = sample(read_examples(dataset, part or ()), limit)
-        settings: dict[str, Any] = {"questions": fingerprint(examples), "max_tokens": max_tokens}
+        settings: dict[str, Any] = {"questions": fingerprint(examples), "max_tokens": max_tokens, "cited": cited}
         settings |= {"url": url} if url else {"profile": load_profile(profile).model_dump(mode="json")}
         output = output or Path(f"{dataset.name.split('.')[0]}-eval")
         run = Run(output, settings)
@@ -69,7 +72,10 @@ def evaluate(
                     url = stack.enter_context(own_server(profile, output, wait))
                 client = stack.enter_context(MemoRAG(url, os.environ.get("MEMORAG_API_KEY")))
                 show = stack.enter_context(counting("asking", "answers", True))
-                ask_all(client, run, examples, methods, max_tokens=max_tokens, concurrency=concurrency, show=show)
+                ask_all(
+                    client, run, examples, methods,
+                    max_tokens=max_tokens, concurrency=concurrency, cited=cited, show=show,
+                )  # fmt: skip
         forget(output)
         _report(out, run, dataset, examples, methods)
 

@@ -38,6 +38,7 @@ def ask_all(
     *,
     max_tokens: int,
     concurrency: int,
+    cited: bool = False,
     show: OnCount = lambda done, total, before: None,
 ) -> None:
     """Asks what the run lacks; `show` is told how many of all questions × methods are done, and were before.
@@ -55,7 +56,7 @@ def ask_all(
             memory = _memorized(client, wanted[0][0])
 
             def ask(pair: tuple[Example, Method], memory: Memory = memory) -> None:
-                run.record(answer_row(memory, *pair, max_tokens))
+                run.record(answer_row(memory, *pair, max_tokens=max_tokens, cited=cited))
 
             for _ in threads.map(ask, wanted):
                 done += 1

@@ -21,8 +21,10 @@ _SUMMARIZE = {"en": "Write a summary of the whole text.", "zh": "请概括全文
 Row = dict[str, Any]
 
 
-def answer_row(memory: Memory, example: Example, method: Method, max_tokens: int) -> Row:
+def answer_row(memory: Memory, example: Example, method: Method, *, max_tokens: int, cited: bool) -> Row:
     """What the method answers, as one row of a run. A refusal or failure of the server is a row with its `error`.
+
+    `cited` asks for an answer with citations, as users get it; otherwise, where the metric is of phrases, for a phrase.
 
     Raises `ServerUnreachable`: then nothing is known of the method.
     """
@@ -31,18 +33,18 @@ def answer_row(memory: Memory, example: Example, method: Method, max_tokens: int
         if method == "passages":
             passages = memory.passages(_question(example))
             return row | {"passages": _places(passages)}
-        return row | _of(_asked(memory, example, method, max_tokens))
+        return row | _of(_asked(memory, example, method, max_tokens, cited))
     except ServerUnreachable:
         raise
     except MemoRAGError as error:
         return row | {"error": f"{error.status} {error.detail}"}
 
 
-def _asked(memory: Memory, example: Example, method: Method, max_tokens: int) -> Answer:
+def _asked(memory: Memory, example: Example, method: Method, max_tokens: int, cited: bool) -> Answer:
     assert method != "passages"
     if method == "memorag" and not example.question:
         return memory.summarize(max_tokens=max_tokens, language=example.language)
-    short = example.metric != "rouge-l"
+    short = example.metric != "rouge-l" and not cited
     return memory.ask(
         _question(example), method, max_tokens=max_tokens, language=example.language, short=short, stream=False
     )

@@ -34,6 +34,7 @@ class Server:
         self.memories = set()
         self.refuse = set()  # questions
         self.answer = "In March [1]."
+        self.phrases = Counter()  # whether a phrase was asked for
         state = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -49,6 +50,7 @@ class Server:
                     return self.say(202, ready(body["id"]))
                 task = body.get("task", "passages")
                 state.asked[task, body["question"]] += 1
+                state.phrases[body.get("short", False)] += 1
                 if body["question"] in state.refuse:
                     return self.say(422, {"title": "No", "status": 422, "detail": "too hard"})
                 found = [{"start": 0, "end": 25, "score": 0.5}]
@@ -209,6 +211,12 @@ def test_the_command_from_file_to_report(server, tmp_path, monkeypatch):
     assert ["f1", "rag", "1", "1.000"] in lines and ["evidence@1", "memorag", "1", "0.000", "-1.000"] in lines
     again = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert list(again["methods"]) == ["memorag", "rag"] and server.asked.total() == 3
+    assert server.phrases == {True: 2}
+    refused = CliRunner().invoke(app, [*command, "--cited"])
+    assert refused.exit_code == 1 and "another cited" in refused.output
+    cited = json.loads(CliRunner().invoke(app, [*command[:2], "cited/", *command[2:], "--cited", "--json"]).stdout)
+    assert server.phrases == {True: 2, False: 2}
+    assert cited["parts"]["town"]["exact"]["rag"]["mean"] == 1, "'In March [1].' is right without its mark"
     for wrong, words in (
         (["--tasks", "rgg"], "rgg"),
         (["--part", "x"], "no part x; it has town"),
