@@ -56,14 +56,16 @@ def session():
 def endpoint(session, model, tmp_path_factory):
     """A vLLM server of its own; it starts while our own engine does."""
     port = _free_port()
-    log = (tmp_path_factory.mktemp("endpoint") / "log").open("wb")
+    folder = tmp_path_factory.mktemp("endpoint")
+    log = (folder / "log").open("wb")
     options = (
         f"--model {model} --served-model-name tiny --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager "
         "--max-model-len 1024 --block-size 32 --max-num-seqs 8"
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--api-key", KEY, *options.split()],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
+        env=os.environ
+        | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "TMPDIR": str(folder)},
         stdout=log,
         stderr=subprocess.STDOUT,
     )

@@ -35,7 +35,8 @@ def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="three", dir="/tmp") as folder:
         Path(folder, "ray").mkdir()
-        os.environ |= environment | {"RAY_TMPDIR": folder}  # else every Ray on this machine would find this cluster
+        # Without RAY_TMPDIR every Ray on this machine would find this cluster; vLLM leaves its sockets in TMPDIR.
+        os.environ |= environment | {"RAY_TMPDIR": folder, "TMPDIR": folder}
         cluster = Cluster()
         try:
             for name in NODES:
