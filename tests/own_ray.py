@@ -1,13 +1,12 @@
 """A Ray that nothing else on this machine finds, for the tests of one module."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
+import pytest
 import ray
 from ray import serve
 
@@ -26,7 +25,8 @@ def own_ray(**options: Any) -> Iterator[None]:
         "log_to_driver": False,
     }
     try:
-        with mock.patch.dict(os.environ, TMPDIR=folder):  # for its workers: vLLM leaves its sockets behind
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", folder)  # for its workers: vLLM leaves its sockets behind
             init_patiently(_temp_dir=folder, **settings | options)
         yield
     finally:
