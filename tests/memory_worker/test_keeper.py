@@ -217,7 +217,7 @@ def test_the_keeper_owns_its_copies(kept: Any, store: MemoryStore, nodes: list[s
     manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1)})
     keeper, group = kept(), whole(manifest)
 
-    @ray.remote(num_cpus=0)
+    @ray.remote(num_cpus=0, lifetime="detached")  # it dies when it is told to, and not by a count of references
     class Caller:
         def read(self, keeper: Any) -> int:
             self.memory = ray.get(keeper.chunks.remote(group))
