@@ -1,14 +1,11 @@
 """Stock vLLM over real memories says, token for token, what transformers and the reference implementation say."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.memory_worker.scenarios import ROOT, seen_by
+
 SHARED = ROOT.parent / "shared"
 QUESTIONS = 32
 TOKENS = 24  # of each answer; what an answer that failed shows instead is its finish reason
@@ -17,11 +14,7 @@ TOKENS = 24  # of each answer; what an answer that failed shows instead is its f
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("recall")
-    command = [sys.executable, "-m", "tests.memory_worker.recall_scenarios", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
-    reports = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert reports, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(reports[0].removeprefix("SEEN "))
+    return seen_by("recall_scenarios", folder, folder)
 
 
 def test_questions_to_four_memories_at_once_are_answered_as_by_transformers(seen) -> None:

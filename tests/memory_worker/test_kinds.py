@@ -1,10 +1,6 @@
 """The contract of memory kinds: whatever the kind, a memory is made, stored, resumed, mended and asked alike."""
 
 import asyncio
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,9 +20,9 @@ from memory_worker.store import MemoryStore, checkpoint_path
 from tests.memory_worker.kinds import NOTE, RATIOS, STORY, config_for, request_for, stock_model
 from tests.memory_worker.memorizing import files_of, steps_until
 from tests.memory_worker.recalling import Reference
+from tests.memory_worker.scenarios import seen_by
 from tests.random_model import ensure_random_model
 
-ROOT = Path(__file__).parents[2]
 TEXTS = {"story": STORY, "note": NOTE, "dot": "."}
 kinds = pytest.mark.parametrize("kind", get_args(MemoryKind))
 
@@ -260,13 +256,9 @@ async def test_a_model_with_beacon_weights_makes_beacons_unless_told_otherwise(
 
 
 @pytest.fixture(scope="module")
-def seen(model: Path, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    arguments = [str(model), str(stock), str(tmp_path_factory.mktemp("asked"))]
-    command = [sys.executable, "-m", "tests.memory_worker.kind_scenarios", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
-    reports = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert reports, done.stdout[-3000:] + done.stderr[-3000:]
-    yield json.loads(reports[0].removeprefix("SEEN "))
+def seen(model: Path, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    asked = tmp_path_factory.mktemp("asked")
+    return seen_by("kind_scenarios", asked, model, stock, asked)
 
 
 @kinds

@@ -1,8 +1,6 @@
 """Models that transformers reads: slots are its keys and values, unturned; whatever is otherwise is refused at load."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ from memory_worker.store import MemoryStore
 from tests.memory_worker.kinds import NOTE, STORY, config_for, request_for
 from tests.memory_worker.memorizing import files_of, steps_until
 from tests.memory_worker.recalling import Reference
+from tests.memory_worker.scenarios import seen_by
 from tests.memory_worker.stock_models import MADE, REFUSED, write_model
 from tests.random_model import ensure_random_model
 
-ROOT = Path(__file__).parents[2]
 ENGINE_FAMILIES = ("glm", "phi3")  # neighbours, half of each head; halves, as Llama does
 WINDOW = 32
 HEAD, DOCUMENTS = 7, (WINDOW * 3 + 5, 4, WINDOW * 2)  # tokens
@@ -216,13 +214,8 @@ async def test_a_memorizer_makes_gists_and_full_memories_and_goes_on_to_the_same
 @pytest.fixture(scope="module")
 def seen(folder: Path, tokenizer: Path, glm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoints = [glm, *(write_model(folder / family, family, tokenizer) for family in ENGINE_FAMILIES[1:])]
-    arguments = [str(tmp_path_factory.mktemp("asked")), *map(str, checkpoints)]
-    command = [sys.executable, "-m", "tests.memory_worker.stock_scenarios", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
-    reports = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert reports, done.stdout[-3000:] + done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(reports[0].removeprefix("SEEN "))
-    return found
+    asked = tmp_path_factory.mktemp("asked")
+    return seen_by("stock_scenarios", asked, asked, *checkpoints)
 
 
 @pytest.mark.parametrize("family", ENGINE_FAMILIES)
