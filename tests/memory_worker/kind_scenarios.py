@@ -1,6 +1,6 @@
 """Recalls over memories of every kind with a real engine, in a process of its own; prints as JSON what was seen.
 
-`test_kinds.py` runs it and says what is right: `python -m tests.memory_worker.kind_scenarios FOLDER`.
+`test_kinds.py` runs it and says what is right: `python -m tests.memory_worker.kind_scenarios FOLDER MODEL STOCK`.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ GROUP_SLOTS = 2600
 QUESTION = [*range(700, 720)]
 
 
-def main(model: Path, stock: Path, folder: Path) -> None:
+def main(folder: Path, model: Path, stock: Path) -> None:
     store = MemoryStore(str(folder))
     memorizer = Memorizer(config_for(model), store.storage.root)
     reference = Reference(model)

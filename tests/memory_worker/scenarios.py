@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def seen_by(name: str, folder: Path, *arguments: Path) -> dict[str, Any]:
-    """What the module `name` beside this one prints after `SEEN`, run with its `arguments`.
+    """What the module `name` beside this one prints after `SEEN`, run with `folder` and its other `arguments`.
 
-    Temporary files go to `folder`: vLLM leaves its sockets behind.
+    Temporary files go to `folder`, too: vLLM leaves its sockets behind.
     """
-    command = [sys.executable, "-m", f"tests.memory_worker.{name}", *map(str, arguments)]
+    command = [sys.executable, "-m", f"tests.memory_worker.{name}", str(folder), *map(str, arguments)]
     environment = os.environ | {"TMPDIR": str(folder)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     reports = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]

@@ -13,8 +13,7 @@ TOKENS = 24  # of each answer; what an answer that failed shows instead is its f
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("recall")
-    return seen_by("recall_scenarios", folder, folder)
+    return seen_by("recall_scenarios", tmp_path_factory.mktemp("recall"))
 
 
 def test_questions_to_four_memories_at_once_are_answered_as_by_transformers(seen) -> None:

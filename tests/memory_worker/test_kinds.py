@@ -257,8 +257,7 @@ async def test_a_model_with_beacon_weights_makes_beacons_unless_told_otherwise(
 
 @pytest.fixture(scope="module")
 def seen(model: Path, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    asked = tmp_path_factory.mktemp("asked")
-    return seen_by("kind_scenarios", asked, model, stock, asked)
+    return seen_by("kind_scenarios", tmp_path_factory.mktemp("asked"), model, stock)
 
 
 @kinds

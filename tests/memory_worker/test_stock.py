@@ -214,8 +214,7 @@ async def test_a_memorizer_makes_gists_and_full_memories_and_goes_on_to_the_same
 @pytest.fixture(scope="module")
 def seen(folder: Path, tokenizer: Path, glm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoints = [glm, *(write_model(folder / family, family, tokenizer) for family in ENGINE_FAMILIES[1:])]
-    asked = tmp_path_factory.mktemp("asked")
-    return seen_by("stock_scenarios", asked, asked, *checkpoints)
+    return seen_by("stock_scenarios", tmp_path_factory.mktemp("asked"), *checkpoints)
 
 
 @pytest.mark.parametrize("family", ENGINE_FAMILIES)
