@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.report import report
-from cluster.pools import ScalingConfig
+from cluster.pools.pools import ScalingConfig
 from serving.app import APPLICATION, deploy
 from serving.config import Profile, load_profile
 

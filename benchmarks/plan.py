@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import report
-from cluster.plan import Demand, plan, shared_questions_per_s
+from cluster.planning.plan import Demand, plan, shared_questions_per_s
 from serving.calibrate import Calibrated, calibrate
 from serving.commands_plan import Node, sizes_of
 from serving.config import load_profile

@@ -23,7 +23,7 @@ from ray import serve
 
 from benchmarks.report import report
 from cluster.config import EngineConfig
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from memory_worker.beacon import BeaconModel
 from memory_worker.clues import ClueLines
 from memory_worker.config import MemoryConfig, RecallConfig

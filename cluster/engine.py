@@ -22,7 +22,7 @@ from ray.serve.llm.deployment import LLMServer
 from cluster.config import EngineConfig
 from cluster.errors import EngineFailed
 from cluster.messages import EngineStats, Finished, TextDelta
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 
 _QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",

@@ -7,7 +7,7 @@ engine of our own, `RemoteGenerator` (remote.py) asks an endpoint; both have the
 from ray import serve
 from ray.serve import Application
 
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig
 
 

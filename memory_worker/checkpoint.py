@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cluster.costs import MemoryKind
-from cluster.storage import DamagedFile
+from cluster.planning.costs import MemoryKind
+from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory
 from memory_worker.manifest import FileEntry, MemoryShape, SegmentEntry
 from memory_worker.messages import MemoryKey

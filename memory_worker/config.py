@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cluster.config import EngineConfig, Settings
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 
 
 class MemorizeConfig(Settings):

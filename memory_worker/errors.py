@@ -2,7 +2,7 @@
 and the Memorizer, and mapped to HTTP by the serving room. Their arguments alone rebuild them, so they cross
 processes."""
 
-from cluster.storage import DamagedFile
+from cluster.storage.durable import DamagedFile
 
 
 class MemoryProblem(Exception):

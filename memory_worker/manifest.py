@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from cluster.costs import MemoryKind
-from cluster.storage import StoredFile, check_path
+from cluster.planning.costs import MemoryKind
+from cluster.storage.durable import StoredFile, check_path
 
 FORMAT = 2
 

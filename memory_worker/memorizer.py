@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from ray import serve
 
-from cluster.costs import MemoryKind
-from cluster.pools import PoolConfig
+from cluster.planning.costs import MemoryKind
+from cluster.pools.pools import PoolConfig
 from memory_worker.checkpoint import Begun, CheckpointedSegments, Plan, PlannedDocument, begun, read_slots
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import EmptyDocument, UnsupportedKind, WindowTooLarge

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from memory_worker.errors import UnfitRatio, UnsupportedKind
 from memory_worker.manifest import FileEntry, JobRecord, Manifest, MemoryShape, SegmentEntry
 

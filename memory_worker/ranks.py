@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import LostRank
 

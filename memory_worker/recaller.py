@@ -19,7 +19,7 @@ from ray.serve.llm import LLMConfig
 from cluster.engine import EngineServer, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from cluster.routing import ReportsRank, routed_by_memory
 from memory_worker.beacon.checkpoint import fingerprint
 from memory_worker.clues import ClueLines

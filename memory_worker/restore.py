@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.storage import DamagedFile
+from cluster.storage.durable import DamagedFile
 from memory_worker.messages import Job, MemoryKey, MemoryRecord
 from memory_worker.store import MemoryStore
 

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
 from memory_worker.manifest import FORMAT, FileEntry, JobRecord, Manifest, MemoryShape
 from memory_worker.messages import MemoryKey

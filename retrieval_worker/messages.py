@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.storage import StoredFile
+from cluster.storage.durable import StoredFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.storage import DamagedFile, Storage, StoredFile
+from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.messages import EmbedderDescription
 from retrieval_worker.parquet_footer import column_codings

@@ -15,9 +15,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from cluster.routing import ReportsRank, routed_by_memory
-from cluster.storage import DamagedFile, Storage, StoredFile
+from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedder import Embedder

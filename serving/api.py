@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 
 Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 Language = Literal["en", "zh"]

@@ -18,7 +18,7 @@ from serving.local_ray import new_ray_folder, start_ray, stop_ray
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
     from ray.serve import Application
 
-    from cluster.placement import Need
+    from cluster.pools.placement import Need
     from serving.daemon import ServerOptions
 
 APPLICATION = "memorag"
@@ -105,10 +105,10 @@ def _run(profile: Profile, storage: str) -> None:
 
 
 def require_nodes(profile: Profile) -> None:
-    """Raises `cluster.placement.PoolUnplaceable` if the cluster lacks the nodes of a pool and adds none by itself."""
+    """Raises `cluster.pools.placement.PoolUnplaceable` if the cluster lacks the nodes of a pool and adds none by itself."""
     import ray
 
-    from cluster.placement import Node, PoolUnplaceable, require_placeable
+    from cluster.pools.placement import Node, PoolUnplaceable, require_placeable
 
     try:
         require_placeable(needs_of(profile), [Node.of(node) for node in ray.nodes() if node["Alive"]])
@@ -120,7 +120,7 @@ def require_nodes(profile: Profile) -> None:
 
 def needs_of(profile: Profile) -> list["Need"]:
     """What the fewest replicas of each deployment need of the cluster's nodes."""
-    from cluster.placement import Need
+    from cluster.pools.placement import Need
     from memory_worker.ranks import rank_share
 
     pools, generator, ranks = profile.pools, profile.generator.engine, profile.memory.memorize.ranks

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO
 
-from cluster.storage import DamagedFile, Storage
+from cluster.storage.durable import DamagedFile, Storage
 from memory_worker.errors import InvalidId
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.messages import MemoryKey

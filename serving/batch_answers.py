@@ -4,7 +4,7 @@
     <output>/part-00000.parquet …   answers, a fixed number of rows each but for the last
     <output>/_recorded/…            answers that are recorded and not yet part of a part: a few rows each
 
-Every file is written under another name, forced to disk and renamed (`cluster.storage`). A recorded file is deleted
+Every file is written under another name, forced to disk and renamed (`cluster.storage.durable`). A recorded file is deleted
 after the part that holds its rows is there: cut short in between, its rows are known from the part. Readers of Parquet
 folders leave out names that begin with an underscore.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from serving import api
 from serving.batch import BatchError
 from serving.batch_questions import SCHEMA as QUESTIONS

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from serving.batch_progress import OnCount
 from serving.client import MemoRAG
 from serving.client_errors import MemoRAGError, ServerUnreachable

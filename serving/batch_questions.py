@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from cluster.files import files_at
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
+from cluster.storage.files import files_at
 from serving.batch import BatchError, located
 
 if TYPE_CHECKING:

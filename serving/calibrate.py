@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.costs import RankRates, memorizing, ranks_of, segment_tokens_of
-from cluster.plan import Rates
+from cluster.planning.costs import RankRates, memorizing, ranks_of, segment_tokens_of
+from cluster.planning.plan import Rates
 from serving.config import Profile, load_profile
 from serving.shapes import read_shape
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from serving.commands_batch import batch, memorize_folder
 from serving.commands_evaluate import evaluate
 from serving.commands_keys import app as keys_app

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx
 import httpx_sse
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from serving.client_errors import MemoRAGError, ServerUnreachable, check, problem_error
 from serving.progress import OnProgress, shown
 

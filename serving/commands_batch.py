@@ -11,7 +11,7 @@ import typer
 from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
-    from cluster.costs import MemoryKind
+    from cluster.planning.costs import MemoryKind
     from serving.batch import BatchReport
     from serving.client import MemoRAG
 

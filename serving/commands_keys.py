@@ -68,7 +68,7 @@ def revoke(
 
 
 def _key_file(root: str) -> "KeyFile":
-    from cluster.storage import Storage as StorageRoot
+    from cluster.storage.durable import Storage as StorageRoot
     from serving.app import memories_root
     from serving.keys import KeyFile
 

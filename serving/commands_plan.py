@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from serving.commands_show import Json, Output
 
 if TYPE_CHECKING:
-    from cluster.plan import Plan, Rates, Replica, Sizes
-    from cluster.pools import PoolConfig
+    from cluster.planning.plan import Plan, Rates, Replica, Sizes
+    from cluster.pools.pools import PoolConfig
     from serving.config import Profile
 
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the questions per second that are planned for
@@ -65,8 +65,8 @@ def plan(
     """GPUs, nodes, object store and storage that so many memories and questions take, and what binds first."""
     out = Output(as_json)
     with _errors(out):
-        from cluster.plan import Demand, Rates, curve
-        from cluster.plan import plan as planned
+        from cluster.planning.plan import Demand, Rates, curve
+        from cluster.planning.plan import plan as planned
         from serving.config import load_profile
         from serving.plan_curve import curve_svg
 
@@ -105,7 +105,7 @@ class Node:
 
     def replica(self, pool: "PoolConfig", ranks: int = 1) -> "Replica":
         """One replica on `pool`, or one of its `ranks`."""
-        from cluster.plan import Replica
+        from cluster.planning.plan import Replica
 
         gpus, cpus = pool.gpus_per_replica / ranks, pool.cpus_per_replica
         fitting = self.gpus / gpus if gpus else self.cpus / cpus
@@ -114,7 +114,7 @@ class Node:
 
 def sizes_of(profile: "Profile", node: Node, files: "dict[str, Path]") -> "Sizes":
     """The profile in numbers; `files` are config.json of models by name. Raises `ValueError`."""
-    from cluster.plan import Sizes
+    from cluster.planning.plan import Sizes
     from serving.shapes import read_shape
 
     memory, pools = profile.memory, profile.pools

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import Settings
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig
 from memory_worker.config import MemoryConfig
 from memory_worker.quotas import QuotasConfig

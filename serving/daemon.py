@@ -376,7 +376,7 @@ def _main() -> None:
     for name, kind in {"profile": str, "storage": str, "host": str, "port": int}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
     options = ServerOptions(**vars(parser.parse_args()))
-    from cluster.placement import PoolUnplaceable
+    from cluster.pools.placement import PoolUnplaceable
     from serving.config import ProfileError
 
     try:

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.errors import EngineFailed
-from cluster.storage import DamagedFile, StorageFull, StorageGone
+from cluster.storage.durable import DamagedFile, StorageFull, StorageGone
 from generator_worker import errors as generator_errors
 from memory_worker import errors as memory_errors
 from retrieval_worker import errors as retrieval_errors

@@ -3,7 +3,7 @@
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.catalog_actor import catalog
 from serving.admission import Admission
 from serving.config import Profile

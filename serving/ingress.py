@@ -15,8 +15,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from cluster.costs import MemoryKind
-from cluster.storage import Storage
+from cluster.planning.costs import MemoryKind
+from cluster.storage.durable import Storage
 from memory_worker.manifest import FileEntry, Manifest
 from memory_worker.messages import MemoryKey
 from serving import api

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.files import files_at
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
+from cluster.storage.files import files_at
 from memory_worker.manifest import now
 from memory_worker.store import check_id
 

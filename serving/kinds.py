@@ -1,6 +1,6 @@
 """Which kind a memory is made as, and whether the running model can use one: asked by the Router."""
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from memory_worker.errors import WrongModel
 from memory_worker.kinds import fingerprint_of
 from memory_worker.manifest import Manifest

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from cluster.plan import Plan
+from cluster.planning.plan import Plan
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _PLOT_WIDTH, _PLOT_HEIGHT = 640, 400, 64, 48, 440, 290
 _COLOURS = {"memory": "#1f6f8b", "retrieval": "#c06014", "generator": "#5c8d3d", "cpu": "#7a5195", "all": "#333333"}

@@ -19,7 +19,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.messages import Reservation
 from memory_worker.store import check_id, source_path
 from serving import api

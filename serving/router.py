@@ -8,7 +8,7 @@ from typing import TypeVar
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from memory_worker.catalog_actor import catalog
 from memory_worker.groups import segment_groups
 from memory_worker.manifest import FileEntry, JobDocument, JobRecord, Manifest

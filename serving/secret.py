@@ -11,7 +11,7 @@ import os
 import secrets
 from pathlib import Path
 
-from cluster.files import LocalFiles, files_at
+from cluster.storage.files import LocalFiles, files_at
 from serving.config import ProfileError
 
 logger = logging.getLogger(__name__)

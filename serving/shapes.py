@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.costs import ModelShape
+from cluster.planning.costs import ModelShape
 from memory_worker import embedded
 from serving.config import EMBEDDED
 

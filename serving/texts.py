@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from generator_worker.messages import Source
 from memory_worker.manifest import Manifest
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 from functools import lru_cache
 
-from cluster.costs import GIST_WINDOW, MemoryKind
+from cluster.planning.costs import GIST_WINDOW, MemoryKind
 from memory_worker.prompts import gist_prompts_digest
 
 KINDS: tuple[MemoryKind, ...] = ("beacon", "full", "gist")

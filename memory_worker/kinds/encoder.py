@@ -6,7 +6,7 @@ The Memorizer has one of each kind that its model can make, and knows nothing el
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from memory_worker.kinds.gist import GistEncoder
 from memory_worker.kinds.reading import ReadingEncoder
 from memory_worker.messages import Language

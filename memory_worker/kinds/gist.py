@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cluster.costs import GIST_WINDOW
+from cluster.planning.costs import GIST_WINDOW
 from memory_worker.messages import Language
 from memory_worker.prompts import gist_frame
 

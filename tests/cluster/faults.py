@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
-import cluster.storage
-from cluster.files import RemoteFiles
+import cluster.storage.durable
+from cluster.storage.files import RemoteFiles
 
 CHANGES = ("create_folder", "open_write", "write", "sync", "close", "rename", "sync_folder")
 DELETES = ("delete_file", "delete_folder")
@@ -55,19 +55,19 @@ class Fault:
     def raised(self) -> tuple[type[BaseException], ...]:
         """What `Storage` may end with; a layer above may have errors of its own for these."""
         dies = self.mode in (Mode.CRASH, Mode.POWER_LOSS)
-        return (Crash,) if dies else (OSError, cluster.storage.DamagedFile)
+        return (Crash,) if dies else (OSError, cluster.storage.durable.DamagedFile)
 
     @contextmanager
     def injected(self) -> Iterator["Fault"]:
         """Makes the storages of this block faulty. What a loss of power takes is gone when it ends."""
-        healthy = cluster.storage.files_at  # type: ignore[attr-defined]  # patched where it is used
+        healthy = cluster.storage.durable.files_at  # type: ignore[attr-defined]  # patched where it is used
 
         def faulty(root: str) -> tuple[Any, str]:
             files, base = healthy(root)
             return _FaultyFiles(self, files), base
 
         try:
-            with mock.patch.object(cluster.storage, "files_at", faulty):
+            with mock.patch.object(cluster.storage.durable, "files_at", faulty):
                 yield self
         finally:
             if self.dead and self.mode is Mode.POWER_LOSS:

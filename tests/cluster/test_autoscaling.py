@@ -3,7 +3,7 @@
 import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from cluster.autoscaling import DemandPolicy
+from cluster.pools.autoscaling import DemandPolicy
 
 
 def context(running: int, requests: float = 0, queued: float = 0, **reported: list[float]) -> AutoscalingContext:

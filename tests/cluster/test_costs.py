@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memorize
-from cluster.costs import GIST_WINDOW, ModelShape, RankRates, memorizing, window_flops
+from cluster.planning.costs import GIST_WINDOW, ModelShape, RankRates, memorizing, window_flops
 
 QWEN2_7B = ModelShape(
     layers=28,

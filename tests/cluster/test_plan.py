@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.costs import ModelShape
-from cluster.plan import Demand, Rates, Replica, Sizes, curve, plan, shared_questions_per_s
+from cluster.planning.costs import ModelShape
+from cluster.planning.plan import Demand, Rates, Replica, Sizes, curve, plan, shared_questions_per_s
 from serving.cli import app
 
 SHAPE = ModelShape(

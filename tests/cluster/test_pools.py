@@ -4,8 +4,8 @@ import pytest
 from ray.serve.config import AutoscalingConfig
 
 from cluster.config import EngineConfig
-from cluster.placement import Need, Node, PoolUnplaceable, require_placeable
-from cluster.pools import PoolConfig, ScalingConfig
+from cluster.pools.placement import Need, Node, PoolUnplaceable, require_placeable
+from cluster.pools.pools import PoolConfig, ScalingConfig
 
 GPU_NODE = Node("10.0.0.2", {"CPU": 32, "GPU": 8, "accelerator_type:H100": 1, "memory_pool": 8})
 CPU_NODE = Node("10.0.0.1", {"CPU": 16, "node:10.0.0.1": 1, "memory": 1e9}, {"ray.io/node-group": "front"})

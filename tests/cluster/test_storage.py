@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import DamagedFile, Storage, StorageFull, StorageGone, StoredFile
+from cluster.storage.durable import DamagedFile, Storage, StorageFull, StorageGone, StoredFile
 
 
 @pytest.fixture(params=["local", "file URI", "object store"])

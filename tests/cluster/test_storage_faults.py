@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-import cluster.storage
-from cluster.files import RemoteFiles
-from cluster.storage import DamagedFile, Storage, StorageFull
+import cluster.storage.durable
+from cluster.storage.durable import DamagedFile, Storage, StorageFull
+from cluster.storage.files import RemoteFiles
 from tests.cluster.faults import Crash, Fault, Mode, every_point
 
 OLD, NEW = b"old" * 1000, b"new" * 1000
@@ -198,7 +198,7 @@ def test_failing_to_clean_up_does_not_hide_the_error(tmp_path: Path) -> None:
 def bucket(monkeypatch) -> Iterator[fs.FileSystem]:
     """An object store that outlives its `Storage`s: nothing in it can be synced, and a stream's close publishes."""
     system, base = fs.FileSystem.from_uri("mock:///bucket")
-    monkeypatch.setattr(cluster.storage, "files_at", lambda root: (RemoteFiles(system), base))
+    monkeypatch.setattr(cluster.storage.durable, "files_at", lambda root: (RemoteFiles(system), base))
     yield system
 
 

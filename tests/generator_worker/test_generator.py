@@ -15,7 +15,7 @@ import pytest
 from ray import serve
 
 from cluster.messages import TextDelta
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig, RemoteConfig
 from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from cluster.config import EngineConfig
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.memorizer import Memorizer

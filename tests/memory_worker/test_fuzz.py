@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, configuration, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.storage import DamagedFile, Storage, StoredFile
+from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound
 from memory_worker.manifest import (
     DocumentEntry,

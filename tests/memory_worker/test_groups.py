@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cluster.costs import MemoryKind
+from cluster.planning.costs import MemoryKind
 from memory_worker.errors import MemoryTooLarge
 from memory_worker.groups import memories_of, segment_groups
 from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, SegmentEntry, now

@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from cluster.storage import DamagedFile
+from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound, MixedMemories
 from memory_worker.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
 from memory_worker.manifest import Manifest

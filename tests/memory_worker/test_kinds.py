@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cluster.costs import GIST_WINDOW, MemoryKind
-from cluster.storage import DamagedFile
+from cluster.planning.costs import GIST_WINDOW, MemoryKind
+from cluster.storage.durable import DamagedFile
 from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.errors import UnfitRatio, UnsupportedKind
 from memory_worker.kinds import KINDS, fingerprint_of

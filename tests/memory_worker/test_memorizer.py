@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from ray import serve
 
 from cluster.config import EngineConfig
-from cluster.pools import PoolConfig
-from cluster.storage import DamagedFile
+from cluster.pools.pools import PoolConfig
+from cluster.storage.durable import DamagedFile
 from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import DamagedMemory, EmptyDocument, UnfitRatio, WindowTooLarge

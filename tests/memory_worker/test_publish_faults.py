@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import DamagedFile, StorageFull
+from cluster.storage.durable import DamagedFile, StorageFull
 from memory_worker.errors import MemoryProblem
 from memory_worker.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.messages import MemoryKey, MemoryRecord

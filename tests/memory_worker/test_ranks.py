@@ -21,7 +21,7 @@ from ray.util import placement_group_table
 from safetensors.torch import load_file
 
 from cluster.config import EngineConfig
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.beacon.exchange import exchanged_bytes, shared_out
 from memory_worker.config import MemorizeConfig, MemoryConfig

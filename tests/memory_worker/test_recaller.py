@@ -13,7 +13,7 @@ from ray import serve
 
 from cluster.config import EngineConfig
 from cluster.messages import Finished, TextDelta
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 from memory_worker.beacon import BeaconModel
 from memory_worker.clues import ClueLines
 from memory_worker.config import KeeperConfig, MemoryConfig, RecallConfig

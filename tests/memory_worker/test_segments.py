@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cluster.storage import DamagedFile
+from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory
 from memory_worker.manifest import MemoryShape
 from memory_worker.segments import Segment, SegmentWriter, as_torch

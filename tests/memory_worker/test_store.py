@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import DamagedFile
+from cluster.storage.durable import DamagedFile
 from memory_worker import errors
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
 from memory_worker.manifest import JobDocument, JobRecord, Manifest

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from cluster.storage import Storage, StoredFile
+from cluster.storage.durable import Storage, StoredFile
 from retrieval_worker.messages import EmbedderDescription, Embeddings, IndexPart
 from retrieval_worker.passage_file import Piece, write_passages
 from retrieval_worker.vectors import PassageVectors

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ray import serve
 
-from cluster.pools import PoolConfig
-from cluster.storage import DamagedFile, Storage, StorageGone
+from cluster.pools.pools import PoolConfig
+from cluster.storage.durable import DamagedFile, Storage, StorageGone
 from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig, SearchConfig
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
 from retrieval_worker.fusion import clue_weights, kept

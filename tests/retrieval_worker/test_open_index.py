@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.storage import Storage, StorageGone
+from cluster.storage.durable import Storage, StorageGone
 from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import IndexConfig
 from retrieval_worker.errors import DamagedIndex

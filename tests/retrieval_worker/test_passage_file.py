@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Storage, StoredFile
+from cluster.storage.durable import Storage, StoredFile
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.passage_file import Piece, parse_passages, read_passages
 from tests.retrieval_worker.made import buffer, described, made_vectors, write_made

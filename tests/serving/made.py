@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.manifest import DocumentEntry, FileEntry, JobDocument, JobRecord, Manifest, MemoryShape, SegmentEntry
 from memory_worker.messages import Job, MemoryKey
 from memory_worker.store import head_path, passages_path, segment_path, source_path

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from cluster.storage import DamagedFile, Storage
+from cluster.storage.durable import DamagedFile, Storage
 from memory_worker.messages import MemoryKey
 from memory_worker.store import seal
 from serving.archive import Archive, packed

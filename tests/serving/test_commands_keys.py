@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.storage import Storage as StorageRoot
+from cluster.storage.durable import Storage as StorageRoot
 from serving.app import memories_root
 from serving.commands_keys import app
 from serving.keys import Authenticator

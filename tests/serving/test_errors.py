@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.errors import EngineFailed
-from cluster.storage import DamagedFile, StorageFull, StorageGone
+from cluster.storage.durable import DamagedFile, StorageFull, StorageGone
 from memory_worker import errors as memory_errors
 from memory_worker.errors import DamagedMemory, MemoryNotFound, QuotaExceeded, VersionChanged
 from serving.errors import ProblemError, cause_of, damaged_path, is_callers_fault, is_unavailable, problem_for

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from serving.errors import ProblemError
 from serving.gate import Gate, Gated
 from serving.keys import Authenticator, KeyFile

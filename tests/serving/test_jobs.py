@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster.storage import Storage, StoredFile
+from cluster.storage.durable import Storage, StoredFile
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import EmptyDocument, JobEnded
 from memory_worker.manifest import Manifest

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.errors import InvalidId
 from serving.errors import ProblemError
 from serving.keys import DEFAULT_TENANT, Authenticator, KeyFile, KeyFileDamaged, UnknownKey

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.kinds import KINDS, fingerprint_of
 from memory_worker.messages import KindDescription, MemorizerDescription
 from serving.errors import ProblemError

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey, MemoryRecord
 from serving.manifests import index_of, memory_out, progress_out

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from memory_worker.errors import JobUnderWay
 from memory_worker.messages import MemoryKey, Reservation
 from serving import api

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from cluster.storage import Storage
+from cluster.storage.durable import Storage
 from serving.convert import ConvertConfig, NoText, NotUtf8, UnsupportedDocument
 from serving.errors import ProblemError
 from serving.uploads import _PIECE_BYTES, document_id, store_file, store_text

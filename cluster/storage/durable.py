@@ -20,7 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from cluster.files import files_at
+from cluster.storage.files import files_at
 
 _MAX_PATH_CHARACTERS = 1024
 _MAX_NAME_BYTES = 200  # file systems take 255, of which a temporary name needs 37 more

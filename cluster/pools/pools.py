@@ -8,7 +8,7 @@ from cluster.config import Settings
 
 
 class ScalingConfig(Settings):
-    """When a pool with room for more replicas takes them, and gives them back: `cluster.autoscaling.DemandPolicy`."""
+    """When a pool with room for more replicas takes them, and gives them back: `cluster.pools.autoscaling.DemandPolicy`."""
 
     ongoing_requests: float | None = Field(
         None, gt=0, description="requests one replica should have; none takes half of max_ongoing_requests"
@@ -66,7 +66,7 @@ class PoolConfig(Settings):
     ) -> dict[str, Any]:
         """Options of a Serve deployment on this pool: a fixed number of replicas, or an autoscaled one.
 
-        `amounts` and `levels` are what its replicas report beside requests: see `cluster.autoscaling.DemandPolicy`.
+        `amounts` and `levels` are what its replicas report beside requests: see `cluster.pools.autoscaling.DemandPolicy`.
         """
         options: dict[str, Any] = {
             "ray_actor_options": self.actor_options(),
@@ -88,7 +88,7 @@ class PoolConfig(Settings):
             "upscale_delay_s": self.scaling.upscale_delay_s,
             "downscale_delay_s": self.scaling.downscale_delay_s,
             "policy": {
-                "policy_function": "cluster.autoscaling:DemandPolicy",
+                "policy_function": "cluster.pools.autoscaling:DemandPolicy",
                 "policy_kwargs": {"requests": requests, "amounts": amounts or {}, "levels": levels or {}},
             },
         }

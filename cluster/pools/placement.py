@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.pools import PoolConfig
+from cluster.pools.pools import PoolConfig
 
 _ACCELERATOR = "accelerator_type:"  # the resource that Ray gives a node for its GPUs' type
 

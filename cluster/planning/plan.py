@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from cluster.config import Settings
-from cluster.costs import MemoryKind, ModelShape, RankRates, memorizing, ranks_of, segment_tokens_of, slots_of
+from cluster.planning.costs import MemoryKind, ModelShape, RankRates, memorizing, ranks_of, segment_tokens_of, slots_of
 
 
 class Rates(Settings):

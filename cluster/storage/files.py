@@ -1,4 +1,4 @@
-"""All that `cluster/storage.py` does to a disk or an object store, one effect a method, and nothing else does.
+"""All that `cluster/storage/durable.py` does to a disk or an object store, one effect a method, and nothing else does.
 
 `Storage` decides which effects, in which order; so a test that replaces these can let any one of them fail.
 """
