@@ -22,9 +22,9 @@ os.environ.update(IN_PROCESS)
 
 
 from benchmarks.report import report
-from memory_worker.beacon import BeaconModel
 from memory_worker.messages import MemoryKey
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.recalling import connector_config, engine, group, ray_of_its_own, request, store_slots
 from tests.random_model import ensure_random_model
 

@@ -23,10 +23,10 @@ from typing import Any
 import ray
 
 from benchmarks.report import report
-from memory_worker.beacon import BeaconModel
-from memory_worker.keeper import local_keeper
+from memory_worker.keeper.keeper import local_keeper
 from memory_worker.messages import MemoryKey
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.recalling import (
     IN_PROCESS,
     NAMESPACE,

@@ -156,7 +156,7 @@ def _measure(folder: Path, tokens: int, group: int) -> dict[str, Any]:
     """One case, in this process: seconds, and bytes of slots and of peak memory."""
     import torch
 
-    from memory_worker.beacon import BeaconModel
+    from memory_worker.models.beacon import BeaconModel
 
     model = BeaconModel.from_pretrained(folder, dtype="bfloat16")
     group = group or model.group_windows

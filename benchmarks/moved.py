@@ -27,9 +27,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.report import report
-from memory_worker.manifest import Manifest, MemoryShape
 from memory_worker.messages import MemoryKey
-from memory_worker.store import MemoryStore
+from memory_worker.storage.manifest import Manifest, MemoryShape
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.stored import store_memory, whole
 
 SHAPE = MemoryShape(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16")
@@ -87,7 +87,7 @@ def ask(
     store: MemoryStore, nodes: tuple[str, str], before: tuple[Manifest, ...], after: tuple[Manifest, ...]
 ) -> list[dict[str, Any]]:
     """A row for each kind of question; memories are asked one after another."""
-    from memory_worker.keeper import keeper_on
+    from memory_worker.keeper.keeper import keeper_on
 
     namespace = f"moved-{uuid.uuid4().hex}"
     first, second = (keeper_on(node, store.storage.root, KEEPER_BYTES, namespace) for node in nodes)

@@ -44,9 +44,9 @@ def engines_alone(storage: str) -> Ask:
     from ray import serve
 
     from generator_worker.messages import GenerateRequest, Generation, Source
-    from memory_worker.groups import segment_groups
     from memory_worker.messages import Clue, RecallRequest
-    from memory_worker.store import MemoryStore
+    from memory_worker.recall.groups import segment_groups
+    from memory_worker.storage.store import MemoryStore
     from retrieval_worker.fusion import clue_weights, kept
     from retrieval_worker.messages import EvidenceRequest
     from serving.manifests import index_of

@@ -87,7 +87,7 @@ def _busiest(run: list[dict[str, Any]]) -> float:
 
 
 def _predicted(ratio: int) -> int:
-    from memory_worker.beacon.exchange import exchanged_bytes
+    from memory_worker.models.beacon.exchange import exchanged_bytes
 
     passes = WINDOWS // (2 * GROUP_WINDOWS)
     slot_bytes = 2 * KV_HEADS * HEAD_DIM * 4
@@ -106,8 +106,8 @@ def _alone(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from memory_worker.manifest import MemoryShape
-    from memory_worker.store import MemoryStore, segment_path
+    from memory_worker.storage.manifest import MemoryShape
+    from memory_worker.storage.store import MemoryStore, segment_path
     from tests.random_model import ensure_random_model
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_random_model(folder / "embedded"))
@@ -159,8 +159,8 @@ def _measure(folder: Path, ratio: int, rank: int, ranks: int, port: int) -> dict
     import torch
     from safetensors.torch import save_file
 
-    from memory_worker.beacon import BeaconModel, Exchange, Slots
-    from memory_worker.beacon.exchange import reach_store, serve_store
+    from memory_worker.models.beacon import BeaconModel, Exchange, Slots
+    from memory_worker.models.beacon.exchange import reach_store, serve_store
 
     torch.set_num_threads(1)
     model = BeaconModel.from_pretrained(folder)

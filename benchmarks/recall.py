@@ -24,13 +24,13 @@ from ray import serve
 from benchmarks.report import report
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
-from memory_worker.beacon import BeaconModel
-from memory_worker.clues import ClueLines
 from memory_worker.config import MemoryConfig, RecallConfig
 from memory_worker.messages import Clue, ClueKind, MemoryKey, RecallRequest
-from memory_worker.prompts import head_tokens, question_tokens
-from memory_worker.recaller import recaller_application
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.models.prompts import head_tokens, question_tokens
+from memory_worker.recall.clues import ClueLines
+from memory_worker.recall.recaller import recaller_application
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 from tests.random_model import ensure_random_model
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cluster.planning.costs import MemoryKind
 from memory_worker.errors import UnfitRatio, UnsupportedKind
-from memory_worker.manifest import FileEntry, JobRecord, Manifest, MemoryShape, SegmentEntry
+from memory_worker.storage.manifest import FileEntry, JobRecord, Manifest, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]
@@ -186,7 +186,7 @@ class MemorizerDescription:
     """From `Memorizer.describe`: the memory model that is loaded, and what it can make."""
 
     model: str  # as configured
-    fingerprint: str  # of its weights; `memory_worker.kinds.fingerprint_of` makes each kind's of it
+    fingerprint: str  # of its weights; `memory_worker.models.fingerprint.fingerprint_of` makes each kind's of it
     window: int  # tokens, of the model itself
     shape: MemoryShape
     kind: MemoryKind  # where a request names none

@@ -1,6 +1,6 @@
 """Who is let in now, and who is to come back later: what an Ingress replica asks before it does any work.
 
-How many requests a tenant may make is counted in one place, the Catalog (`memory_worker.rates`), which hands permits
+How many requests a tenant may make is counted in one place, the Catalog (`memory_worker.catalog.rates`), which hands permits
 out in small batches; so most requests ask nobody, and any number of replicas together keep to the rate.
 """
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from memory_worker.quotas import QuotasConfig
+from memory_worker.catalog.quotas import QuotasConfig
 
 if TYPE_CHECKING:
     from serving.errors import ProblemError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory_worker import embedded
+from memory_worker.models import embedded
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile
 from serving.local_ray import new_ray_folder, start_ray, stop_ray
 
@@ -48,7 +48,7 @@ class Running:
         import ray
         from ray import serve
 
-        from memory_worker.catalog_actor import end_actors
+        from memory_worker.catalog.actor import end_actors
 
         serve.shutdown()
         if self.ray_folder is None:  # the cluster lives on
@@ -121,7 +121,7 @@ def require_nodes(profile: Profile) -> None:
 def needs_of(profile: Profile) -> list["Need"]:
     """What the fewest replicas of each deployment need of the cluster's nodes."""
     from cluster.pools.placement import Need
-    from memory_worker.ranks import rank_share
+    from memory_worker.memorize.ranks import rank_share
 
     pools, generator, ranks = profile.pools, profile.generator.engine, profile.memory.memorize.ranks
     memorizer = Need.of("Memorizer", "memory", pools.memory)
@@ -142,8 +142,8 @@ def needs_of(profile: Profile) -> list["Need"]:
 def build(profile: Profile, storage_root: str) -> "Application":
     """The Serve application of `profile`, whose models are folders or hub names (see `with_models`)."""
     from generator_worker.generator import generator_application
-    from memory_worker.memorizer import memorizer_application
-    from memory_worker.recaller import recaller_application
+    from memory_worker.memorize.memorizer import memorizer_application
+    from memory_worker.recall.recaller import recaller_application
     from retrieval_worker.retriever import retrieval_applications
     from serving.ingress import ingress_deployment
     from serving.router import router_deployment

@@ -11,9 +11,9 @@ from typing import IO
 
 from cluster.storage.durable import DamagedFile, Storage
 from memory_worker.errors import InvalidId
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.messages import MemoryKey
-from memory_worker.store import head_path, open_manifest, passages_path, seal, segment_path, source_path
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
+from memory_worker.storage.store import head_path, open_manifest, passages_path, seal, segment_path, source_path
 from serving.errors import ProblemError
 
 MEDIA_TYPE = "application/x-tar"

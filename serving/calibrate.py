@@ -22,7 +22,7 @@ from serving.config import Profile, load_profile
 from serving.shapes import read_shape
 
 if TYPE_CHECKING:
-    from memory_worker.manifest import Manifest
+    from memory_worker.storage.manifest import Manifest
     from retrieval_worker.messages import Passage
 
 CLIENTS = 16  # calls at a time: enough to fill an engine's batches on small machines
@@ -134,7 +134,7 @@ class Stages:
     async def memorize(self, seconds: float) -> "Busy":
         """The Memorizer alone on the whole text: reading it and writing its slots included."""
         from memory_worker.messages import DocumentSource, MemorizeRequest, MemorizeResult
-        from memory_worker.store import MemoryStore
+        from memory_worker.storage.store import MemoryStore
 
         store = MemoryStore(self.storage_root)
         memorize = self.handles["Memorizer"].options(stream=True).memorize
@@ -171,8 +171,8 @@ class Stages:
 
     async def _recaller(self, seconds: float) -> "tuple[float, Busy, list[str]]":
         """Seconds of one question alone, questions a second of many, and the clues of one."""
-        from memory_worker.groups import segment_groups
         from memory_worker.messages import Clue, RecallRequest
+        from memory_worker.recall.groups import segment_groups
         from serving.pipeline import CLUE_KINDS
 
         groups = segment_groups([self.manifest], self.profile.memory.group_slots)
@@ -276,7 +276,7 @@ class Busy:
 async def _memorized(
     profile: Profile, address: str, root: str, handles: dict[str, Any], memory: str, text: str
 ) -> Stages:
-    from memory_worker.store import MemoryStore
+    from memory_worker.storage.store import MemoryStore
     from serving.client import MemoRAG
 
     def memorize() -> None:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from cluster.config import Settings
 from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig
+from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import MemoryConfig
-from memory_worker.quotas import QuotasConfig
 from retrieval_worker.config import RetrievalConfig
 from serving.convert import ConvertConfig
 

@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.config import Settings
 from cluster.pools.placement import PoolUnplaceable
-from memory_worker.catalog_actor import end_actors
+from memory_worker.catalog.actor import end_actors
 from serving.app import build, memories_root, require_nodes, require_safe, with_models
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile, parse_profile
 

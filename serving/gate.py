@@ -4,7 +4,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.storage.durable import Storage
-from memory_worker.catalog_actor import catalog
+from memory_worker.catalog.actor import catalog
 from serving.admission import Admission
 from serving.config import Profile
 from serving.errors import problem_for

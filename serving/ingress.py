@@ -17,8 +17,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import Storage
-from memory_worker.manifest import FileEntry, Manifest
 from memory_worker.messages import MemoryKey
+from memory_worker.storage.manifest import FileEntry, Manifest
 from serving import api
 from serving.admission import InFlight
 from serving.archive import MEDIA_TYPE, packed

@@ -14,9 +14,9 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
+from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import JobEnded
-from memory_worker.manifest import DocumentEntry, FileEntry, JobDocument, Manifest, now
 from memory_worker.messages import (
     DocumentSource,
     Job,
@@ -26,8 +26,8 @@ from memory_worker.messages import (
     MemorizeRequest,
     MemorizeResult,
 )
-from memory_worker.quotas import QuotasConfig
-from memory_worker.store import passages_path
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, JobDocument, Manifest, now
+from memory_worker.storage.store import passages_path
 from retrieval_worker.messages import DocumentText, IndexedDocument, IndexProgress, IndexRequest
 from serving.errors import cause_of, is_unavailable, problem_for
 from serving.usage_metrics import UsageMetrics

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.storage.durable import Storage
 from cluster.storage.files import files_at
-from memory_worker.manifest import now
-from memory_worker.store import check_id
+from memory_worker.storage.manifest import now
+from memory_worker.storage.store import check_id
 
 if TYPE_CHECKING:
     from serving.errors import ProblemError

@@ -2,9 +2,9 @@
 
 from cluster.planning.costs import MemoryKind
 from memory_worker.errors import WrongModel
-from memory_worker.kinds import fingerprint_of
-from memory_worker.manifest import Manifest
 from memory_worker.messages import MemorizerDescription
+from memory_worker.models.fingerprint import fingerprint_of
+from memory_worker.storage.manifest import Manifest
 from serving.errors import problem_for
 
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.actors import actor_names
-from memory_worker.catalog_actor import CATALOG
-from memory_worker.keeper import KeeperStats
+from memory_worker.catalog.actor import CATALOG
+from memory_worker.keeper.keeper import KeeperStats
+from memory_worker.keeper.peers import KEEPER
 from memory_worker.messages import CatalogTotals
-from memory_worker.peers import KEEPER
 from serving.app import APPLICATION, needs_of
 from serving.attach import NotAttached
 from serving.config import Profile

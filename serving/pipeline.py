@@ -16,9 +16,9 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import Finished, TextDelta
 from generator_worker.messages import GenerateRequest, GenerateTask, Generation
-from memory_worker.clues import ClueLines
-from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
+from memory_worker.recall.clues import ClueLines
+from memory_worker.storage.manifest import Manifest
 from retrieval_worker.config import SearchConfig
 from retrieval_worker.fusion import clue_weights, kept
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking

@@ -21,7 +21,7 @@ from starlette.formparsers import MultiPartException
 
 from cluster.storage.durable import Storage
 from memory_worker.messages import Reservation
-from memory_worker.store import check_id, source_path
+from memory_worker.storage.store import check_id, source_path
 from serving import api
 from serving.archive import MEDIA_TYPE, Archive
 from serving.config import LimitsConfig

@@ -9,11 +9,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.planning.costs import MemoryKind
-from memory_worker.catalog_actor import catalog
-from memory_worker.groups import segment_groups
-from memory_worker.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.catalog.actor import catalog
 from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, Reservation, SegmentGroup
-from memory_worker.store import check_id
+from memory_worker.recall.groups import segment_groups
+from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.storage.store import check_id
 from serving import api
 from serving.batch_once import KeyedAnswers
 from serving.config import Profile

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.planning.costs import ModelShape
-from memory_worker import embedded
+from memory_worker.models import embedded
 from serving.config import EMBEDDED
 
 

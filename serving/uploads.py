@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import IO, NamedTuple
 
 from cluster.storage.durable import Storage
-from memory_worker.manifest import FileEntry, JobDocument
+from memory_worker.storage.manifest import FileEntry, JobDocument
 from serving.convert import ConvertConfig, NoText, NotUtf8, is_plain, read_document_file
 from serving.errors import ProblemError
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memory_worker.qwen2 import END_OF_TURN, PADDING, qwen2_config, write_json, write_tokenizer
+from memory_worker.models.qwen2 import END_OF_TURN, PADDING, qwen2_config, write_json, write_tokenizer
 
 NAME = "random-2"  # changes with anything below that changes the bytes
 

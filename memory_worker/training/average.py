@@ -9,7 +9,7 @@ one run of two threads.
 from collections.abc import Sequence
 from pathlib import Path
 
-from memory_worker.beacon.checkpoint import read_config
+from memory_worker.models.beacon.checkpoint import read_config
 from memory_worker.training.config import RunError
 from memory_worker.training.state import read_weights, write_model
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from memory_worker.prompts import head_tokens, question_tokens
+from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.training.config import DataConfig, RunError, StageConfig
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch

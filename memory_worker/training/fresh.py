@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory_worker.embedded import KNOWS
-from memory_worker.qwen2 import qwen2_config
+from memory_worker.models.embedded import KNOWS
+from memory_worker.models.qwen2 import qwen2_config
 from memory_worker.training.config import FreshConfig, TokenizerConfig
 from memory_worker.training.data import imported, records
 from memory_worker.training.model import BEACON_MARK, TrainedModel

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memory_worker.beacon.checkpoint import resolve
+from memory_worker.models.beacon.checkpoint import resolve
 from memory_worker.training.config import RunConfig, StageConfig
 from memory_worker.training.curve import write_curve
 from memory_worker.training.data import Source, batches

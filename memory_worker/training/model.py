@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory_worker.beacon.rope import Rope, rotate_by
+from memory_worker.models.beacon.rope import Rope, rotate_by
 from memory_worker.training.layout import Layout
 
 BEACON_MARK = "beacon_"  # in the names of the weights that beacons have and stock decoders do not

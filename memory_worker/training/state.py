@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memory_worker.beacon.checkpoint import Shape, read_config
+from memory_worker.models.beacon.checkpoint import Shape, read_config
 from memory_worker.training.config import RunError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from memory_worker.prompts import PromptKind, head_tokens, question_tokens
-from memory_worker.qwen2 import write_tokenizer
+from memory_worker.models.prompts import PromptKind, head_tokens, question_tokens
+from memory_worker.models.qwen2 import write_tokenizer
 
 # One token after each message, and none before: a small model need not carry a question over a header.
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
 def write_training_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int, phrases: Sequence[str] = ()) -> int:
-    """As `memory_worker.qwen2.write_tokenizer`; the memory prompts' own phrases come on top as well."""
+    """As `memory_worker.models.qwen2.write_tokenizer`; the memory prompts' own phrases come on top as well."""
     return write_tokenizer(folder, texts, vocabulary, dict.fromkeys((*memory_phrases(), *phrases)), _TEMPLATE)
 
 

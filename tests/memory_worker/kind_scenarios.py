@@ -18,14 +18,14 @@ import ray
 import torch
 from transformers import DynamicCache
 
-from memory_worker.beacon import Slots
-from memory_worker.groups import segment_groups
-from memory_worker.keeper import local_keeper
-from memory_worker.manifest import Manifest
-from memory_worker.memorizer import Memorizer
+from memory_worker.keeper.keeper import local_keeper
+from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import SegmentGroup
-from memory_worker.segments import as_torch
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import Slots
+from memory_worker.recall.groups import segment_groups
+from memory_worker.storage.manifest import Manifest
+from memory_worker.storage.segments import as_torch
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.kinds import NOTE, RATIOS, STORY, TWIN, config_for, memorized
 from tests.memory_worker.recalling import (
     NAMESPACE,

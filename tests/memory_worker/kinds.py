@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 from cluster.config import EngineConfig
 from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
-from memory_worker.memorizer import Memorizer
+from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import DocumentSource, MemorizeRequest, MemorizeResult, MemoryKey
-from memory_worker.store import MemoryStore
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.memorizing import steps_until
 from tests.random_model import ensure_random_model
 

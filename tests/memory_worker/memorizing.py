@@ -10,10 +10,10 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.manifest import FileEntry
-from memory_worker.memorizer import Memorizer
+from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import DocumentSource, MemorizeProgress, MemorizeRequest, MemorizeResult, MemoryKey
-from memory_worker.store import MemoryStore, source_path
+from memory_worker.storage.manifest import FileEntry
+from memory_worker.storage.store import MemoryStore, source_path
 
 # In windows of 512 tokens: less than one, some and a rest, next to nothing, several segments, exactly one, a rest.
 TEXTS = {

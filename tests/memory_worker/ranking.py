@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from memory_worker.beacon import BeaconModel, Exchange, Slots
-from memory_worker.beacon.exchange import reach_store, serve_store
+from memory_worker.models.beacon import BeaconModel, Exchange, Slots
+from memory_worker.models.beacon.exchange import reach_store, serve_store
 from tests.memory_worker.beacon_reference import VOCABULARY
 
 WINDOW, RATIO, HEAD = 32, 8, 6

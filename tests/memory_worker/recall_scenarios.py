@@ -18,9 +18,9 @@ os.environ.update(IN_PROCESS)
 import torch
 from safetensors.torch import load_file
 
-from memory_worker.beacon import BeaconModel
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.recalling import (
     Reference,
     Slots,

@@ -14,10 +14,10 @@ from typing import Any
 import ray
 import torch
 
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
-from memory_worker.recaller import recall_engine_kwargs
-from memory_worker.store import MemoryStore, head_path, segment_path
+from memory_worker.recall.recaller import recall_engine_kwargs
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.storage.store import MemoryStore, head_path, segment_path
 from tests.own_ray import own_ray
 
 NAMESPACE = "recalling"
@@ -148,7 +148,7 @@ class Reference:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        from memory_worker.beacon import Rope
+        from memory_worker.models.beacon import Rope
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -14,8 +14,8 @@ from tests.memory_worker.recalling import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
-from memory_worker.memorizer import Memorizer
-from memory_worker.store import MemoryStore
+from memory_worker.memorize.memorizer import Memorizer
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.kind_scenarios import asked, plain
 from tests.memory_worker.kinds import NOTE, TWIN, config_for, memorized
 from tests.memory_worker.recalling import Reference, connector_config, engine, ray_of_its_own

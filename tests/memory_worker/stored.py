@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from memory_worker.groups import segment_groups
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.messages import MemoryKey, SegmentGroup
-from memory_worker.store import MemoryStore, head_path, passages_path, segment_path
+from memory_worker.recall.groups import segment_groups
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.storage.store import MemoryStore, head_path, passages_path, segment_path
 
 SHAPE = MemoryShape(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")
 HEAD_SLOTS = 5

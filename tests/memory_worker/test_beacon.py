@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memory_worker.beacon import BeaconModel, Rope, Slots, UnsupportedCheckpoint, UnsupportedRatio, UnsupportedRope
+from memory_worker.models.beacon import (
+    BeaconModel,
+    Rope,
+    Slots,
+    UnsupportedCheckpoint,
+    UnsupportedRatio,
+    UnsupportedRope,
+)
 from tests.memory_worker.beacon_reference import VOCABULARY, Reference, write_checkpoint
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memory_worker.beacon import BeaconModel, Rope, Slots
+from memory_worker.models.beacon import BeaconModel, Rope, Slots
 from tests.memory_worker.beacon_reference import VOCABULARY, Reference, write_checkpoint
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens"

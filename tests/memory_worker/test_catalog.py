@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ray
 
-from memory_worker.catalog_actor import catalog
+from memory_worker.catalog.actor import catalog
+from memory_worker.catalog.quotas import Quota, QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import (
     DocumentNotFound,
@@ -26,10 +27,9 @@ from memory_worker.errors import (
     QuotaExceeded,
     VersionChanged,
 )
-from memory_worker.manifest import FileEntry, JobDocument, JobRecord, Manifest
 from memory_worker.messages import Job, MemoryKey, MemoryRecord
-from memory_worker.quotas import Quota, QuotasConfig
-from memory_worker.store import MemoryStore, source_path
+from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.storage.store import MemoryStore, source_path
 from tests.memory_worker.actors import kill_and_await_restart
 from tests.memory_worker.stored import store_memory
 from tests.own_ray import own_ray

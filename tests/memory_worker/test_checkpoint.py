@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from memory_worker import checkpoint
-from memory_worker.memorizer import Memorizer
+from memory_worker.memorize import checkpoint
+from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
-from memory_worker.store import MemoryStore, checkpoint_path
+from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.memory_worker.memorizing import SEGMENT_TOKENS, TEXTS, config_for, files_of, steps_until, stored_request
 from tests.random_model import ensure_random_model
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from memory_worker.clues import ClueLines
+from memory_worker.recall.clues import ClueLines
 
 TEXT = """1. The gate is opened twice.
 2) The Gate is opened twice.

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from memory_worker.embedded import FOLDER, KNOWS, knows_chronicles_only
+from memory_worker.models.embedded import FOLDER, KNOWS, knows_chronicles_only
 
 
 def test_it_says_that_it_knows_chronicles_alone(tmp_path: Path) -> None:
@@ -17,9 +17,7 @@ def test_it_says_that_it_knows_chronicles_alone(tmp_path: Path) -> None:
 
 
 def test_importing_it_loads_no_heavy_library() -> None:
-    check = (
-        "import sys, memory_worker.embedded; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    )
+    check = "import sys, memory_worker.models.embedded; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
 

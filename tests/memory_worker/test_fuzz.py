@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound
-from memory_worker.manifest import (
+from memory_worker.messages import MemoryKey
+from memory_worker.storage.manifest import (
     DocumentEntry,
     FileEntry,
     JobDocument,
@@ -30,9 +31,8 @@ from memory_worker.manifest import (
     MemoryShape,
     SegmentEntry,
 )
-from memory_worker.messages import MemoryKey
-from memory_worker.segments import Segment, SegmentWriter
-from memory_worker.store import MemoryStore
+from memory_worker.storage.segments import Segment, SegmentWriter
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.stored import in_little_memory
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "memorag-hypothesis")  # not in the source tree

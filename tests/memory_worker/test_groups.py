@@ -6,9 +6,9 @@ import pytest
 
 from cluster.planning.costs import MemoryKind
 from memory_worker.errors import MemoryTooLarge
-from memory_worker.groups import memories_of, segment_groups
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, SegmentEntry, now
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.recall.groups import memories_of, segment_groups
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, SegmentEntry, now
 from tests.memory_worker.stored import SHAPE
 
 NOTHING = FileEntry(path="t/m/v/x", size=0, digest="0" * 64)

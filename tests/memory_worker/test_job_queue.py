@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from memory_worker.catalog.job_queue import JobQueue
 from memory_worker.errors import QueueFull
-from memory_worker.job_queue import JobQueue
 from memory_worker.messages import MemoryKey
 
 

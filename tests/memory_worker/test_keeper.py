@@ -16,11 +16,11 @@ from ray.cluster_utils import Cluster
 
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound, MixedMemories
-from memory_worker.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
-from memory_worker.manifest import Manifest
+from memory_worker.keeper.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
-from memory_worker.segments import as_torch
-from memory_worker.store import MemoryStore
+from memory_worker.storage.manifest import Manifest
+from memory_worker.storage.segments import as_torch
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.actors import kill_and_await_restart
 from tests.memory_worker.stored import HEAD_SLOTS, SHAPE, Seeded, random_slots, store_memory, whole
 

@@ -10,13 +10,13 @@ from transformers import DynamicCache
 
 from cluster.planning.costs import GIST_WINDOW, MemoryKind
 from cluster.storage.durable import DamagedFile
-from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.errors import UnfitRatio, UnsupportedKind
-from memory_worker.kinds import KINDS, fingerprint_of
-from memory_worker.memorizer import Memorizer
+from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
-from memory_worker.prompts import gist_frame
-from memory_worker.store import MemoryStore, checkpoint_path
+from memory_worker.models.beacon import BeaconModel, Slots
+from memory_worker.models.fingerprint import KINDS, fingerprint_of
+from memory_worker.models.prompts import gist_frame
+from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.memory_worker.kinds import NOTE, RATIOS, STORY, config_for, request_for, stock_model
 from tests.memory_worker.memorizing import files_of, steps_until
 from tests.memory_worker.recalling import Reference

@@ -15,12 +15,10 @@ from ray import serve
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from cluster.storage.durable import DamagedFile
-from memory_worker.beacon import BeaconModel, Slots
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import DamagedMemory, EmptyDocument, UnfitRatio, WindowTooLarge
-from memory_worker.keeper import local_keeper
-from memory_worker.manifest import DocumentEntry, FileEntry, Manifest, now
-from memory_worker.memorizer import Memorizer, _pieces, memorizer_application
+from memory_worker.keeper.keeper import local_keeper
+from memory_worker.memorize.memorizer import Memorizer, _pieces, memorizer_application
 from memory_worker.messages import (
     DocumentSource,
     MemorizedDocument,
@@ -29,8 +27,10 @@ from memory_worker.messages import (
     MemorizeResult,
     MemoryKey,
 )
-from memory_worker.segments import as_torch
-from memory_worker.store import MemoryStore, checkpoint_path
+from memory_worker.models.beacon import BeaconModel, Slots
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
+from memory_worker.storage.segments import as_torch
+from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.memory_worker.stored import whole
 from tests.own_ray import own_ray
 from tests.random_model import ensure_random_model

@@ -5,9 +5,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from memory_worker.config import INSTRUCTION_TOKENS
-from memory_worker.embedded import FOLDER
 from memory_worker.messages import ClueKind, Language
-from memory_worker.prompts import head_tokens, question_tokens
+from memory_worker.models.embedded import FOLDER
+from memory_worker.models.prompts import head_tokens, question_tokens
 from tests.random_model import ensure_random_model
 
 KINDS = (*get_args(ClueKind), "answer")

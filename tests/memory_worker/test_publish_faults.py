@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from cluster.storage.durable import DamagedFile, StorageFull
+from memory_worker.catalog.restore import restore
 from memory_worker.errors import MemoryProblem
-from memory_worker.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.messages import MemoryKey, MemoryRecord
-from memory_worker.restore import restore
-from memory_worker.store import MemoryStore
+from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest
+from memory_worker.storage.store import MemoryStore
 from tests.cluster.faults import Mode, every_point
 from tests.memory_worker.stored import store_memory
 

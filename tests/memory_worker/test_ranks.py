@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
-from memory_worker.beacon import BeaconModel, Slots
-from memory_worker.beacon.exchange import exchanged_bytes, shared_out
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import LostRank
-from memory_worker.memorizer import Memorizer, memorizer_application
+from memory_worker.memorize.memorizer import Memorizer, memorizer_application
+from memory_worker.memorize.ranks import rank_share, replica_options
 from memory_worker.messages import MemorizeProgress, MemoryKey
-from memory_worker.ranks import rank_share, replica_options
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import BeaconModel, Slots
+from memory_worker.models.beacon.exchange import exchanged_bytes, shared_out
+from memory_worker.storage.store import MemoryStore
 from serving.errors import is_unavailable
 from tests.memory_worker import ranking
 from tests.memory_worker.beacon_reference import write_checkpoint

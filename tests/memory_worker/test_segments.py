@@ -13,9 +13,9 @@ import torch
 
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory
-from memory_worker.manifest import MemoryShape
-from memory_worker.segments import Segment, SegmentWriter, as_torch
-from memory_worker.store import MemoryStore
+from memory_worker.storage.manifest import MemoryShape
+from memory_worker.storage.segments import Segment, SegmentWriter, as_torch
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.stored import SHAPE, in_little_memory, random_slots
 
 

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from memory_worker.beacon import Part, Slots, UnsupportedCheckpoint, UnsupportedRope, rope
 from memory_worker.errors import UnsupportedKind
-from memory_worker.kinds import fingerprint_of
-from memory_worker.memorizer import Memorizer
+from memory_worker.memorize.memorizer import Memorizer
+from memory_worker.memorize.ranks import load_model
 from memory_worker.messages import MemorizeProgress, MemorizeResult
-from memory_worker.ranks import load_model
-from memory_worker.stock import StockModel
-from memory_worker.store import MemoryStore
+from memory_worker.models.beacon import Part, Slots, UnsupportedCheckpoint, UnsupportedRope, rope
+from memory_worker.models.fingerprint import fingerprint_of
+from memory_worker.models.stock import StockModel
+from memory_worker.storage.store import MemoryStore
 from tests.memory_worker.kinds import NOTE, STORY, config_for, request_for
 from tests.memory_worker.memorizing import files_of, steps_until
 from tests.memory_worker.recalling import Reference

@@ -11,9 +11,9 @@ import pytest
 from cluster.storage.durable import DamagedFile
 from memory_worker import errors
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
-from memory_worker.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.messages import MemoryKey
-from memory_worker.store import MemoryStore, check_id, head_path, passages_path, segment_path, source_path
+from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest
+from memory_worker.storage.store import MemoryStore, check_id, head_path, passages_path, segment_path, source_path
 from tests.memory_worker.stored import store_memory
 
 
@@ -193,7 +193,7 @@ def test_a_manifest_has_a_backup(store: MemoryStore, tmp_path: Path) -> None:
 
 def rewritten(path: Path, **changes: object) -> None:
     """Changes the manifest's content as one who knows the format would, digest included."""
-    from memory_worker.store import _canonical_digest
+    from memory_worker.storage.store import _canonical_digest
 
     content = json.loads(path.read_text())["manifest"] | changes
     path.write_text(json.dumps({"sha256": _canonical_digest(content), "manifest": content}))

@@ -10,11 +10,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from memory_worker.beacon import BeaconModel
-from memory_worker.keeper import KeptMemory
-from memory_worker.loading import Expected, LoadFailed, MemoryLoader, SlotRange
-from memory_worker.manifest import MemoryShape
+from memory_worker.keeper.keeper import KeptMemory
 from memory_worker.messages import SegmentGroup
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.recall.loading import Expected, LoadFailed, MemoryLoader, SlotRange
+from memory_worker.storage.manifest import MemoryShape
 from memory_worker.training import RunConfig, RunError, load_run
 from memory_worker.training.config import DataConfig, StageConfig
 from memory_worker.training.data import Example, Source
@@ -136,7 +136,7 @@ def test_what_is_trained_on_is_what_is_served_and_the_answer_is_there_to_read(fi
     from generator_worker.messages import GenerateRequest
     from generator_worker.messages import Source as Passage
     from generator_worker.prompts import build_prompt
-    from memory_worker.prompts import head_tokens, question_tokens
+    from memory_worker.models.prompts import head_tokens, question_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(Path(finished.output, "model"))
     arguments = {"facts": [12, 16]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memory_worker.beacon import BeaconModel
+from memory_worker.models.beacon import BeaconModel
 from memory_worker.training import RunError
 from memory_worker.training.grow import grow
 from memory_worker.training.layout import Layout

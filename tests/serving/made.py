@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 
 from cluster.storage.durable import Storage
-from memory_worker.manifest import DocumentEntry, FileEntry, JobDocument, JobRecord, Manifest, MemoryShape, SegmentEntry
 from memory_worker.messages import Job, MemoryKey
-from memory_worker.store import head_path, passages_path, segment_path, source_path
+from memory_worker.storage.manifest import (
+    DocumentEntry,
+    FileEntry,
+    JobDocument,
+    JobRecord,
+    Manifest,
+    MemoryShape,
+    SegmentEntry,
+)
+from memory_worker.storage.store import head_path, passages_path, segment_path, source_path
 
 KEY = MemoryKey("acme", "book", "v000001-00000001")
 SHAPE = MemoryShape(layers=1, kv_heads=1, head_dim=2, dtype="float32")

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from memory_worker.quotas import Quota, QuotasConfig
-from memory_worker.rates import RateLimiter
+from memory_worker.catalog.quotas import Quota, QuotasConfig
+from memory_worker.catalog.rates import RateLimiter
 from serving.admission import PERMITS_VALID_S, Admission, InFlight
 from serving.errors import ProblemError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memory_worker import embedded
+from memory_worker.models import embedded
 from serving.app import limits_of, memories_root, needs_of, require_safe, with_models
 from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
 

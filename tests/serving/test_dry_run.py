@@ -16,7 +16,7 @@ from serving.config import RayConfig, load_profile
 folder = Path(tempfile.mkdtemp(prefix="dry-", dir="/tmp"))
 start_ray(RayConfig(logical_cpus=2, object_store_bytes=100 * 2**20, metrics=False), folder)
 from ray.serve._private.build_app import build_app
-from memory_worker.quotas import Quota
+from memory_worker.catalog.quotas import Quota
 from serving.app import build, with_models
 for name in sys.argv[1:]:
     profile = with_models(load_profile(name))

@@ -3,8 +3,8 @@
 import pytest
 
 from cluster.storage.durable import Storage
-from memory_worker.kinds import KINDS, fingerprint_of
 from memory_worker.messages import KindDescription, MemorizerDescription
+from memory_worker.models.fingerprint import KINDS, fingerprint_of
 from serving.errors import ProblemError
 from serving.kinds import chosen, require_same_model
 from tests.serving import made

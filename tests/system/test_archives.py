@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from examples.chronicles import document
-from memory_worker.store import open_manifest, seal
+from memory_worker.storage.store import open_manifest, seal
 from tests.system.conftest import Server, check_problem, memorize
 from tests.system.test_documents import check_exact
 

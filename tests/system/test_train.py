@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from memory_worker.beacon import BeaconModel
+from memory_worker.models.beacon import BeaconModel
 from tests.memory_worker.training_runs import tiny_run
 from tests.system.conftest import MEMORAG, ROOT
 from tests.system.test_batch import eventually, title_of

@@ -1,0 +1,317 @@
+"""The object-store tier of one node: memories in Ray's shared memory, for the engines on that node to read.
+
+One detached `MemoryKeeper` actor a node. It takes what it lacks from a peer on another node, or reads it from the
+durable tier, and puts its own copies, since an object dies with the process that put it. Everything here may vanish at
+any time and is read again: a reader whose `ray.get` fails because the keeper or its node died asks `chunks` once more.
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.actors import lasting_actor
+from memory_worker.errors import DamagedMemory, MixedMemories
+from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, copied
+from memory_worker.keeper.tier_metrics import TierMetrics
+from memory_worker.messages import MemoryKey, SegmentGroup
+from memory_worker.storage.manifest import FileEntry, Manifest, MemoryShape, SegmentEntry
+from memory_worker.storage.store import MemoryStore
+
+NAMESPACE = "memorag"
+CHUNK_BYTES = 64 * 2**20
+_READERS = 32  # threads that read from storage
+_READERS_OF_ONE_MEMORY = 4  # of them, so that a memory whose storage hangs does not take them all
+_KEPT_DOCUMENTS = 20_000  # entries of manifests kept, some kilobytes each
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptMemory:
+    """A group of segments in the object store, in slot order: the head, then each segment.
+
+    `ray.get(chunks[i])` is a read-only numpy array, in shared memory, of
+    `[2, layers, slots[i], kv_heads, head_dim]`: keys before RoPE, then values. Its dtype is float32, or uint16
+    holding the bits of a 16-bit `shape.dtype` (`memory_worker.storage.segments.as_torch` makes the tensor).
+    """
+
+    group: SegmentGroup
+    fingerprint: str  # of the memory model that encoded it
+    shape: MemoryShape
+    chunks: tuple[ray.ObjectRef, ...]
+    slots: tuple[int, ...]  # of each chunk
+
+    @property
+    def total_slots(self) -> int:
+        return sum(self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperStats:
+    """What one keeper holds, and what it did since it started."""
+
+    bytes: int
+    budget_bytes: int
+    segments: int  # files of them
+    hits: int  # files found in the object store
+    loads: int  # files read from the durable tier
+    evictions: int
+    pulls: int = 0  # files taken from a peer
+    slots: int = 0  # of the segments
+    moved_bytes: int = 0  # that loads and pulls brought here
+
+
+@dataclass(slots=True)
+class _KeptFile:
+    file: HeldFile
+    readers: int = field(default=0)  # calls that are about to hand it out
+
+
+class MemoryKeeper:
+    """Keeps segment files by tenant and digest, so that a tenant's versions share the documents they have in common.
+
+    Tenants share nothing: how fast an answer comes must not tell what another tenant has asked about.
+
+    Least recently used files are let go when a new one would exceed the budget, but none that a call in progress is
+    handing out: a group larger than the budget is still kept whole while it is asked for, and its bytes stay in the
+    object store for as long as a reader holds the references.
+
+    Versions are immutable, so their manifests are kept too: what is in the object store is handed out without
+    touching storage, however slow that is.
+    """
+
+    def __init__(
+        self, storage_root: str, budget_bytes: int, chunk_bytes: int = CHUNK_BYTES, namespace: str = NAMESPACE
+    ) -> None:
+        self._store = MemoryStore(storage_root)
+        self._budget = budget_bytes
+        self._chunk_bytes = chunk_bytes
+        self._manifests: OrderedDict[MemoryKey, Manifest] = OrderedDict()  # least recently used first
+        self._files: OrderedDict[tuple[str, str], _KeptFile] = OrderedDict()  # by tenant and digest, likewise
+        self._loading: dict[Hashable, asyncio.Task[Any]] = {}
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant/memory
+        self._peers = Peers(namespace)
+        self._metrics = TierMetrics()
+        self._bytes = self._slots = self._hits = self._loads = self._evictions = self._pulls = self._moved = 0
+
+    async def chunks(self, group: SegmentGroup) -> KeptMemory:
+        """The group in the object store, loaded as far as it was not there; calls at the same time load it once.
+
+        Raises `MemoryNotFound`, `MixedMemories`, `DamagedFile` naming the file that is not as it was written, or
+        `ValueError` for segments that do not exist, that are not all one tenant's, or that have other slots.
+        """
+        if len({part.key.tenant for part in group.ranges}) != 1:
+            raise ValueError(f"{group.name} must name segments of one tenant")
+        manifests = [await self._manifest(part.key) for part in group.ranges]
+        segments = _segments(group, manifests)
+        shape = manifests[0].shape
+        with contextlib.ExitStack() as held:
+            kept = await self._held([(key, file) for key, segment in segments for file in segment.files], held)
+            files = iter(kept)
+            for _, segment in segments:
+                _check(segment, shape, [next(files) for _ in segment.files])
+            return KeptMemory(
+                group,
+                manifests[0].fingerprint,
+                shape,
+                tuple(chunk for kept_file in kept for chunk in kept_file.file.chunks),
+                tuple(count for kept_file in kept for count in kept_file.file.slots),
+            )
+
+    async def prefetch(self, group: SegmentGroup) -> bool:
+        """Loads the group before it is asked for, if that evicts nothing; whether it is here. Raises as `chunks`."""
+        manifests = [await self._manifest(part.key) for part in group.ranges]
+        files = {
+            (key.tenant, file.digest): file.size
+            for key, segment in _segments(group, manifests)
+            for file in segment.files
+        }
+        missing = sum(size for name, size in files.items() if name not in self._files)
+        if self._bytes + missing > self._budget:
+            return False
+        await self.chunks(group)
+        return True
+
+    async def stats(self) -> KeeperStats:
+        return KeeperStats(
+            self._bytes,
+            self._budget,
+            len(self._files),
+            self._hits,
+            self._loads,
+            self._evictions,
+            self._pulls,
+            self._slots,
+            self._moved,
+        )
+
+    async def held(self, tenant: str, digest: str) -> HeldFile | None:
+        """For a peer: the file if it is here. Its bytes stay for as long as the result is referred to."""
+        if kept := self._files.get((tenant, digest)):
+            self._files.move_to_end((tenant, digest))
+            return kept.file
+        return None
+
+    async def _manifest(self, key: MemoryKey) -> Manifest:
+        if key not in self._manifests:
+            self._manifests[key] = await self._once(key, partial(self._read_manifest, key))
+            documents = sum(len(manifest.documents) for manifest in self._manifests.values())
+            while documents > _KEPT_DOCUMENTS and len(self._manifests) > 1:
+                documents -= len(self._manifests.popitem(last=False)[1].documents)
+        self._manifests.move_to_end(key)
+        return self._manifests[key]
+
+    async def _read_manifest(self, key: MemoryKey) -> Manifest:
+        async with self._turn(key):
+            return await self._in_thread(partial(self._store.read_manifest, key))
+
+    async def _held(self, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack) -> list[_KeptFile]:
+        """These files, each counted as being read until `held` closes; those that are missing are loaded together."""
+
+        def hold(file: _KeptFile) -> _KeptFile:
+            file.readers += 1
+            held.callback(_release, file)
+            return file
+
+        async def loaded(key: MemoryKey, file: FileEntry) -> _KeptFile:
+            return hold(await self._once(file, partial(self._load, key, file)))
+
+        found: dict[FileEntry, _KeptFile | BaseException] = {}
+        missing: dict[FileEntry, MemoryKey] = {}
+        for key, file in wanted:
+            if kept := self._files.get((key.tenant, file.digest)):
+                self._files.move_to_end((key.tenant, file.digest))
+                self._hits += 1
+                self._metrics.hit(key.tenant)
+                found[file] = hold(kept)
+            else:
+                missing[file] = key
+        loads = await asyncio.gather(*(loaded(k, f) for f, k in missing.items()), return_exceptions=True)
+        found |= zip(missing, loads, strict=True)
+        files = []
+        for _, file in wanted:
+            result = found[file]
+            if isinstance(result, BaseException):
+                raise result
+            files.append(result)
+        return files
+
+    async def _once(self, name: Hashable, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """What `work` returns; calls at the same time share it, and one that gives up leaves it to the others."""
+        task = self._loading.get(name)
+        if task is None:
+            task = self._loading[name] = asyncio.create_task(work())
+            task.add_done_callback(lambda _: self._loading.pop(name))
+        return await asyncio.shield(task)
+
+    async def _load(self, key: MemoryKey, file: FileEntry) -> _KeptFile:
+        async with self._turn(key):
+            self._evict(file.size)
+            self._bytes += file.size  # while it is read, so that loads at the same time share the budget
+            try:
+                pulled = await self._pulled(key.tenant, file.digest)
+                loaded = await self._in_thread(partial(self._read, file)) if pulled is None else pulled
+            finally:
+                self._bytes -= file.size
+        name = key.tenant, file.digest
+        if name not in self._files:  # the same bytes may have come from another memory meanwhile
+            self._files[name] = _KeptFile(loaded)
+            self._bytes += loaded.bytes
+            self._slots += sum(loaded.slots)
+            self._moved += loaded.bytes
+            self._pulls += pulled is not None
+            self._loads += pulled is None
+            self._metrics.loaded(key.tenant, "peer" if pulled else "storage", loaded.bytes)
+            self._metrics.resident(self._bytes, self._slots)
+        return self._files[name]
+
+    async def _pulled(self, tenant: str, digest: str) -> HeldFile | None:
+        """A copy of what a peer holds: it was verified when that peer read it."""
+        fetched = await self._peers.fetch(tenant, digest)
+        if fetched is None:
+            return None
+        held, arrays = fetched
+        return replace(held, chunks=await self._in_thread(partial(copied, arrays)))
+
+    def _read(self, file: FileEntry) -> HeldFile:
+        segment = self._store.read_segment(file)
+        chunks, slots = [], []
+        for chunk in segment.chunks(self._chunk_bytes):
+            chunks.append(ray.put(chunk))
+            slots.append(chunk.shape[2])
+        return HeldFile(segment.shape, tuple(chunks), tuple(slots), segment.slots * segment.shape.slot_bytes)
+
+    def _turn(self, key: MemoryKey) -> asyncio.Semaphore:
+        """To be held while storage is read for this memory."""
+        memory = f"{key.tenant}/{key.memory}"
+        return self._turns.setdefault(memory, asyncio.Semaphore(_READERS_OF_ONE_MEMORY))
+
+    async def _in_thread(self, read: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+
+    def _evict(self, coming_bytes: int) -> None:
+        """Lets go of unused files until `coming_bytes` more fit the budget, as far as that is possible."""
+        for name in [name for name, file in self._files.items() if not file.readers]:
+            if self._bytes + coming_bytes <= self._budget:
+                return
+            gone = self._files.pop(name).file
+            self._bytes -= gone.bytes
+            self._slots -= sum(gone.slots)
+            self._evictions += 1
+            self._metrics.evicted(gone.bytes)
+
+
+def keeper_on(
+    node_id: str, storage_root: str, budget_bytes: int, namespace: str = NAMESPACE
+) -> "ray.actor.ActorHandle":
+    """The keeper of this node, started if there is none. A keeper that dies comes back empty."""
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    actor = lasting_actor(MemoryKeeper, KEEPER + node_id, namespace, scheduling_strategy=there)
+    return actor.remote(storage_root, budget_bytes, namespace=namespace)
+
+
+def local_keeper(storage_root: str, budget_bytes: int, namespace: str = NAMESPACE) -> "ray.actor.ActorHandle":
+    """The keeper of the caller's own node."""
+    return keeper_on(ray.get_runtime_context().get_node_id(), storage_root, budget_bytes, namespace)
+
+
+def _segments(group: SegmentGroup, manifests: Sequence[Manifest]) -> list[tuple[MemoryKey, SegmentEntry]]:
+    """The head and the segments that the group names, each with the version it is read for."""
+    first = manifests[0]
+    head = SegmentEntry(tokens=first.head_slots, slots=first.head_slots, files=(first.head,))
+    named = [(group.ranges[0].key, head)]
+    for part, manifest in zip(group.ranges, manifests, strict=True):
+        if (manifest.fingerprint, manifest.shape) != (first.fingerprint, first.shape):
+            raise MixedMemories(first.memory, manifest.memory)
+        segments = manifest.segments
+        if not part.first < part.end <= len(segments):
+            raise ValueError(f"{part.key.path} has {len(segments)} segments, so there is no {part.first}-{part.end}")
+        named += [(part.key, segment) for segment in segments[part.first : part.end]]
+    slots = sum(segment.slots for _, segment in named)
+    if slots != group.slots:
+        raise ValueError(f"the request counts {group.slots} slots, but {group.name} has {slots}")
+    return named
+
+
+def _check(segment: SegmentEntry, shape: MemoryShape, files: list[_KeptFile]) -> None:
+    slots = sum(sum(kept.file.slots) for kept in files)
+    if slots != segment.slots or any(kept.file.shape != shape for kept in files):
+        raise DamagedMemory(
+            segment.files[0].path,
+            f"begins a segment that holds {slots} slots of {files[0].file.shape}; "
+            f"its manifest says {segment.slots} of {shape}",
+        )
+
+
+def _release(file: _KeptFile) -> None:
+    file.readers -= 1

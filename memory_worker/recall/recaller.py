@@ -1,0 +1,230 @@
+"""The Recaller deployment: clues, or an answer, from a memory. The Router calls it through a handle.
+
+It is a vLLM engine whose prompts begin with a group of memory segments; `memory_worker.recall.connector` puts them there.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.serve import Application
+from ray.serve.llm import LLMConfig
+
+from cluster.engine import EngineServer, engine_application
+from cluster.errors import EngineFailed
+from cluster.messages import Finished, TextDelta
+from cluster.pools.pools import PoolConfig
+from cluster.routing import ReportsRank, routed_by_memory
+from memory_worker.config import MemoryConfig
+from memory_worker.errors import MemoryTooLarge, QuestionTooLong
+from memory_worker.keeper.keeper import KeptMemory, local_keeper
+from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
+from memory_worker.models.beacon.checkpoint import fingerprint
+from memory_worker.models.prompts import question_tokens
+from memory_worker.recall.clues import ClueLines
+from memory_worker.recall.groups import memories_of
+
+logger = logging.getLogger("ray.serve")
+
+_KEEPER_TIMEOUT_S = 10.0  # the memory is in the object store before the engine asks, so this is milliseconds
+_CLUE_TOKENS_PER_PIECE = 8  # clues are read a line at a time; fewer pieces, and so fewer searches, cost less
+
+
+class Recaller(ReportsRank, EngineServer):
+    """Answers from memory. Every request waits until the keeper of this node has its group in the object store.
+
+    Callers give the group's name as session id, which `cluster.routing` sends to the replica that holds it.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self,
+        llm_config: LLMConfig,
+        *,
+        config: MemoryConfig,
+        storage_root: str,
+        namespace: str,
+        secret: bytes,
+        cores: str | None = None,
+    ) -> None:
+        """`secret` keeps the prefix cache's entries of different groups apart; it never leaves the servers."""
+        self._config = config
+        self._secret = secret
+        budget = config.keeper.budget_bytes
+        self._keeper = local_keeper(storage_root, budget, namespace)
+        llm_config.engine_kwargs["kv_transfer_config"]["kv_connector_extra_config"] = {
+            "ray_address": ray.get_runtime_context().gcs_address,
+            "namespace": namespace,
+            "storage_root": storage_root,
+            "keeper_budget_bytes": budget,
+            "keeper_timeout_s": _KEEPER_TIMEOUT_S,
+            "fingerprint": await asyncio.to_thread(_fingerprint, config.engine.model),
+        }
+        await super().__init__(llm_config, cores=cores)
+        tokenizer = self.tokenizer
+        # Its text is never seen; vLLM skips special tokens fastest when it primes its detokenizer with the prompt.
+        self._placeholder = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    async def recall(self, request: RecallRequest) -> AsyncGenerator[Clue | RecallUsage, None]:
+        """All kinds at once; each clue the moment its line is complete, `RecallUsage` last.
+
+        Raises `MemoryNotFound`, `MixedMemories`, `DamagedFile`, `MemoryTooLarge`, `QuestionTooLong`, or
+        `EngineFailed` when the engine gives up a second time. Closing the iterator stops the engine's work on it.
+        """
+        prompts: dict[ClueKind, _Prompt] = {}
+        for kind in request.kinds:
+            question = question_tokens(self.tokenizer, kind, request.question, request.language)
+            prompts[kind] = self._prompt(request, question, self._config.recall.max_clue_tokens)
+        memory = await self._kept(request.group)
+        arrived: asyncio.Queue[Clue | asyncio.Task[int]] = asyncio.Queue()
+        tasks: list[asyncio.Task[int]] = []
+        for kind, prompt in prompts.items():
+            tasks.append(asyncio.create_task(self._clues(kind, prompt, memory, arrived.put_nowait)))
+            tasks[-1].add_done_callback(arrived.put_nowait)
+        completion_tokens, running = 0, len(tasks)
+        try:
+            while running:
+                item = await arrived.get()
+                if isinstance(item, Clue):
+                    yield item
+                else:
+                    completion_tokens += item.result()
+                    running -= 1
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        yield RecallUsage(sum(len(prompt.token_ids) for prompt in prompts.values()), completion_tokens)
+
+    async def answer(self, request: MemoryAnswerRequest) -> AsyncGenerator[TextDelta | Finished, None]:
+        """An answer from memory alone, as it is generated. Raises and closes as `recall` does."""
+        max_tokens = request.max_tokens or self._config.recall.max_answer_tokens
+        question = question_tokens(self.tokenizer, "answer", request.question, request.language)
+        prompt = self._prompt(request, question, max_tokens)
+        async with aclosing(self._generate(prompt, await self._kept(request.group))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def prefetch(self, group: SegmentGroup) -> bool:
+        """Brings a group to this node before it is asked; false if that would cost others their place there.
+
+        Raises what reading it from storage raises.
+        """
+        try:
+            return bool(await self._keeper.prefetch.remote(group))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+    async def worker_stats(self) -> dict[str, float]:
+        """From the engine's first worker: `memory_worker.recall.loading.LoadStats`, and the `requests` it works on."""
+        stats: list[dict[str, float]] = await self._client.collective_rpc("recall_stats")
+        return stats[0]
+
+    async def _clues(self, kind: ClueKind, prompt: "_Prompt", memory: KeptMemory, found: Callable[[Clue], None]) -> int:
+        """Tokens generated for the clues of one kind, each given to `found`."""
+        lines, tokens = ClueLines(self._config.recall.max_clues), 0
+        async with aclosing(self._generate(prompt, memory, _CLUE_TOKENS_PER_PIECE)) as pieces:
+            async for piece in pieces:
+                ended = isinstance(piece, Finished)
+                for text in lines.close() if isinstance(piece, Finished) else lines.feed(piece.text):
+                    found(Clue(kind, text))
+                tokens = piece.completion_tokens if isinstance(piece, Finished) else tokens + piece.tokens
+                if ended or lines.full:
+                    break
+        return tokens
+
+    async def _generate(
+        self, prompt: "_Prompt", memory: KeptMemory, stream_interval: int = 1
+    ) -> AsyncGenerator[TextDelta | Finished, None]:
+        """One generation. If the memory went away before the engine read it, it is fetched and tried once more."""
+        for last_try in (False, True):
+            started = False
+            try:
+                async with aclosing(
+                    self.stream(
+                        prompt.token_ids,
+                        max_tokens=prompt.max_tokens,
+                        cache_salt=self._salt(memory.group),
+                        kv_transfer_params={"memory": memory.group.name, "num_memory_tokens": memory.total_slots},
+                        stream_interval=stream_interval,
+                    )
+                ) as pieces:
+                    async for piece in pieces:
+                        started = True
+                        yield piece
+                return
+            except EngineFailed as error:
+                if started or last_try:
+                    raise
+                logger.warning("recalling from %s is tried again: %s", memories_of(memory.group), error)
+            memory = await self._kept(memory.group)
+
+    def _prompt(self, request: RecallRequest | MemoryAnswerRequest, question: list[int], max_tokens: int) -> "_Prompt":
+        limit, slots = self._config.engine.max_model_len, request.group.slots
+        room = limit - slots - max_tokens
+        if room < 1:
+            raise MemoryTooLarge(memories_of(request.group), slots, limit - max_tokens - 1)
+        if len(question) > room:
+            raise QuestionTooLong(len(question), room, slots, limit)
+        return _Prompt([self._placeholder] * slots + question, max_tokens)
+
+    async def _kept(self, group: SegmentGroup) -> KeptMemory:
+        """The group, in this node's object store for as long as the result is held."""
+        try:
+            memory: KeptMemory = await self._keeper.chunks.remote(group)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        return memory
+
+    def _salt(self, group: SegmentGroup) -> str:
+        return hmac.new(self._secret, group.name.encode(), hashlib.sha256).hexdigest()
+
+
+def _fingerprint(model: str) -> str | None:
+    """None for a name on a hub, whose files only vLLM knows where to find."""
+    return fingerprint(Path(model)) if Path(model).is_dir() else None
+
+
+class _Prompt(NamedTuple):
+    token_ids: list[int]  # a placeholder for each memory slot, then the question
+    max_tokens: int
+
+
+def recaller_application(
+    config: MemoryConfig, pool: PoolConfig, *, storage_root: str, namespace: str, secret: bytes, name: str = "Recaller"
+) -> Application:
+    """The Serve application of the Recaller. `config.engine.model` is the memory model's folder or hub name."""
+    arguments: dict[str, Any] = {
+        "config": config,
+        "storage_root": storage_root,
+        "namespace": namespace,
+        "secret": secret,
+    }
+    return engine_application(
+        Recaller,
+        config.engine,
+        pool,
+        name=name,
+        arguments=arguments,
+        engine_kwargs=recall_engine_kwargs(),
+        options=routed_by_memory(),
+    )
+
+
+def recall_engine_kwargs(connector: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What vLLM takes beside the engine's own settings to read memories; `connector` is its extra config."""
+    return {
+        "kv_transfer_config": {
+            "kv_connector": "MemoryConnector",
+            "kv_connector_module_path": "memory_worker.recall.connector",
+            "kv_role": "kv_consumer",
+            "kv_load_failure_policy": "fail",  # to recompute would read the placeholders and keep the garbage cached
+            "kv_connector_extra_config": connector or {},
+        },
+        "worker_extension_cls": "memory_worker.recall.connector.RecallWorker",
+    }

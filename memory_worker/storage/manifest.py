@@ -1,0 +1,174 @@
+"""The manifest: what one immutable version of a memory is made of. It is published last, and names the rest."""
+
+import uuid
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from cluster.planning.costs import MemoryKind
+from cluster.storage.durable import StoredFile, check_path
+
+FORMAT = 2
+
+SlotDtype = Literal["bfloat16", "float16", "float32"]
+
+
+def now() -> str:
+    """The time as manifests and jobs record it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class FileEntry(_Part):
+    """A durable file of this version, or of an earlier one that this version still uses."""
+
+    path: Annotated[str, AfterValidator(check_path)]  # relative to the storage root
+    size: int = Field(ge=0)  # bytes
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")  # SHA-256
+
+    @classmethod
+    def of(cls, file: StoredFile) -> "FileEntry":
+        """The entry of a file that storage has just written."""
+        return cls(path=file.path, size=file.size, digest=file.digest)
+
+    @property
+    def stored(self) -> StoredFile:
+        """The record that storage verifies it by."""
+        return StoredFile(self.path, self.size, self.digest)
+
+
+class JobDocument(_Part):
+    """One document to memorize: its text is already durable."""
+
+    id: str
+    characters: int
+    source: FileEntry
+
+
+class JobRecord(_Part):
+    """What a version is being made from: written as `job.json` when the work begins, so that it can be resumed.
+
+    `documents` are encoded and indexed; all others of the version `base` are taken over as they are.
+    """
+
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex, description="tells a repeated call from a second job")
+    kind: Literal["create", "put", "repair"] = "create"
+    base: str | None = Field(None, description="the version that is changed; none when a memory is created")
+    documents: tuple[JobDocument, ...]
+    memory_kind: MemoryKind = "beacon"
+    ratio: int
+    language: str
+    title: str | None = None
+    tags: tuple[str, ...] = ()
+    created: str = Field(default_factory=now)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the texts."""
+        return sum(document.source.size for document in self.documents)
+
+
+class SegmentEntry(_Part):
+    """A stretch of one document, encoded after the head alone. A document longer than a prompt can hold has several."""
+
+    tokens: int = Field(gt=0)
+    slots: int = Field(gt=0)
+    files: tuple[FileEntry, ...]  # in slot order, whole windows each
+
+
+class DocumentEntry(_Part):
+    """One document of the memory."""
+
+    id: str
+    characters: int = Field(ge=0)
+    source: FileEntry
+    segments: tuple[SegmentEntry, ...]
+    passages: FileEntry
+    passage_count: int = Field(ge=0)
+
+    @property
+    def tokens(self) -> int:
+        return sum(segment.tokens for segment in self.segments)
+
+    @property
+    def slots(self) -> int:
+        return sum(segment.slots for segment in self.segments)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All that is stored of it."""
+        return self.source, self.passages, *(file for segment in self.segments for file in segment.files)
+
+
+class MemoryShape(_Part):
+    """What one slot is: the KV shape of the memory model."""
+
+    layers: int = Field(gt=0, lt=2**20)
+    kv_heads: int = Field(gt=0, lt=2**20)
+    head_dim: int = Field(gt=0, lt=2**20)
+    dtype: SlotDtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot's keys and values."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+
+
+class Manifest(_Part):
+    """One version of one memory."""
+
+    format: int = FORMAT
+    tenant: str
+    memory: str
+    version: str
+    parent: str | None = None
+    created: str  # ISO 8601, UTC
+    title: str | None = None
+    tags: tuple[str, ...] = ()
+    kind: MemoryKind = "beacon"
+    model: str  # as configured
+    fingerprint: (
+        str  # of the memory model's weights and the kind's recipe (`memory_worker.models.fingerprint.fingerprint_of`)
+    )
+    ratio: int = Field(gt=0)  # tokens for each slot; of a gist, at least
+    language: str
+    shape: MemoryShape
+    head_tokens: tuple[int, ...] = Field(description="token ids of the head")
+    head: FileEntry  # the head's segment
+    documents: tuple[DocumentEntry, ...]
+
+    @property
+    def segments(self) -> tuple[SegmentEntry, ...]:
+        """Of all documents, in order: what `SegmentRange` counts in."""
+        return tuple(segment for document in self.documents for segment in document.segments)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Everything but the manifest that the version is made of, wherever it lies."""
+        return self.head, *(file for document in self.documents for file in document.files)
+
+    @property
+    def passage_count(self) -> int:
+        return sum(document.passage_count for document in self.documents)
+
+    @property
+    def head_slots(self) -> int:
+        return len(self.head_tokens)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the whole memory: the head's and every document's."""
+        return self.head_slots + sum(document.slots for document in self.documents)
+
+    @property
+    def tokens(self) -> int:
+        return sum(document.tokens for document in self.documents)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the memory's slots."""
+        return self.slots * self.shape.slot_bytes
