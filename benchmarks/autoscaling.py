@@ -23,8 +23,8 @@ import aiohttp
 
 from benchmarks.report import report
 from cluster.pools.pools import ScalingConfig
-from serving.app import APPLICATION, deploy
 from serving.config import Profile, load_profile
+from serving.deploy.app import APPLICATION, deploy
 
 PHASES = ((1, 45.0), (24, 240.0), (1, 210.0))  # clients, seconds
 EVERY_S = 3.0

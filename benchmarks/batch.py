@@ -28,11 +28,11 @@ import pyarrow as pa
 
 from benchmarks.report import report
 from examples.chronicles import document
-from serving.app import deploy
-from serving.batch import answer_all
-from serving.batch_progress import OnCount, counting
-from serving.client import MemoRAG
+from serving.batch.answer import answer_all
+from serving.batch.progress import OnCount, counting
+from serving.client.client import MemoRAG
 from serving.config import load_profile
+from serving.deploy.app import deploy
 
 CLIENTS = 16
 WAYS = ("HTTP, 16 clients", "batch, not grouped", "batch")

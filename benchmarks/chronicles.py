@@ -32,9 +32,9 @@ from typing import Any
 
 from benchmarks.report import report
 from examples.chronicles import KINDS, document
-from serving.app import deploy
-from serving.client import Answer, MemoRAG, Memory
+from serving.client.client import Answer, MemoRAG, Memory
 from serving.config import load_profile
+from serving.deploy.app import deploy
 from serving.evaluation.datasets import Example
 from serving.evaluation.recall import Found, evidence_recall, ranked
 from serving.evaluation.scores import exact

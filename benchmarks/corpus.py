@@ -24,8 +24,8 @@ import aiohttp
 from transformers import AutoTokenizer
 
 from benchmarks.report import report
-from serving.app import deploy, with_models
 from serving.config import Profile, load_profile
+from serving.deploy.app import deploy, with_models
 
 RATIO = 16
 NEEDLES = 8

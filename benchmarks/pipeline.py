@@ -20,8 +20,8 @@ from pathlib import Path
 import aiohttp
 
 from benchmarks.report import report
-from serving.app import APPLICATION, deploy, memories_root
 from serving.config import load_profile
+from serving.deploy.app import APPLICATION, deploy, memories_root
 
 CLIENTS = (1, 16)
 ANSWER_TOKENS = 32
@@ -49,8 +49,8 @@ def engines_alone(storage: str) -> Ask:
     from memory_worker.storage.store import MemoryStore
     from retrieval_worker.fusion import clue_weights, kept
     from retrieval_worker.messages import EvidenceRequest
-    from serving.manifests import index_of
-    from serving.pipeline import CLUE_KINDS
+    from serving.router.manifests import index_of
+    from serving.router.pipeline import CLUE_KINDS
 
     profile, store = load_profile("embedded"), MemoryStore(memories_root(storage))
     key = store.current("default", "town")

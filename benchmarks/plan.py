@@ -21,9 +21,9 @@ from typing import Any
 
 from benchmarks.report import report
 from cluster.planning.plan import Demand, plan, shared_questions_per_s
-from serving.calibrate import Calibrated, calibrate
-from serving.commands_plan import Node, sizes_of
+from serving.cli.plan import Node, sizes_of
 from serving.config import load_profile
+from serving.planning.calibrate import Calibrated, calibrate
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
 TIMES = 3  # as long as the calibrated text

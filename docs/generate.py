@@ -75,7 +75,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def http() -> str:
     """Every route, then every shape, of the OpenAPI document."""
-    from serving.ingress import http_app
+    from serving.http.ingress import http_app
 
     document = http_app(load_profile("embedded"), "unused").openapi()
     lines = [

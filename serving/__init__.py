@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serving.client import MemoRAG
+    from serving.client.client import MemoRAG
 
 __all__ = ["MemoRAG"]
 
@@ -14,6 +14,6 @@ __all__ = ["MemoRAG"]
 def __getattr__(name: str) -> Any:
     if name != "MemoRAG":
         raise AttributeError(f"module 'serving' has no attribute {name!r}")
-    from serving.client import MemoRAG
+    from serving.client.client import MemoRAG
 
     return MemoRAG

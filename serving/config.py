@@ -15,7 +15,7 @@ from generator_worker.config import GeneratorConfig
 from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import MemoryConfig
 from retrieval_worker.config import RetrievalConfig
-from serving.convert import ConvertConfig
+from serving.documents.convert import ConvertConfig
 
 _SHIPPED = Path(__file__).parent / "profiles"
 EMBEDDED = "embedded"  # the model name that stands for the language model made on first use

@@ -14,7 +14,7 @@ from cluster.storage.durable import DamagedFile, StorageFull, StorageGone
 from generator_worker import errors as generator_errors
 from memory_worker import errors as memory_errors
 from retrieval_worker import errors as retrieval_errors
-from serving.convert import UnsupportedDocument
+from serving.documents.convert import UnsupportedDocument
 
 RETRY_AFTER_S = 5
 _UNAVAILABLE = (

@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray import serve
 
-from serving.local_ray import init_patiently
+from serving.deploy.local_ray import init_patiently
 
 
 @contextmanager

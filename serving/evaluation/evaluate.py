@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from serving.batch_progress import OnCount
-from serving.client import MemoRAG, Memory
-from serving.client_errors import MemoRAGError
+from serving.batch.progress import OnCount
+from serving.client.client import MemoRAG, Memory
+from serving.client.errors import MemoRAGError
 from serving.evaluation.datasets import Example
 from serving.evaluation.methods import Method, answer_row
 from serving.evaluation.run import Run
@@ -69,7 +69,7 @@ def own_server(profile: str, folder: Path, on_wait: Callable[[str], None]) -> It
 
     Raises `DaemonError` where it does not start.
     """
-    from serving import daemon
+    from serving.deploy import daemon
 
     storage = folder.resolve() / "storage"
     options = daemon.ServerOptions(profile, str(storage), port=0)

@@ -11,8 +11,8 @@ passages   only the question's passages, without an answer: retrieval on its own
 
 from typing import Any, Literal, get_args
 
-from serving.client import Answer, Memory
-from serving.client_errors import MemoRAGError, ServerUnreachable
+from serving.client.client import Answer, Memory
+from serving.client.errors import MemoRAGError, ServerUnreachable
 from serving.evaluation.datasets import Example
 
 Method = Literal["memorag", "rag", "hyde", "rewrite", "memory", "full", "passages"]

@@ -27,7 +27,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from serving.config import load_profile
-from serving.deploy import Arguments, application
+from serving.deploy.application import Arguments, application
 from tests.cluster import known_metrics
 from tests.cluster.known_metrics import ROOT
 from tests.own_ray import own_ray
@@ -336,7 +336,7 @@ def test_an_image_is_built_from_files_that_are_there_and_runs_a_command_that_is(
     assert settings_of_up().items() <= environment.items()
     assert environment["MEMORAG_STORAGE"] == dict(steps)["VOLUME"]
     program, command, *options = json.loads(dict(steps)["CMD"])
-    from serving.cli import app
+    from serving.cli.main import app
 
     assert program == "memorag"
     parsed = typer.main.get_group(app).commands[command].make_context(command, options).params

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cluster.planning.costs import ModelShape
 from cluster.planning.plan import Demand, Rates, Replica, Sizes, curve, plan, shared_questions_per_s
-from serving.cli import app
+from serving.cli.main import app
 
 SHAPE = ModelShape(
     layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, mlp=768, vocabulary=4096, tied=True, window=512

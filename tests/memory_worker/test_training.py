@@ -167,7 +167,7 @@ def test_what_is_trained_on_is_what_is_served_and_the_answer_is_there_to_read(fi
 
 
 def test_the_command_line_trains_and_prepares(tmp_path):
-    from serving.cli import app
+    from serving.cli.main import app
 
     run = tiny_run(tmp_path)
     file = tmp_path / "run.yaml"

@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from serving.daemon import ServerOptions, run_server
+from serving.deploy.daemon import ServerOptions, run_server
 
 CHILD = """
 import os, signal, sys

@@ -8,8 +8,8 @@ import pytest
 
 from memory_worker.catalog.quotas import Quota, QuotasConfig
 from memory_worker.catalog.rates import RateLimiter
-from serving.admission import PERMITS_VALID_S, Admission, InFlight
 from serving.errors import ProblemError
+from serving.http.admission import PERMITS_VALID_S, Admission, InFlight
 
 
 class Clock:

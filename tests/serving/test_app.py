@@ -3,8 +3,8 @@
 import pytest
 
 from memory_worker.models import embedded
-from serving.app import limits_of, memories_root, needs_of, require_safe, with_models
 from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
+from serving.deploy.app import limits_of, memories_root, needs_of, require_safe, with_models
 
 
 def test_the_embedded_model_is_found_and_known_to_be_narrow():

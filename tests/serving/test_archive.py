@@ -8,7 +8,7 @@ import pytest
 from cluster.storage.durable import DamagedFile, Storage
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.store import seal
-from serving.archive import Archive, packed
+from serving.documents.archive import Archive, packed
 from serving.errors import ProblemError
 from tests.serving import made
 

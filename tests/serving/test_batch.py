@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from serving import api
-from serving.batch import BatchError, BatchReport
-from serving.batch_answers import ANSWERS, Answers, answered, failed
-from serving.batch_memorize import memory_id
-from serving.batch_once import KeyedAnswers
-from serving.batch_progress import Rate
-from serving.batch_questions import BatchQuestion, _check_columns, _conformed, questions_in, questions_of
-from serving.batch_run import _checked
+from serving.batch.answer import BatchError, BatchReport
+from serving.batch.answers import ANSWERS, Answers, answered, failed
+from serving.batch.memorize import memory_id
+from serving.batch.progress import Rate
+from serving.batch.questions import BatchQuestion, _check_columns, _conformed, questions_in, questions_of
+from serving.batch.run import _checked
 from serving.errors import ProblemError
+from serving.router.once import KeyedAnswers
 
 QUESTIONS = [BatchQuestion(f"q{n}", f"memory-{n % 3}", f"What is {n}?") for n in range(10)]
 
@@ -155,7 +155,7 @@ async def test_a_failure_is_not_kept():
 
 
 async def test_only_the_newest_answers_are_kept(monkeypatch):
-    monkeypatch.setattr("serving.batch_once._KEPT", 3)
+    monkeypatch.setattr("serving.router.once._KEPT", 3)
     router = CountingRouter()
     waiting = [asyncio.create_task(router.ask(f"early {n}")) for n in range(4)]
     await asyncio.sleep(0)

@@ -5,7 +5,7 @@ import pytest
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
-from serving.body_limit import BodyLimit
+from serving.http.body_limit import BodyLimit
 
 
 class Model(BaseModel):

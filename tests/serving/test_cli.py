@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.client import Event
-from serving.commands_show import Output
+from serving.cli.show import Output
+from serving.client.client import Event
 from tests.serving.test_client import ANSWER, PASSAGE
 
 MEMORAG = Path(sys.executable).with_name("memorag")
@@ -32,7 +32,9 @@ def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-@pytest.mark.parametrize("module", ["serving", "serving.cli", "serving.client", "serving.daemon", "serving.doctor"])
+@pytest.mark.parametrize(
+    "module", ["serving", "serving.cli.main", "serving.client.client", "serving.deploy.daemon", "serving.deploy.doctor"]
+)
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     heavy = {"torch", "ray", "vllm", "faiss", "pyarrow", "numpy"}
     code = f"import sys, {module}; print(*{heavy} & set(sys.modules))"

@@ -13,8 +13,8 @@ from email.policy import HTTP
 import pytest
 
 from serving import MemoRAG
-from serving.client import Answer
-from serving.client_errors import MemoRAGError, ServerUnreachable
+from serving.client.client import Answer
+from serving.client.errors import MemoRAGError, ServerUnreachable
 
 PASSAGE = {"document": "a", "start": 0, "end": 4, "text": "gate", "score": 0.5}
 ANSWER = {

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.storage.durable import Storage as StorageRoot
-from serving.app import memories_root
-from serving.commands_keys import app
-from serving.keys import Authenticator
+from serving.cli.keys import app
+from serving.deploy.app import memories_root
+from serving.http.keys import Authenticator
 
 
 def keys(*arguments: str, storage: Path) -> Result:
@@ -74,7 +74,7 @@ def test_a_storage_root_may_be_a_uri(tmp_path: Path) -> None:
 
 
 def test_importing_it_is_light_and_using_it_needs_no_ray(tmp_path: Path) -> None:
-    code = "import sys, serving.commands_keys as c; early = set(sys.modules); "
+    code = "import sys, serving.cli.keys as c; early = set(sys.modules); "
     code += f"c._key_file({str(tmp_path)!r}).entries(); "
     code += "print({'pyarrow', 'ray', 'torch', 'pydantic'} & early, {'ray', 'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from serving import convert
-from serving.convert import (
+from serving.documents import convert
+from serving.documents.convert import (
     ConversionFailed,
     ConvertConfig,
     NoText,

@@ -11,8 +11,8 @@ import httpx
 import psutil
 import pytest
 
-from serving import daemon
-from serving.daemon import DaemonError, ServerOptions, ServerState
+from serving.deploy import daemon
+from serving.deploy.daemon import DaemonError, ServerOptions, ServerState
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 

@@ -3,7 +3,7 @@
 import socket
 from pathlib import Path
 
-from serving import doctor
+from serving.deploy import doctor
 
 
 def test_this_installation_passes(tmp_path: Path) -> None:

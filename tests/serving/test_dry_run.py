@@ -11,13 +11,13 @@ from serving.config import profile_names
 BUILD = """
 import sys, tempfile
 from pathlib import Path
-from serving.local_ray import start_ray, stop_ray
+from serving.deploy.local_ray import start_ray, stop_ray
 from serving.config import RayConfig, load_profile
 folder = Path(tempfile.mkdtemp(prefix="dry-", dir="/tmp"))
 start_ray(RayConfig(logical_cpus=2, object_store_bytes=100 * 2**20, metrics=False), folder)
 from ray.serve._private.build_app import build_app
 from memory_worker.catalog.quotas import Quota
-from serving.app import build, with_models
+from serving.deploy.app import build, with_models
 for name in sys.argv[1:]:
     profile = with_models(load_profile(name))
     graph = build_app(build(profile, str(folder / "memories")), name=name)

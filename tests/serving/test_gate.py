@@ -8,8 +8,8 @@ from fastapi import FastAPI, Request
 
 from cluster.storage.durable import Storage
 from serving.errors import ProblemError
-from serving.gate import Gate, Gated
-from serving.keys import Authenticator, KeyFile
+from serving.http.gate import Gate, Gated
+from serving.http.keys import Authenticator, KeyFile
 
 
 class Admission:

@@ -14,8 +14,8 @@ from memory_worker.messages import Job, MemorizedDocument, MemorizeProgress, Mem
 from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.store import head_path, passages_path
 from retrieval_worker.messages import IndexedDocument, IndexProgress
-from serving import jobs
-from serving.jobs import Jobs
+from serving.router import jobs
+from serving.router.jobs import Jobs
 from tests.serving import made
 from tests.serving.stand_ins import Handle
 

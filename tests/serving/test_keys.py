@@ -13,7 +13,7 @@ import pytest
 from cluster.storage.durable import Storage
 from memory_worker.errors import InvalidId
 from serving.errors import ProblemError
-from serving.keys import DEFAULT_TENANT, Authenticator, KeyFile, KeyFileDamaged, UnknownKey
+from serving.http.keys import DEFAULT_TENANT, Authenticator, KeyFile, KeyFileDamaged, UnknownKey
 
 
 class Clock:
@@ -193,7 +193,7 @@ async def test_storage_that_fails_leaves_the_known_keys(
 async def test_storage_that_hangs_does_not_stop_requests(
     storage: Storage, keys: KeyFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serving.keys._PATIENCE_S", 0.05)
+    monkeypatch.setattr("serving.http.keys._PATIENCE_S", 0.05)
     clock, gate, read = Clock(), threading.Event(), KeyFile.entries
     authenticator = Authenticator(storage, "keys", 2.0, clock)
     key = keys.create("a")

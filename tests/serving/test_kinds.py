@@ -6,7 +6,7 @@ from cluster.storage.durable import Storage
 from memory_worker.messages import KindDescription, MemorizerDescription
 from memory_worker.models.fingerprint import KINDS, fingerprint_of
 from serving.errors import ProblemError
-from serving.kinds import chosen, require_same_model
+from serving.router.kinds import chosen, require_same_model
 from tests.serving import made
 
 STOCK = MemorizerDescription(

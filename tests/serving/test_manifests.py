@@ -7,7 +7,7 @@ import pytest
 from cluster.storage.durable import Storage
 from memory_worker.messages import MemoryKey, MemoryRecord
 from memory_worker.storage.manifest import Manifest
-from serving.manifests import index_of, memory_out, progress_out
+from serving.router.manifests import index_of, memory_out, progress_out
 from tests.serving import made
 
 KEY = made.KEY

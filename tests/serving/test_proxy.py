@@ -4,7 +4,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from serving.proxy import RetryableFailures, middlewares
+from serving.http.proxy import RetryableFailures, middlewares
 
 
 async def answer(app) -> httpx.Response:

@@ -7,7 +7,7 @@ from memory_worker.config import INSTRUCTION_TOKENS
 from serving import api
 from serving.config import parse_profile
 from serving.errors import ProblemError
-from serving.question_limits import QuestionLimits
+from serving.router.question_limits import QuestionLimits
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from cluster.storage.durable import Storage
 from memory_worker.errors import JobUnderWay
 from memory_worker.messages import MemoryKey, Reservation
 from serving import api
-from serving.archive import MEDIA_TYPE, packed
 from serving.config import LimitsConfig
+from serving.documents.archive import MEDIA_TYPE, packed
+from serving.documents.receive import Receiver, if_match
 from serving.errors import ProblemError, problem_for
-from serving.http_errors import add_error_handlers
-from serving.receive import Receiver, if_match
+from serving.http.problems import add_error_handlers
 from tests.serving import made
 from tests.serving.stand_ins import Handle
 

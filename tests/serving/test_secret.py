@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.secret import SecretError, salt_of, server_secret
+from serving.router.secret import SecretError, salt_of, server_secret
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import io
 import pytest
 
 from cluster.storage.durable import Storage
-from serving.convert import ConvertConfig, NoText, NotUtf8, UnsupportedDocument
+from serving.documents.convert import ConvertConfig, NoText, NotUtf8, UnsupportedDocument
+from serving.documents.uploads import _PIECE_BYTES, document_id, store_file, store_text
 from serving.errors import ProblemError
-from serving.uploads import _PIECE_BYTES, document_id, store_file, store_text
 
 LIMITS = ConvertConfig()
 PATH = "acme/book/v000001-00000001/source/a.txt"

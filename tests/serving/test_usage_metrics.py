@@ -5,7 +5,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from serving.api import Answer, ClueOut, Timings, Usage
-from serving.usage_metrics import UNKNOWN, CountedRequests, UsageMetrics, route_of
+from serving.router.usage_metrics import UNKNOWN, CountedRequests, UsageMetrics, route_of
 
 NAMES = (
     "_requests", "_question_seconds", "_stage_seconds", "_clues", "_degraded", "_memorized_tokens", "_answer_tokens",

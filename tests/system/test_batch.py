@@ -116,7 +116,7 @@ def test_what_fails_is_a_row(server, memories, tmp_path):
     )
     pq.write_table(table, tmp_path / "table.parquet")
     script = (
-        "import sys, json, pyarrow.parquet as pq; from serving.batch import answer_all\n"
+        "import sys, json, pyarrow.parquet as pq; from serving.batch.answer import answer_all\n"
         "from dataclasses import asdict; table, out, storage = sys.argv[1:]\n"
         "seen = []; report = answer_all(pq.read_table(table), out, storage=storage, group_by_memory=False, "
         "progress=lambda *counts: seen.append(counts))\n"

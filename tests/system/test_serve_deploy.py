@@ -15,8 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from serving.local_ray import new_ray_folder
-from serving.traces import remove_traces
+from serving.deploy.local_ray import new_ray_folder
+from serving.deploy.traces import remove_traces
 from tests.system.conftest import ROOT, Server, memorize
 
 BIN = Path(sys.executable).parent

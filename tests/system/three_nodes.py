@@ -31,7 +31,7 @@ _ROOM = 1000  # of a node's own resource, of which each replica takes one
 @contextmanager
 def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
     """The cluster's address, and the embedded profile with its pools on its nodes. RAY_TMPDIR is its folder."""
-    environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares"}
+    environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.http.proxy:middlewares"}
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="three", dir="/tmp") as folder:
         Path(folder, "ray").mkdir()

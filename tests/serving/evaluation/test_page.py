@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from serving.cli import app
+from serving.cli.main import app
 from serving.config import load_profile
 from serving.evaluation.datasets import _INFINITEBENCH, _LONGBENCH
 from serving.evaluation.methods import METHODS

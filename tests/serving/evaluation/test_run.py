@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from serving import MemoRAG
-from serving.cli import app
-from serving.client_errors import ServerUnreachable
+from serving.cli.main import app
+from serving.client.errors import ServerUnreachable
 from serving.evaluation.evaluate import ask_all, forget, sample
 from serving.evaluation.plot import report_svg
 from serving.evaluation.report import report

@@ -1,0 +1,171 @@
+"""`memorag train`: train a memory model from one YAML file, prepare documents for it, average what came of runs."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from serving.cli.show import Json, Output
+
+if TYPE_CHECKING:
+    from memory_worker.training import RunConfig
+
+
+class _RunFirst(TyperGroup):
+    """`memorag train RUN.yaml` is `memorag train run RUN.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunFirst,
+    help="Train a memory model: memorag train RUN.yaml. See docs/training.md.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="RUN.yaml", exists=True, dir_okay=False, help="The run's settings.")],
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to train on; none starts one on this machine.", envvar="RAY_ADDRESS"),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Without Ray, in this process: one worker, stops cleanly on SIGTERM.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder of this run, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train, or go on where the run was stopped; return when its last stage is done, with the checkpoint's folder."""
+    out = Output(as_json)
+    with _errors(out):
+        from memory_worker.training import load_run
+
+        settings = load_run(file)
+        if output is not None:
+            settings = settings.model_copy(update={"output": str(output.absolute())})
+        if seed is not None:
+            settings = settings.model_copy(update={"seed": seed})
+
+        def show(line: Mapping[str, Any]) -> None:
+            out.note(
+                f"{line['stage']} step {line['step']:,}  loss {line['loss']:.3f}  right {line['accuracy']:.1%}  "
+                f"{line['tokens'] / 1e6:.2f} M tokens  {line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s"
+            )
+
+        result = _here(settings, show) if in_process else _on_ray(settings, ray, show)
+        out.result({"model": str(result), "curve": str(Path(settings.output) / "loss.svg")}, str(result))
+
+
+@app.command()
+def prepare(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="Plain text, a document each."),
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="JSON Lines file to write.")] = Path("tasks.jsonl"),
+    language: Annotated[Literal["en", "zh"], typer.Option(help="Of the documents.")] = "en",
+    most: Annotated[int, typer.Option(min=1, help="Questions on one document at most.")] = 200,
+    seed: Annotated[int, typer.Option(help="Equal seeds make equal tasks.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Turn documents into training tasks: cloze spans, evidence recall, surrogate questions."""
+    out = Output(as_json)
+    with _errors(out):
+        from memory_worker.training.prepare import prepare as prepared
+
+        documents = [
+            prepared(path.read_text("utf-8"), id=path.stem, title=path.name, language=language, most=most, seed=seed)
+            for path in files
+        ]
+        out_file.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), "utf-8")
+        questions = sum(len(document["questions"]) for document in documents)
+        facts = {"file": str(out_file), "documents": len(documents), "questions": questions}
+        out.result(facts, f"{questions:,} questions on {len(documents):,} documents in {out_file}")
+
+
+@app.command()
+def average(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", exists=True, file_okay=False, help="Results of runs from one model."),
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the checkpoint to.")] = Path("averaged"),
+    as_json: Json = False,
+) -> None:
+    """Write the mean of models that were trained from one beginning with different seeds: better than each."""
+    out = Output(as_json)
+    with _errors(out):
+        from memory_worker.training.average import average as averaged
+
+        averaged(models, out_folder)
+        out.result({"model": str(out_folder)}, str(out_folder))
+
+
+def _here(settings: "RunConfig", show: Any) -> Path:
+    from memory_worker.training import RunError
+    from memory_worker.training.loop import Loop
+
+    if settings.workers > 1 or settings.gpus:
+        raise RunError("--in-process trains with one worker on the CPU: leave it out, or set workers: 1, gpus: false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return Loop(settings, on_progress=show, stop=lambda: bool(asked)).train()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_ray(settings: "RunConfig", address: str | None, show: Any) -> Path:
+    from serving.config import RayConfig
+    from serving.deploy.local_ray import new_ray_folder, start_ray, stop_ray
+
+    folder = None
+    if address is None:
+        folder = new_ray_folder()
+        start_ray(RayConfig(logical_cpus=settings.workers + 1, metrics=False), folder)
+    import ray
+
+    from memory_worker.training.ray_train import train_on_ray
+
+    try:
+        if address is not None:
+            ray.init(address=address, log_to_driver=False)
+        return train_on_ray(settings, show)
+    finally:
+        if folder is not None:
+            stop_ray(folder)
+        else:
+            ray.shutdown()
+
+
+@contextmanager
+def _errors(out: Output) -> Iterator[None]:
+    """Expected errors as one message and exit code 1; a run that was asked to stop ends with 130."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        out.error(str(error))
+        raise typer.Exit(1) from None
+    except Exception as error:
+        name = type(error).__name__
+        if name == "Stopped":
+            out.note(str(error))
+            raise typer.Exit(130) from None
+        if name != "TrainingFailedError" and not name.endswith("GroupError"):
+            raise
+        out.error(str(error))
+        raise typer.Exit(1) from None

@@ -1,0 +1,95 @@
+"""A Ray cluster of this machine's own, on loopback, with its own folder and token: for laptops and tests."""
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from serving.config import RayConfig
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+_TOKEN, _ADDRESS = "token", "address"  # files in Ray's folder
+# Serve's handles go on asking for news; once Ray has ended, their next question would start another one.
+_NO_OTHER_RAY = {"RAY_ENABLE_AUTO_CONNECT": "0"}
+
+
+def new_ray_folder() -> Path:
+    """A fresh temporary folder, its path short enough for the Unix sockets that Ray puts below it."""
+    return Path(tempfile.mkdtemp(prefix="memorag-", dir="/tmp"))
+
+
+def address_in(folder: Path) -> str:
+    """The address of the Ray that was started with this folder, and lets this process pass there.
+
+    As for `start_ray`, nothing may have imported Ray yet.
+    """
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / _TOKEN), **_NO_OTHER_RAY}
+    return (folder / _ADDRESS).read_text()
+
+
+def start_ray(config: RayConfig, folder: Path) -> None:
+    """Starts Ray and connects this process to it; it ends with this process, however that ends.
+
+    Nothing may have imported Ray yet: it reads how to authenticate when it is imported.
+    """
+    if "ray" in sys.modules:
+        raise RuntimeError("Ray is imported already, and would not see its token: start the server in a fresh process")
+    token = folder / _TOKEN
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **_NO_OTHER_RAY,
+        # Nothing of ours blocks its replica's event loop, so user code needs no thread of its own: less work a request.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.http.proxy:middlewares",
+    }
+    init_patiently(
+        namespace=config.namespace,
+        num_cpus=config.logical_cpus,
+        object_store_memory=config.object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder),
+        _system_config={"enable_metrics_collection": config.metrics, "worker_niceness": 0},
+    )
+    import ray
+
+    (folder / _ADDRESS).write_text(ray.get_runtime_context().gcs_address)
+
+
+def init_patiently(**options: Any) -> None:
+    """Starts a Ray of this process's own with `options` of `ray.init`.
+
+    A node has fixed 30 s to start, which a busy machine exceeds now and then: it is tried again.
+    """
+    import ray
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            ray.init("local", **options)
+            return
+        except Exception as error:  # Ray raises no more precise class here
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == _ATTEMPTS:
+                raise
+            logger.warning("Ray's node did not start within its fixed 30 s on this busy machine; trying again")
+
+
+def stop_ray(folder: Path) -> None:
+    """Ends the Ray that `start_ray` started and deletes its folder."""
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

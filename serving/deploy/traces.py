@@ -1,0 +1,68 @@
+"""What a server leaves on a machine, however it ended, and removing it: called by `serving.deploy.daemon`."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import psutil
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def remove_traces(temporary: Path, shared: set[str]) -> None:
+    """Kills the processes that name `temporary`, deletes it, and those of the `shared` files that nothing maps."""
+    # A process may start another while it is being killed: look until none is found.
+    while rest := _processes_naming(temporary):
+        shared |= shared_memory_of(rest)
+        kill(rest)
+    shutil.rmtree(temporary, ignore_errors=True)
+    still_mapped = set().union(*map(_mapped, psutil.process_iter())) if shared else set()
+    for path in shared - still_mapped:
+        Path(path).unlink(missing_ok=True)
+
+
+def shared_memory_of(processes: Iterable[psutil.Process]) -> set[str]:
+    """Files below /dev/shm that the processes have mapped, or that carry their number, as joblib's semaphores do."""
+    found: set[str] = set()
+    for process in processes:
+        found |= {str(path) for path in _SHARED_MEMORY.glob(f"sem.*-{process.pid}-*")} | _mapped(process)
+    return {path for path in found if Path(path).exists()}
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """Kills them and waits until they are gone."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _processes_naming(folder: Path) -> list[psutil.Process]:
+    """Processes, this one apart, that name `folder` in their command line or environment, or have files open in it.
+
+    All three, because Ray's workers overwrite their command line, and with it their environment, with a title.
+    """
+    mark = f"{folder}/"
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and any(mark in f"{t}/" for t in _traces(p))]
+
+
+def _traces(process: psutil.Process) -> Iterator[str]:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return
+        yield from process.cmdline()
+        yield from process.environ().values()
+        for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+            yield str(descriptor.readlink())
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        return
+
+
+def _mapped(process: psutil.Process) -> set[str]:
+    try:
+        return {m.path for m in process.memory_maps() if m.path.startswith(f"{_SHARED_MEMORY}/")}
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return set()

@@ -1,0 +1,162 @@
+"""One conversion in a process of its own: a file on stdin becomes UTF-8 text on stdout, within limits of the kernel.
+
+`serving.documents.convert` runs this file as a script, with `python -I`: it imports nothing of ours, so it starts in the time
+of the converter alone, and nothing that a file makes the converter do happens in the server's process.
+
+What it cannot convert it says as one line of JSON on stderr, `{"kind": …, "reason": …}`, and exits with 1.
+"""
+
+import json
+import re
+import resource
+import sys
+from html.parser import HTMLParser
+
+_OPEN_FILES = 32  # the libraries are loaded one at a time, and the converter's runtime takes a handful
+
+
+def main(mime_type: str, seconds: int, memory_bytes: int, characters: int) -> int:
+    """Converts stdin; the exit status."""
+    confine(seconds, memory_bytes, output_bytes=4 * characters)
+    try:
+        text = _text(sys.stdin.buffer.read(), mime_type)
+    except MemoryError:
+        return _failed("memory", "")
+    except _Unreadable as error:
+        return _failed("unreadable", str(error).partition("\n")[0])
+    if len(text) > characters:
+        return _failed("characters", f"{len(text):,}")
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
+    return 0
+
+
+def confine(seconds: int, memory_bytes: int, output_bytes: int) -> None:
+    """Limits this process for the rest of its life: CPU seconds, address space, bytes of any file it writes.
+
+    The number of processes is not limited: that limit counts all that the user runs, and the converter needs threads.
+    """
+    for limit, wanted in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, output_bytes),
+        (resource.RLIMIT_NOFILE, _OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        # One second of CPU more for the hard limit, which kills: the soft one is a signal that says what happened.
+        resource.setrlimit(limit, (value, value if limit != resource.RLIMIT_CPU or value == hard else value + 1))
+
+
+class _Unreadable(Exception):
+    """The converter's own words for what is wrong with a file."""
+
+
+def _text(data: bytes, mime_type: str) -> str:
+    if not data:
+        return ""
+    if mime_type == "text/html":
+        return _html_text(data)
+    import kreuzberg
+
+    config = kreuzberg.ExtractionConfig(use_cache=False, disable_ocr=True, output_format="plain")
+    try:
+        return kreuzberg.extract_bytes_sync(data, mime_type, config).content
+    except kreuzberg.KreuzbergError as error:
+        raise _Unreadable(error) from error
+
+
+def _html_text(data: bytes) -> str:
+    """What a browser would show. Not kreuzberg's: its plain text leaves out what stands in a `div` without a `p`."""
+    parser = _ShownText()
+    parser.feed(_decoded(data))
+    parser.close()
+    return "".join(parser.parts)
+
+
+def _decoded(data: bytes) -> str:
+    """HTML by its byte-order mark, else the encoding it declares, else UTF-8, else what browsers take it for."""
+    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    declared = re.search(rb"<meta[^>]{1,200}charset\s*=\s*[\"']?([\w.:-]{1,40})", data[:4096], re.IGNORECASE)
+    try:
+        if declared:
+            name = declared[1].decode().lower()
+            return data.decode(_BROWSERS_READ_AS.get(name, name), errors="replace")
+        return data.decode("utf-8")
+    except (LookupError, UnicodeDecodeError):
+        return data.decode("cp1252", errors="replace")
+
+
+_BROWSERS_READ_AS = {
+    "iso-8859-1": "cp1252",
+    "latin1": "cp1252",
+    "ascii": "cp1252",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+}
+_HIDDEN = {"script", "style", "template", "title", "noscript"}
+_LINES = {"br", "li", "tr", "dt", "dd", "option"}
+_BLOCKS = {
+    "address", "article", "aside", "blockquote", "body", "center", "details", "dialog", "div", "dl", "fieldset",
+    "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "html",
+    "legend", "main", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "ul",
+}  # fmt: skip
+_SPACE = " \t\n\f\r"  # a no-break space is none
+
+
+class _ShownText(HTMLParser):
+    """Collects `parts`: paragraphs with an empty line between, lines, and words with one space between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self._hidden = 0  # elements that hide their text and are open
+        self._preformatted = 0  # open elements that keep their white space
+        self._gap = ""  # what separates the next word from the last
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._hidden += tag in _HIDDEN
+        self._preformatted += tag == "pre"
+        self._separate(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
+        self._preformatted = max(0, self._preformatted - (tag == "pre"))
+        self._separate(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._hidden or not data:
+            return
+        words = data if self._preformatted else " ".join(re.findall(rf"[^{_SPACE}]+", data))
+        if data[0] in _SPACE:
+            self._widen(" ")
+        if words:
+            self.parts += [self._gap if self.parts else "", words]
+            self._gap = " " if not self._preformatted and data[-1] in _SPACE else ""
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """A comment, as to browsers; the standard library knows some of these and fails at the others."""
+        return self.parse_bogus_comment(i)
+
+    def _separate(self, tag: str) -> None:
+        if tag in _BLOCKS:
+            self._widen("\n\n")
+        elif tag in _LINES:
+            self._widen("\n")
+        elif tag in ("td", "th"):
+            self._widen(" ")
+
+    def _widen(self, gap: str) -> None:
+        self._gap = max(self._gap, gap, key=lambda g: (g.count("\n"), len(g)))
+
+
+def _failed(kind: str, reason: str) -> int:
+    print(json.dumps({"kind": kind, "reason": reason}), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

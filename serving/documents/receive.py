@@ -1,0 +1,248 @@
+"""Requests that bring documents: parsed, their texts made durable, their job begun. Called by the Ingress's routes.
+
+Texts go from the request to storage without passing through the Router: it only says where they go (`reserve`), and
+is told when they are there.
+"""
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, NamedTuple
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+from cluster.storage.durable import Storage
+from memory_worker.messages import Reservation
+from memory_worker.storage.store import check_id, source_path
+from serving import api
+from serving.config import LimitsConfig
+from serving.documents.archive import MEDIA_TYPE, Archive
+from serving.documents.convert import detect_language
+from serving.documents.uploads import StoredText, document_id, store_file, store_text
+from serving.errors import ProblemError, problem_for
+
+_MEMORY_BYTES = 1 << 20  # of a body that is held in memory before it goes to disk
+
+
+class _Incoming(NamedTuple):
+    """A document of a request: its id, and what stores its text under a path."""
+
+    id: str
+    store: Callable[[str], StoredText]
+
+
+class Receiver:
+    """The way into storage. One for each Ingress replica."""
+
+    def __init__(self, storage: Storage, limits: LimitsConfig) -> None:
+        self._storage = storage
+        self._limits = limits
+        self._converting = ThreadPoolExecutor(limits.conversions, thread_name_prefix="store")
+
+    async def create(self, request: Request, router: DeploymentHandle, tenant: str) -> api.MemoryOut:
+        """A new memory of the documents in the request, JSON or multipart. Raises `ProblemError`."""
+        kind = _content_type(request)
+        if kind == "application/json":
+            wanted = await _json(request, api.CreateMemory)
+            return await self._create(router, tenant, wanted, _texts(self._storage, wanted.documents))
+        if kind == "multipart/form-data":
+            async with _form(request, self._limits.documents) as form:
+                files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+                if not files:
+                    raise ProblemError(422, "no file was sent; send one or more in the field 'files'")
+                fields: dict[str, Any] = {k: v for k, v in form.multi_items() if not isinstance(v, UploadFile)}
+                fields["tags"] = [tag for tag in form.getlist("tags") if isinstance(tag, str)]
+                placeholder = [{"text": "in its file"}]
+                wanted = _validated(api.CreateMemory, {**fields, "documents": placeholder})
+                return await self._create(router, tenant, wanted, self._files(files))
+        if kind == MEDIA_TYPE:
+            return await self._import(request, router, tenant)
+        raise ProblemError(
+            415, f"content type {kind or 'missing'!r}; send application/json, multipart/form-data or {MEDIA_TYPE}"
+        )
+
+    async def put(
+        self, request: Request, router: DeploymentHandle, tenant: str, memory: str, document: str
+    ) -> api.MemoryOut:
+        """A document of a memory, added or replaced: JSON, plain text, or a multipart file. Raises `ProblemError`."""
+        kind = _content_type(request)
+        if kind == "application/json":
+            text = (await _json(request, api.PutDocument)).text
+            return await self._put(
+                request, router, tenant, memory, document, lambda path: store_text(self._storage, path, document, text)
+            )
+        if kind in ("text/plain", "text/markdown"):
+            with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as spooled:
+                async for piece in request.stream():
+                    await asyncio.to_thread(spooled.write, piece)
+                return await self._put_file(request, router, tenant, memory, document, f"{document}.txt", spooled)
+        if kind == "multipart/form-data":
+            async with _form(request, 1) as form:
+                files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+                if len(files) != 1:
+                    raise ProblemError(422, f"{len(files)} files were sent; send one in the field 'file'")
+                name = files[0].filename or "file.txt"
+                return await self._put_file(request, router, tenant, memory, document, name, files[0].file)
+        raise ProblemError(
+            415, f"content type {kind or 'missing'!r}; send application/json, text/plain or multipart/form-data"
+        )
+
+    async def _create(
+        self, router: DeploymentHandle, tenant: str, wanted: api.CreateMemory, documents: Sequence[_Incoming]
+    ) -> api.MemoryOut:
+        _check_ids([document.id for document in documents])
+        reserved: Reservation = await router.reserve.remote(
+            tenant, wanted.id, wanted.title, wanted.kind, wanted.ratio, len(documents)
+        )
+        try:
+            stored = [await self._stored(d.store, source_path(reserved.key, d.id)) for d in documents]
+            language = await asyncio.to_thread(detect_language, stored[0].sample)
+            return await router.create.remote(
+                reserved.key,
+                [each.document for each in stored],
+                language=language,
+                title=wanted.title,
+                tags=wanted.tags,
+                kind=wanted.kind,
+                ratio=wanted.ratio,
+            )
+        except BaseException as error:
+            await router.abandon.remote(reserved.key)
+            raise problem_for(error) if isinstance(error, Exception) else error from error
+
+    async def _import(self, request: Request, router: DeploymentHandle, tenant: str) -> api.MemoryOut:
+        """A new memory of an archive; its id is the archive's own, or the query's `id`."""
+        with tempfile.TemporaryFile() as spooled:
+            async for piece in request.stream():
+                await asyncio.to_thread(spooled.write, piece)
+            spooled.seek(0)
+            archive = await asyncio.to_thread(Archive, spooled)
+            memory = request.query_params.get("id", archive.manifest.memory)
+            reserved: Reservation = await router.reserve_import.remote(tenant, memory, archive.manifest)
+            try:
+                manifest = await asyncio.to_thread(archive.unpack, self._storage, reserved.key)
+                return await router.adopt.remote(manifest)
+            except BaseException as error:
+                await router.abandon.remote(reserved.key)
+                raise problem_for(error) if isinstance(error, Exception) else error from error
+
+    async def _put_file(
+        self,
+        request: Request,
+        router: DeploymentHandle,
+        tenant: str,
+        memory: str,
+        document: str,
+        name: str,
+        file: IO[bytes],
+    ) -> api.MemoryOut:
+        def store(path: str) -> StoredText:
+            file.seek(0)
+            return store_file(self._storage, path, document, name, file, self._limits.convert)
+
+        return await self._put(request, router, tenant, memory, document, store)
+
+    async def _put(
+        self,
+        request: Request,
+        router: DeploymentHandle,
+        tenant: str,
+        memory: str,
+        document: str,
+        store: Callable[[str], StoredText],
+    ) -> api.MemoryOut:
+        reserved: Reservation = await router.reserve_change.remote(tenant, memory, document, if_match(request))
+        try:
+            stored = await self._stored(store, source_path(reserved.key, document))
+            return await router.change.remote(reserved, stored.document)
+        except BaseException as error:
+            await router.abandon.remote(reserved.key)
+            raise problem_for(error) if isinstance(error, Exception) else error from error
+
+    def _files(self, files: Sequence[UploadFile]) -> list[_Incoming]:
+        def incoming(number: int, file: UploadFile) -> _Incoming:
+            id, name = document_id(file.filename, number), file.filename or "file.txt"
+            return _Incoming(
+                id, lambda path: store_file(self._storage, path, id, name, file.file, self._limits.convert)
+            )
+
+        return [incoming(number, file) for number, file in enumerate(files, start=1)]
+
+    async def _stored(self, store: Callable[[str], StoredText], path: str) -> StoredText:
+        """Runs `store` in one of the few threads that texts are made and written in."""
+        return await asyncio.get_running_loop().run_in_executor(self._converting, store, path)
+
+
+def if_match(request: Request) -> str | None:
+    """The version that the request's `If-Match` header names; none where any will do."""
+    header = ",".join(request.headers.getlist("if-match")).strip()
+    if header in ("", "*"):
+        return None
+    if len(header) < 3 or not (header.startswith('"') and header.endswith('"')) or "," in header:
+        raise ProblemError(400, f"If-Match is {header[:80]!r}; send one ETag, in double quotes, as GET gave it")
+    return header[1:-1]
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _json(request: Request, model: type[BaseModel]) -> Any:
+    try:
+        return await asyncio.to_thread(lambda body: _validated(model, json.loads(body)), await request.body())
+    except UnicodeDecodeError as error:
+        raise ProblemError(400, f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ProblemError(400, f"the body is not JSON: {error}; see /docs for its shape") from None
+
+
+def _validated(model: type[BaseModel], values: Any) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
+class _form:
+    """The form of a multipart request, its files spooled to disk."""
+
+    def __init__(self, request: Request, files: int) -> None:
+        self._context = request.form(max_files=files, max_fields=100)
+
+    async def __aenter__(self) -> FormData:
+        try:
+            return await self._context.__aenter__()
+        except (MultiPartException, HTTPException) as error:
+            detail = getattr(error, "detail", error)
+            raise ProblemError(
+                413 if "Too many files" in str(detail) else 400, f"the multipart body cannot be read: {detail}"
+            ) from None
+
+    async def __aexit__(self, *raised: Any) -> None:
+        await self._context.__aexit__(*raised)
+
+
+def _texts(storage: Storage, documents: Sequence[api.DocumentIn]) -> list[_Incoming]:
+    def incoming(number: int, document: api.DocumentIn) -> _Incoming:
+        id = document.id if document.id is not None else f"doc-{number}"
+        return _Incoming(id, lambda path: store_text(storage, path, id, document.text))
+
+    return [incoming(number, document) for number, document in enumerate(documents, start=1)]
+
+
+def _check_ids(ids: Sequence[str]) -> None:
+    for number, id in enumerate(ids):
+        try:
+            check_id(id, "document")
+        except Exception as error:
+            raise problem_for(error) from error
+        if id in ids[:number]:
+            raise ProblemError(422, f"two documents are called {id!r}; give each its own id")

@@ -1,0 +1,236 @@
+"""Making versions of memories: each Router takes jobs from the Catalog and does them.
+
+A job encodes the new documents' segments and indexes their passages at the same time, then publishes the manifest.
+Until then nothing of the version is visible. A job whose worker died is taken by another, which goes on from the last
+checkpoint; what fails is recorded with the memory.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.serve.handle import DeploymentHandle
+
+from memory_worker.catalog.quotas import QuotasConfig
+from memory_worker.config import CatalogConfig
+from memory_worker.errors import JobEnded
+from memory_worker.messages import (
+    DocumentSource,
+    Job,
+    Language,
+    MemorizedDocument,
+    MemorizeProgress,
+    MemorizeRequest,
+    MemorizeResult,
+)
+from memory_worker.storage.manifest import DocumentEntry, FileEntry, JobDocument, Manifest, now
+from memory_worker.storage.store import passages_path
+from retrieval_worker.messages import DocumentText, IndexedDocument, IndexProgress, IndexRequest
+from serving.errors import cause_of, is_unavailable, problem_for
+from serving.router.usage_metrics import UsageMetrics
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
+
+_TAKE_S = 2.0  # how long one call to the catalog waits: a job given to a caller that died waits for its lease to end
+_REPORT_S = 2.0  # a job says that it lives at least so often
+_ATTEMPTS = 5  # a worker that dies is replaced; one that dies again and again is not to blame on the replicas
+
+
+class Jobs:
+    """The jobs of one Router."""
+
+    def __init__(
+        self,
+        catalog: ActorHandle[Any],
+        settings: tuple[CatalogConfig, QuotasConfig],
+        memorizer: DeploymentHandle,
+        retriever: DeploymentHandle,
+        on_ready: Callable[[Manifest], Awaitable[None]],
+    ) -> None:
+        """`on_ready` is told of each version that was published."""
+        self._catalog = catalog
+        self._settings = settings
+        self._memorizer = memorizer
+        self._retriever = retriever
+        self._on_ready = on_ready
+        self._metrics = UsageMetrics()
+        self._runner = uuid.uuid4().hex
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def run_forever(self) -> None:
+        """Takes jobs as the catalog gives them."""
+        while True:
+            try:
+                job: Job | None = await self._catalog.take.remote(self._runner, _TAKE_S, self._settings)
+            except Exception:  # a boundary: without this loop no job is ever done
+                logger.exception("no job could be taken; trying again")
+                await asyncio.sleep(1.0)
+                continue
+            if job:
+                task = asyncio.create_task(self._run(job))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+
+    async def _run(self, job: Job) -> None:
+        try:
+            manifest = await self._made(job)
+            await self._catalog.publish.remote(manifest)
+            made = {document.id for document in job.record.documents}
+            self._metrics.memorized(job.key.tenant, sum(d.tokens for d in manifest.documents if d.id in made))
+            logger.info("%s is ready", job.key.path)
+            await self._on_ready(manifest)
+        except Exception as error:
+            # A boundary: nobody awaits this task, so the memory itself carries what went wrong.
+            cause = cause_of(error)
+            if isinstance(cause, JobEnded):
+                logger.info("%s: %s", job.key.path, cause)
+                return
+            logger.error("making %s failed", job.key.path, exc_info=cause)
+            await self._give_up(job, problem_for(cause).detail)
+
+    async def _give_up(self, job: Job, detail: str) -> None:
+        try:
+            await self._catalog.fail.remote(job.key, detail)
+        except Exception as error:
+            if not isinstance(cause_of(error), JobEnded):  # it was cancelled meanwhile, and that is as well
+                raise
+
+    async def _made(self, job: Job) -> Manifest:
+        """The version's manifest, once all that it names is durable. A worker that dies is waited for."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            report = _Report(self._catalog, self._runner, job)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    reporting = group.create_task(report.keep_up())
+                    encoding = group.create_task(self._memorize(job, report))
+                    indexing = group.create_task(self._index(job, report))
+                    encoded, indexed = await encoding, await indexing
+                    reporting.cancel()
+                return _manifest(job, encoded, indexed)
+            except Exception as error:
+                if not is_unavailable(error) or attempt == _ATTEMPTS:
+                    raise
+                logger.warning("making %s goes on with another worker: %s", job.key.path, cause_of(error))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _memorize(self, job: Job, report: "_Report") -> MemorizeResult:
+        record = job.record
+        request = MemorizeRequest(
+            key=job.key,
+            documents=tuple(DocumentSource(d.id, d.source) for d in record.documents),
+            ratio=record.ratio,
+            language=language_of(record.language),
+            # A repair may be one of the head itself: it is made anew, and is the same again.
+            head=job.base.head if job.base and record.kind != "repair" else None,
+            kind=record.memory_kind,
+        )
+        response = self._memorizer.options(stream=True).memorize.remote(request)
+        try:
+            async for item in response:
+                if isinstance(item, MemorizeProgress):
+                    await report.memorized(item)
+                else:
+                    return item
+        finally:
+            response.cancel()
+        raise RuntimeError("the Memorizer ended without a result")
+
+    async def _index(self, job: Job, report: "_Report") -> list[IndexedDocument]:
+        return [await self._index_one(job, document, report) for document in job.record.documents]
+
+    async def _index_one(self, job: Job, document: JobDocument, report: "_Report") -> IndexedDocument:
+        request = IndexRequest(DocumentText(document.id, document.source.stored), passages_path(job.key, document.id))
+        response = self._retriever.options(stream=True).index.remote(request)
+        try:
+            async for item in response:
+                if isinstance(item, IndexProgress):
+                    await report.indexed(document, item)
+                else:
+                    report.indexed_whole(document)
+                    return item
+        finally:
+            response.cancel()
+        raise RuntimeError("the Retriever ended without an index")
+
+
+class _Report:
+    """What a job tells the catalog: the tokens that are both encoded and, by the share of characters, indexed."""
+
+    def __init__(self, catalog: ActorHandle[Any], runner: str, job: Job) -> None:
+        self._catalog = catalog
+        self._runner = runner
+        self._job = job
+        self._characters = max(1, sum(d.characters for d in job.record.documents))
+        self._indexed = 0  # characters of the documents that are done
+        self._share = 0.0
+        self._done = self._total = 0
+
+    async def memorized(self, progress: MemorizeProgress) -> None:
+        self._done, self._total = progress.done_tokens, progress.total_tokens
+        await self._send()
+
+    async def indexed(self, document: JobDocument, progress: IndexProgress) -> None:
+        share = progress.done_passages / max(1, progress.total_passages)
+        self._share = (self._indexed + document.characters * share) / self._characters
+        await self._send()
+
+    def indexed_whole(self, document: JobDocument) -> None:
+        self._indexed += document.characters
+        self._share = self._indexed / self._characters
+
+    async def keep_up(self) -> None:
+        """Says that the job is alive, also while a worker is being replaced; until cancelled."""
+        while True:
+            await self._send()
+            await asyncio.sleep(_REPORT_S)
+
+    async def _send(self) -> None:
+        done = min(self._done, int(self._total * self._share))
+        await self._catalog.progress.remote(self._job.key, self._runner, done, self._total)
+
+
+def language_of(name: str) -> Language:
+    """The prompts' language for a text's: Chinese for Chinese, English for all others."""
+    return "zh" if name == "zh" else "en"
+
+
+def _manifest(job: Job, encoded: MemorizeResult, indexed: list[IndexedDocument]) -> Manifest:
+    """The base's documents, those that were made again in their place, new ones behind them."""
+    record, base = job.record, job.base
+    made = {
+        document.id: _entry(document, memorized, passages)
+        for document, memorized, passages in zip(record.documents, encoded.documents, indexed, strict=True)
+    }
+    documents = {entry.id: entry for entry in base.documents} if base else {}
+    return Manifest(
+        tenant=job.key.tenant,
+        memory=job.key.memory,
+        version=job.key.version,
+        parent=base.version if base else None,
+        created=now(),
+        title=record.title,
+        tags=record.tags,
+        kind=record.memory_kind,
+        model=encoded.model,
+        fingerprint=encoded.fingerprint,
+        ratio=record.ratio,
+        language=record.language,
+        shape=encoded.shape,
+        head_tokens=encoded.head_tokens,
+        head=encoded.head,
+        documents=tuple((documents | made).values()),
+    )
+
+
+def _entry(document: JobDocument, memorized: MemorizedDocument, indexed: IndexedDocument) -> DocumentEntry:
+    return DocumentEntry(
+        id=document.id,
+        characters=memorized.characters,
+        source=document.source,
+        segments=memorized.segments,
+        passages=FileEntry.of(indexed.passages),
+        passage_count=indexed.passage_count,
+    )

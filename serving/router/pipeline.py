@@ -1,0 +1,386 @@
+"""The pipeline of one question over the worker pools (MemoRAG, arXiv 2409.05591, §2): called by the Router.
+
+Clues are recalled while the question is already being searched; each clue is searched the moment its line is
+complete; the rankings are fused; the generator answers from the passages; the sentences that support question
+and answer are picked as evidence. If recall fails, the question goes on as plain RAG and says so.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from cluster.messages import Finished, TextDelta
+from generator_worker.messages import GenerateRequest, GenerateTask, Generation
+from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
+from memory_worker.recall.clues import ClueLines
+from memory_worker.storage.manifest import Manifest
+from retrieval_worker.config import SearchConfig
+from retrieval_worker.fusion import clue_weights, kept
+from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
+from serving import api
+from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
+from serving.router.manifests import index_of
+from serving.router.prepared import Prepared
+from serving.router.shown import clue_out, passage_out, source_of
+from serving.router.spans import StageSpans
+from serving.router.texts import Texts
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
+
+# What is recalled from memory for each task.
+CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
+    "memorag": ("span", "question", "draft"),
+    "summarize": ("key_point",),
+}
+READ_MEMORY = {*CLUE_KINDS, "memory"}  # tasks that ask the memory model
+_MOST_REWRITES = 8  # questions taken from the generator's list
+
+_RETRY_S = 0.2  # a replica whose engine died answers until it is replaced: not asked again at once
+
+PipelineEvent = Clue | Hit | TextDelta | api.Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Handles of the deployments a question passes through, and what bounds it there."""
+
+    recaller: DeploymentHandle
+    retriever: DeploymentHandle
+    generator: DeploymentHandle
+    search: SearchConfig
+    recall_deadline_s: float
+    question_deadline_s: float
+    degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as embedded-model
+    prepared: Prepared
+    texts: Texts
+    on_damage: Callable[[Sequence[Manifest], BaseException], Awaitable[bool]]  # told of errors that are survived
+
+
+class Inquiry:
+    """One question in flight over one version of each of some memories of a tenant."""
+
+    def __init__(
+        self,
+        pools: Pools,
+        manifests: Sequence[Manifest],
+        groups: Sequence[SegmentGroup],
+        question: api.Question,
+        cache_salt: str,
+    ) -> None:
+        """`groups` are the memories' segments as the Recaller reads them; `cache_salt` is the tenant's."""
+        self._pools = pools
+        self._manifests = manifests
+        self._groups = groups
+        self._question = question
+        self._cache_salt = cache_salt
+        self._language: api.Language = question.language or ("zh" if manifests[0].language == "zh" else "en")
+        self._index: Index = index_of(manifests)
+        names = "+".join(f"{manifest.tenant}/{manifest.memory}" for manifest in manifests)
+        self._retriever = pools.retriever.options(session_id=names)
+        self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._started = time.perf_counter()
+        self._spans = StageSpans(manifests, question.task)
+        self._deadline = time.monotonic() + pools.question_deadline_s
+        self.clues: list[Clue] = []
+        self.hits: list[Hit] = []  # in the order that citations number them
+        self.usage = api.Usage()
+        self.timings = api.Timings()
+        self.degraded = list(pools.degraded)
+
+    async def run(self) -> AsyncIterator[PipelineEvent]:
+        """Clues, passages, pieces of the answer as they come; the whole answer last.
+
+        Closing the iterator cancels the work in every pool. Raises `TimeoutError` past the question's deadline.
+        """
+        try:
+            if self._question.task == "memory":
+                async for event in self._answer_from_memory():
+                    yield event
+                return
+            if self._question.task == "full":
+                async for event in self._generate():
+                    yield event
+                return
+            searching = self.begin_search()
+            drafting = self._question.task in ("hyde", "rewrite")
+            kinds = CLUE_KINDS.get(self._question.task, ())
+            async for clue in self._draft() if drafting else self.recall(kinds):
+                self._queries.put_nowait(clue.text)
+                yield clue
+            await self.retrieve(searching)
+            for hit in self.hits:
+                yield hit
+            async for event in self._generate():
+                yield event
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    async def recall(self, kinds: tuple[ClueKind, ...], *, required: bool = False) -> AsyncIterator[Clue]:
+        """The clues, each the moment its line is complete; none where recall fails, unless they are `required`.
+
+        Memories that one prompt cannot hold are asked group by group, all at once; a clue counts once.
+        """
+        if not kinds:
+            return
+        arrived: asyncio.Queue[Clue | asyncio.Task[None]] = asyncio.Queue()
+        asking = [asyncio.create_task(self._recall_group(group, kinds, arrived.put_nowait)) for group in self._groups]
+        for task in asking:
+            task.add_done_callback(arrived.put_nowait)
+        known: set[tuple[ClueKind, str]] = set()
+        running = len(asking)
+        try:
+            while running:
+                item = await arrived.get()
+                if isinstance(item, Clue):
+                    if (item.kind, item.text.casefold()) not in known:
+                        known.add((item.kind, item.text.casefold()))
+                        self.clues.append(item)
+                        yield item
+                    continue
+                running -= 1
+                error = item.exception()
+                if error is None:
+                    continue
+                # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
+                if required or is_callers_fault(error):
+                    raise error
+                names = ", ".join(manifest.memory for manifest in self._manifests)
+                logger.warning("recall failed for %s, going on without: %r", names, error)
+                await self._pools.on_damage(self._manifests, error)
+                if "recall" not in self.degraded:
+                    self.degraded.append("recall")
+        finally:
+            for task in asking:
+                task.cancel()
+            self._spans.ended("recall", self._started, clues=len(self.clues), groups=len(self._groups))
+        self.timings.recall = self._elapsed_ms()
+
+    async def _recall_group(
+        self, group: SegmentGroup, kinds: tuple[ClueKind, ...], found: Callable[[Clue], None]
+    ) -> None:
+        request = RecallRequest(group, self._question.question, kinds, self._language)
+        deadline = min(self._deadline, time.monotonic() + self._pools.recall_deadline_s)
+        recaller = self._pools.recaller.options(stream=True, session_id=group.name)
+        async for item in _retried(lambda: recaller.recall.remote(request), deadline):
+            if isinstance(item, RecallUsage):
+                self.usage.recall_prompt_tokens += item.prompt_tokens
+                self.usage.recall_completion_tokens += item.completion_tokens
+            else:
+                found(item)
+
+    async def _draft(self) -> AsyncIterator[Clue]:
+        """What the generator, which has not seen the text, would search with: for comparison with clues."""
+        hyde = self._question.task == "hyde"
+        generation: Generation | None = None
+        async for item in self._generated("hyde" if hyde else "rewrite", stream=False):
+            if isinstance(item, Generation):
+                generation = item
+        assert generation is not None, "the generator's stream ends with a Generation"
+        self.usage.recall_prompt_tokens = generation.prompt_tokens
+        self.usage.recall_completion_tokens = generation.completion_tokens
+        lines = ClueLines(_MOST_REWRITES)
+        texts = [generation.text] if hyde else [*lines.feed(generation.text), *lines.close()]
+        for text in filter(str.strip, texts):
+            self.clues.append(Clue("draft" if hyde else "question", text.strip()))
+            yield self.clues[-1]
+        self.timings.recall = self._elapsed_ms()
+
+    def begin_search(self) -> asyncio.Task[list[Ranking]]:
+        """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
+        # A summary asks nothing: the title stands for it until key points come.
+        titles = " ".join(manifest.title for manifest in self._manifests if manifest.title)
+        self._queries.put_nowait(self._question.question or titles or "summary")
+        self._tasks.append(task := asyncio.create_task(self._search()))
+        return task
+
+    async def retrieve(self, searching: asyncio.Task[list[Ranking]]) -> None:
+        """Waits for the searches still running, fuses all rankings, keeps what the budget allows."""
+        began = self._elapsed_ms()
+        self._queries.put_nowait(None)
+        rankings = await searching
+        self.hits = kept(rankings, self._weights(rankings), self._pools.search)
+        self.timings.retrieve = self._elapsed_ms() - began
+        self._spans.ended("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
+
+    def _weights(self, rankings: list[Ranking]) -> list[float]:
+        """Clues count by their grounding, measured by the question's; in a summary by that of the best of them."""
+        if self._question.task in ("hyde", "rewrite"):  # guesses of a model that has not seen the text
+            return [1.0] * len(rankings)
+        measure = rankings[:1] if self._question.question else rankings
+        return clue_weights(rankings, max(ranking.grounding for ranking in measure))
+
+    async def _search(self) -> list[Ranking]:
+        """All rankings, the question's first. What came during one search goes into the next, together."""
+        rankings: list[Ranking] = []
+        more = True
+        while more:
+            queries = [await self._queries.get()]
+            while not self._queries.empty():
+                queries.append(self._queries.get_nowait())
+            more = None not in queries
+            if texts := [query for query in queries if query is not None]:
+                found = await self._asked(self._retriever.search, self._index, texts)
+                rankings += found
+        return rankings
+
+    async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
+        began = self._elapsed_ms()
+        ids = tuple(hit.passage.id for hit in self.hits)
+        if missing := self._pools.prepared.missing(self._index, ids):
+            self._tasks.append(asyncio.create_task(self._prepare_evidence(missing)))
+        tasks: dict[api.Task, GenerateTask] = {"summarize": "summarize", "full": "full"}
+        task = tasks.get(self._question.task, "answer")
+        generation: Generation | None = None
+        async for item in self._generated(task, stream=self._question.stream):
+            if isinstance(item, Generation):
+                generation = item
+            else:
+                yield item
+        assert generation is not None, "the generator's stream ends with a Generation"
+        self.timings.generate = self._elapsed_ms() - began
+        self._spans.ended("generate", self._started + began / 1000, tokens=generation.completion_tokens)
+        self.usage.prompt_tokens = generation.prompt_tokens
+        self.usage.completion_tokens = generation.completion_tokens
+        if generation.cut:
+            self.degraded.append("text-cut")
+        kept = {replace(source, score=0.0) for source in generation.sources}
+        self.hits = [hit for hit in self.hits if replace(source_of(hit), score=0.0) in kept]
+        yield await self._answer(generation)
+
+    async def _generated(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
+        """What the Generator makes of the question and the passages; of the whole text for `full`."""
+        texts = await self._pools.texts.read(self._manifests) if task == "full" else map(source_of, self.hits)
+        request = GenerateRequest(
+            task=task,
+            question=self._question.question,
+            sources=tuple(texts),
+            language=self._language,
+            max_tokens=None if task in ("hyde", "rewrite") else self._question.max_tokens,
+            cache_salt=self._cache_salt,
+            short=self._question.short and task in ("answer", "full"),
+            stream=stream,
+        )
+        generator = self._pools.generator.options(stream=True)
+        try:
+            async for item in _retried(lambda: generator.generate.remote(request), self._deadline):
+                yield item
+        except Exception as error:
+            # A boundary: the passages were found and are worth having even without an answer.
+            raise problem_for(error).with_members(
+                passages=[passage_out(hit).model_dump() for hit in self.hits],
+                clues=[clue_out(clue).model_dump() for clue in self.clues],
+            ) from error
+
+    async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
+        await self._asked(self._retriever.prepare_evidence, self._index, passages)
+
+    async def _answer(self, generation: Generation) -> api.Answer:
+        evidence = []
+        if self.hits:
+            ids = tuple(hit.passage.id for hit in self.hits)
+            request = EvidenceRequest(self._index, ids, self._question.question, generation.text)
+            began = time.perf_counter()
+            evidence = await self._asked(self._retriever.evidence, request)
+            self._spans.ended("evidence", began, sentences=len(evidence))
+        return self._finish(
+            answer=generation.text,
+            citations=[
+                api.CitationOut(n=c.n, memory=c.memory, document=c.document, start=c.start, end=c.end)
+                for c in generation.citations
+            ],
+            evidence=[
+                api.EvidenceOut(
+                    memory=e.memory, document=e.document, start=e.start, end=e.end, text=e.text, score=e.score
+                )
+                for e in evidence
+            ],
+        )
+
+    async def _answer_from_memory(self) -> AsyncIterator[TextDelta | api.Answer]:
+        if len(self._groups) > 1:
+            raise ProblemError(
+                422,
+                f"these memories make {len(self._groups)} prompts, and the task 'memory' answers from one; ask with "
+                "the task 'memorag', which asks all of them for clues",
+            )
+        request = MemoryAnswerRequest(
+            self._groups[0], self._question.question, self._language, self._question.max_tokens
+        )
+        pieces: list[str] = []
+        recaller = self._pools.recaller.options(stream=True, session_id=request.group.name)
+        async for item in _retried(lambda: recaller.answer.remote(request), self._deadline):
+            if isinstance(item, Finished):
+                self.usage.recall_prompt_tokens = item.prompt_tokens
+                self.usage.recall_completion_tokens = item.completion_tokens
+            else:
+                pieces.append(item.text)
+                yield item
+        self.timings.recall = self._elapsed_ms()
+        self._spans.ended("recall", self._started, tokens=self.usage.recall_completion_tokens)
+        yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
+
+    def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:
+        self.timings.total = self._elapsed_ms()
+        asked = [api.MemoryVersion(id=manifest.memory, version=manifest.version) for manifest in self._manifests]
+        return api.Answer(
+            memory=asked[0].id if len(asked) == 1 else None,
+            version=asked[0].version if len(asked) == 1 else None,
+            memories=asked,
+            task=self._question.task,
+            answer=answer,
+            citations=citations,
+            evidence=evidence,
+            clues=[clue_out(clue) for clue in self.clues],
+            passages=[passage_out(hit) for hit in self.hits],
+            degraded=self.degraded,
+            usage=self.usage,
+            timings_ms=self.timings,
+        )
+
+    async def _asked(self, method: Any, *arguments: Any) -> Any:
+        """What a deployment's method returns; a replica that dies is waited for, and its successor asked."""
+        while True:
+            try:
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    return await method.remote(*arguments)
+            except Exception as error:
+                if not is_unavailable(error) or time.monotonic() >= self._deadline:
+                    raise
+                logger.warning("a retrieval call is repeated: %r", error)
+            await asyncio.sleep(_RETRY_S)
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._started) * 1000
+
+
+async def _retried(call: Callable[[], Any], deadline: float) -> AsyncIterator[Any]:
+    """The items of the stream that `call` starts; started again if its replica dies before the first item.
+
+    Raises `TimeoutError` when it has not ended by `deadline` (monotonic seconds). Closing it cancels the stream.
+    """
+    while True:
+        began = False
+        stream = call()
+        try:
+            iterator = aiter(stream)
+            while True:
+                try:
+                    item = await asyncio.wait_for(anext(iterator), deadline - time.monotonic())
+                except StopAsyncIteration:
+                    return
+                began = True
+                yield item
+        except Exception as error:
+            if began or not is_unavailable(error) or time.monotonic() >= deadline:
+                raise
+            logger.warning("a stream is started again: %r", error)
+        finally:
+            stream.cancel()
+        await asyncio.sleep(_RETRY_S)

@@ -1,0 +1,389 @@
+"""The Router: the life of memories and questions over the worker pools. The ingress and Ray clients call it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TypeVar
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.planning.costs import MemoryKind
+from memory_worker.catalog.actor import catalog
+from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, Reservation, SegmentGroup
+from memory_worker.recall.groups import segment_groups
+from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.storage.store import check_id
+from serving import api
+from serving.config import Profile
+from serving.documents.uploads import memory_id
+from serving.errors import ProblemError, damaged_path, problem_for
+from serving.router.jobs import Jobs
+from serving.router.kinds import chosen, require_same_model
+from serving.router.manifests import memory_out, progress_out
+from serving.router.once import KeyedAnswers
+from serving.router.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools
+from serving.router.prefetch import Prefetch
+from serving.router.prepared import Prepared
+from serving.router.question_limits import QuestionLimits
+from serving.router.secret import salt_of
+from serving.router.shown import clue_out, event_out, passage_out
+from serving.router.texts import Texts
+from serving.router.usage_metrics import UsageMetrics
+
+_EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
+_Result = TypeVar("_Result")
+
+
+class Router(KeyedAnswers):
+    """One replica. All methods take the tenant first; failures are `ProblemError`s."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        storage_root: str,
+        secret: bytes,
+        degraded: tuple[str, ...],
+        memorizer: DeploymentHandle,
+        recaller: DeploymentHandle,
+        retriever: DeploymentHandle,
+        generator: DeploymentHandle,
+    ) -> None:
+        self._profile = profile
+        self._secret = secret
+        self._catalog = catalog(storage_root, profile.ray.namespace, profile.memory.catalog, profile.quotas)
+        self._memorizer = memorizer
+        self._pools = Pools(
+            recaller,
+            retriever,
+            generator,
+            profile.retrieval.search,
+            profile.memory.recall.deadline_s,
+            profile.limits.question_s,
+            degraded,
+            Prepared(),
+            Texts(storage_root),
+            self._repair,
+        )
+        self._limits = QuestionLimits(profile)
+        self._metrics = UsageMetrics()
+        self._model: MemorizerDescription | None = None
+        settings = (profile.memory.catalog, profile.quotas)
+        jobs = Jobs(self._catalog, settings, memorizer, retriever, Prefetch(recaller, profile))
+        self._working = asyncio.get_running_loop().create_task(jobs.run_forever())
+
+    # -- memories ------------------------------------------------------------------------------------------
+
+    async def reserve(
+        self,
+        tenant: str,
+        memory: str | None,
+        title: str | None,
+        kind: MemoryKind | None,
+        ratio: int | None,
+        documents: int,
+    ) -> Reservation:
+        """Where the texts of a new memory are put before `create` begins its job. A name is made if none is given."""
+        self._check_documents(documents)
+        await self._chosen(kind, ratio)
+        name = memory if memory is not None else memory_id(title)
+        return await _problems(self._catalog.reserve.remote(tenant, name, create=True))
+
+    async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
+        """Where the text of a document is put before `change` begins its job."""
+        try:
+            check_id(document, "document")
+        except Exception as error:
+            raise problem_for(error) from error
+        reserved: Reservation = await _problems(
+            self._catalog.reserve.remote(tenant, memory, create=False, if_match=if_match)
+        )
+        base = reserved.base
+        assert base is not None, "a change has a base"
+        try:
+            if document not in {entry.id for entry in base.documents}:
+                self._check_documents(len(base.documents) + 1)
+            require_same_model(base, await self._memory_model())
+            await self._chosen(base.kind, base.ratio)
+        except ProblemError:
+            await self.abandon(reserved.key)
+            raise
+        return reserved
+
+    async def reserve_import(self, tenant: str, memory: str, manifest: Manifest) -> Reservation:
+        """Where the files of an archive are put before `adopt`. Raises where another model encoded it."""
+        require_same_model(manifest, await self._memory_model(), memory)
+        self._check_documents(len(manifest.documents))
+        return await _problems(self._catalog.reserve.remote(tenant, memory, create=True))
+
+    async def adopt(self, manifest: Manifest) -> api.MemoryOut:
+        """A memory of files that are in storage already."""
+        return memory_out(await _problems(self._catalog.adopt.remote(manifest)))
+
+    async def create(
+        self,
+        key: MemoryKey,
+        documents: Sequence[JobDocument],
+        *,
+        language: str,
+        title: str | None,
+        tags: Sequence[str],
+        kind: MemoryKind | None,
+        ratio: int | None,
+    ) -> api.MemoryOut:
+        """Begins to make a memory of texts that are in storage; it is `memorizing` when this returns."""
+        kind, ratio = await self._chosen(kind, ratio)
+        job = JobRecord(
+            documents=tuple(documents),
+            memory_kind=kind,
+            ratio=ratio,
+            language=language,
+            title=title,
+            tags=tuple(dict.fromkeys(tags)),
+        )
+        return memory_out(await _problems(self._catalog.begin.remote(key, job)))
+
+    async def change(self, reserved: Reservation, document: JobDocument) -> api.MemoryOut:
+        """Begins to add or replace a document whose text is in storage; the present version is asked until then."""
+        base = reserved.base
+        assert base is not None, "a change has a base"
+        job = JobRecord(
+            kind="put",
+            base=base.version,
+            documents=(document,),
+            memory_kind=base.kind,
+            ratio=base.ratio,
+            language=base.language,
+            title=base.title,
+            tags=base.tags,
+        )
+        return memory_out(await _problems(self._catalog.begin.remote(reserved.key, job)))
+
+    async def abandon(self, key: MemoryKey) -> None:
+        """Gives up what was reserved, with the texts put there."""
+        await self._catalog.abandon.remote(key)
+
+    async def remove_document(self, tenant: str, memory: str, document: str, if_match: str | None) -> api.MemoryOut:
+        """Removes a document; the version without it is there when this returns."""
+        removed = self._catalog.remove_document.remote(tenant, memory, document, if_match)
+        return memory_out(await _problems(removed))
+
+    async def cancel(self, tenant: str, memory: str) -> None:
+        """Ends the job of the memory."""
+        await _problems(self._catalog.cancel.remote(tenant, memory))
+
+    async def get(self, tenant: str, memory: str) -> api.MemoryOut:
+        return memory_out(await self._record(tenant, memory))
+
+    async def list_memories(self, tenant: str, cursor: str | None, limit: int, tag: str | None) -> api.MemoryList:
+        records, following = await _problems(self._catalog.list.remote(tenant, cursor, limit, tag))
+        return api.MemoryList(memories=[memory_out(record) for record in records], next_cursor=following)
+
+    async def delete(self, tenant: str, memory: str) -> None:
+        """Deletes the memory and all its versions; ends its job, if it is being made or changed."""
+        await _problems(self._catalog.delete.remote(tenant, memory))
+
+    async def manifest(self, tenant: str, memory: str) -> Manifest:
+        """The present version, whose files stay for the retention's grace."""
+        return await self._read(tenant, memory)
+
+    async def hold(self, key: MemoryKey) -> None:
+        """Keeps a version that is read for long from being deleted."""
+        await self._catalog.hold.remote(key)
+
+    async def source(self, tenant: str, memory: str, document: str) -> FileEntry:
+        """The file with the text of one document, that all offsets count in; it stays for the retention's grace."""
+        manifest = await self._read(tenant, memory)
+        for entry in manifest.documents:
+            if entry.id == document:
+                return entry.source
+        names = ", ".join(entry.id for entry in manifest.documents[:20])
+        raise ProblemError(404, f"memory {memory!r} has no document {document!r}; it has {names}")
+
+    async def usage(self, tenant: str) -> api.UsageOut:
+        """What the tenant has and may have."""
+        used = await self._catalog.usage.remote(tenant)
+        return api.UsageOut(
+            tenant=tenant,
+            memories=used.memories,
+            tokens=used.tokens,
+            bytes=used.bytes,
+            jobs=used.jobs,
+            quota=self._profile.quotas.of(tenant).model_dump(),
+        )
+
+    async def events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
+        """Progress of a memory's job, until the memory is ready, or the job has failed; error where it is deleted."""
+        try:
+            async for event in self._events(tenant, memory):
+                yield event
+        except ProblemError as problem:  # the response may have begun: it ends with what went wrong
+            yield api.Event(name="error", data=problem.body())
+
+    async def _events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
+        record = await self._record(tenant, memory)
+        began, first = time.monotonic(), record.job.done_tokens if record.job else 0
+        while record.job:
+            rate = (record.job.done_tokens - first) / max(time.monotonic() - began, 1e-3)
+            progress = progress_out(record.status, record.job, rate)
+            yield api.Event(name="progress", data=progress.model_dump())
+            record = await _problems(self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S))
+        yield api.Event(name="failed" if record.error else "ready", data=memory_out(record).model_dump(mode="json"))
+
+    # -- questions -----------------------------------------------------------------------------------------
+
+    async def ask(
+        self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
+    ) -> AsyncIterator[api.Event]:
+        """Events clue, passage, token; last done, or error."""
+        manifests: Sequence[Manifest] = ()
+        try:
+            manifests = await self._read_many(tenant, memories, tag)
+            inquiry = await self._inquiry(tenant, manifests, question)
+            async for item in inquiry.run():
+                if isinstance(item, api.Answer):
+                    self._metrics.question(tenant, item)
+                yield event_out(item)
+        except Exception as error:  # noqa: BLE001  the response has begun: the failure travels as its last event
+            yield api.Event(name="error", data=(await self._problem(manifests, error)).body())
+
+    async def answer(self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question) -> api.Answer:
+        """The whole answer at once."""
+        manifests = await self._read_many(tenant, memories, tag)
+        inquiry = await self._inquiry(tenant, manifests, question)
+        try:
+            async for item in inquiry.run():
+                if isinstance(item, api.Answer):
+                    self._metrics.question(tenant, item)
+                    return item
+        except Exception as error:
+            raise await self._problem(manifests, error) from error
+        raise ProblemError(500, "the pipeline ended without an answer")
+
+    async def clues(self, tenant: str, memory: str, query: api.CluesQuery) -> api.CluesOut:
+        """Recall on its own."""
+        question = api.Question(question=query.question, language=query.language)
+        manifest = await self._read(tenant, memory)
+        inquiry = await self._inquiry(tenant, [manifest], question)
+        started = time.perf_counter()
+        try:
+            clues = [clue_out(clue) async for clue in inquiry.recall(CLUE_KINDS["memorag"], required=True)]
+        except Exception as error:
+            raise await self._problem([manifest], error) from error
+        inquiry.timings.total = (time.perf_counter() - started) * 1000
+        return api.CluesOut(
+            memory=memory,
+            version=manifest.version,
+            clues=clues,
+            degraded=inquiry.degraded,
+            usage=inquiry.usage,
+            timings_ms=inquiry.timings,
+        )
+
+    async def passages(self, tenant: str, memory: str, query: api.PassagesQuery) -> api.PassagesOut:
+        """Retrieval on its own, with the text as it is."""
+        manifest = await self._read(tenant, memory)
+        inquiry = await self._inquiry(tenant, [manifest], api.Question(question=query.question, task="rag"))
+        started = time.perf_counter()
+        try:
+            await inquiry.retrieve(inquiry.begin_search())
+        except Exception as error:
+            raise await self._problem([manifest], error) from error
+        inquiry.timings.total = (time.perf_counter() - started) * 1000
+        hits = [passage_out(hit) for hit in inquiry.hits]
+        return api.PassagesOut(memory=memory, version=manifest.version, passages=hits, timings_ms=inquiry.timings)
+
+    # -- health --------------------------------------------------------------------------------------------
+
+    async def ready(self) -> api.Readiness:
+        """Returns when every pool has answered, but for those that may sleep: asking would wake them."""
+        pools, handles = self._profile.pools, self._pools
+        engines = {"Recaller": (pools.memory, handles.recaller), "Generator": (pools.generator, handles.generator)}
+        awake = {name: handle for name, (pool, handle) in engines.items() if pool.min_replicas}
+        try:
+            stats = await asyncio.gather(*(handle.stats.remote() for handle in awake.values()))
+            if pools.memory.min_replicas:
+                await self._memory_model()
+            if pools.retrieval.min_replicas:
+                await handles.retriever.describe.remote()
+        except Exception as error:
+            raise problem_for(error) from error
+        running = {name: each.requests for name, each in zip(awake, stats, strict=True)}
+        return api.Readiness(status="ok", running=running)
+
+    def check_health(self) -> None:
+        """Raises if no jobs are taken any more."""
+        if self._working.done():
+            self._working.result()
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _check_documents(self, count: int) -> None:
+        """Raises for more documents than one memory may have."""
+        if count > self._profile.limits.documents:
+            raise ProblemError(413, f"{count} documents; one memory takes {self._profile.limits.documents} at most")
+
+    async def _memory_model(self) -> MemorizerDescription:
+        if self._model is None:
+            self._model = await self._memorizer.describe.remote()
+        return self._model
+
+    async def _chosen(self, kind: MemoryKind | None, ratio: int | None) -> tuple[MemoryKind, int]:
+        """What a memory is made as, for which these are asked."""
+        return chosen(await self._memory_model(), kind, ratio, self._profile.memory.memorize.ratio)
+
+    async def _record(self, tenant: str, memory: str) -> MemoryRecord:
+        return await _problems(self._catalog.get.remote(tenant, memory))
+
+    async def _read(self, tenant: str, memory: str) -> Manifest:
+        return await _problems(self._catalog.read.remote(tenant, memory))
+
+    async def _read_many(self, tenant: str, memories: Sequence[str], tag: str | None) -> Sequence[Manifest]:
+        found: Sequence[Manifest] = await _problems(self._catalog.read_many.remote(tenant, memories, tag))
+        if not found:
+            missing = f"no ready memory has the tag {tag!r}" if tag else "no memory is named"
+            raise ProblemError(404 if tag else 422, f"{missing}; give ids in 'memories', or a tag that memories have")
+        return found
+
+    async def _inquiry(self, tenant: str, manifests: Sequence[Manifest], question: api.Question) -> Inquiry:
+        await self._limits.check(question)
+        groups: Sequence[SegmentGroup] = ()
+        if question.task in READ_MEMORY:
+            model = await self._memory_model()
+            for manifest in manifests:
+                require_same_model(manifest, model)
+            try:
+                groups = segment_groups(manifests, self._profile.memory.group_slots)
+            except Exception as error:
+                raise problem_for(error) from error
+        return Inquiry(self._pools, manifests, groups, question, salt_of(self._secret, tenant))
+
+    async def _problem(self, manifests: Sequence[Manifest], error: BaseException) -> ProblemError:
+        """The problem that `error` is to a client; where a file is damaged, what is being done about it."""
+        if await self._repair(manifests, error):
+            path = damaged_path(error)
+            return ProblemError(503, f"the stored file {path!r} is damaged and is being made again; try again later")
+        return problem_for(error)
+
+    async def _repair(self, manifests: Sequence[Manifest], error: BaseException) -> bool:
+        """Begins to make a damaged file again, if that is what is wrong and it can be done."""
+        path = damaged_path(error)
+        for manifest in manifests if path else ():
+            if path in {file.path for file in manifest.files}:
+                key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+                return bool(await _problems(self._catalog.repair.remote(key, path)))
+        return False
+
+
+def router_deployment(profile: Profile) -> serve.Deployment:
+    """The Router on the CPU pool of `profile`. One that is replaced ends its questions first."""
+    options = profile.pools.cpu.deployment_options() | {"graceful_shutdown_timeout_s": profile.limits.question_s}
+    return serve.deployment(Router, name="Router", **options)
+
+
+async def _problems(called: Awaitable[_Result]) -> _Result:
+    """What an actor's method returns; its failure as a `ProblemError`."""
+    try:
+        return await called
+    except Exception as error:
+        raise problem_for(error) from error
