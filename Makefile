@@ -42,7 +42,7 @@ test: lint
 soak: install
 	@trap '$(BIN)/memorag down --storage $(SOAK)' EXIT; trap 'exit 1' INT TERM; \
 	  $(BIN)/memorag up --profile embedded --storage $(SOAK) --port 0 && \
-	  $(BIN)/python -m tests.system.chaos --storage $(SOAK) --minutes $(MINUTES) --seed $(SEED) --json $(SOAK)/soak.json
+	  $(BIN)/python -m tests.support.chaos --storage $(SOAK) --minutes $(MINUTES) --seed $(SEED) --json $(SOAK)/soak.json
 
 bench: install
 	@$(BIN)/python -m benchmarks

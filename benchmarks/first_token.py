@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.memory_worker.recalling import IN_PROCESS
+from tests.support.recalling import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
@@ -25,8 +25,8 @@ from benchmarks.report import report
 from memory_worker.messages import MemoryKey
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
-from tests.memory_worker.recalling import connector_config, engine, group, ray_of_its_own, request, store_slots
-from tests.random_model import ensure_random_model
+from tests.support.random_model import ensure_random_model
+from tests.support.recalling import connector_config, engine, group, ray_of_its_own, request, store_slots
 
 RATIOS = (2, 4, 8, 16)
 HEAD, QUESTION, REPEATS = 32, 24, 5

@@ -27,7 +27,8 @@ from memory_worker.keeper.keeper import local_keeper
 from memory_worker.messages import MemoryKey
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
-from tests.memory_worker.recalling import (
+from tests.support.random_model import ensure_random_model
+from tests.support.recalling import (
     IN_PROCESS,
     NAMESPACE,
     connector_config,
@@ -38,7 +39,6 @@ from tests.memory_worker.recalling import (
     request,
     store_slots,
 )
-from tests.random_model import ensure_random_model
 
 HEAD, QUESTION, MEMORIES = 32, 24, 4
 RATIO = 8

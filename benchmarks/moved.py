@@ -30,7 +30,7 @@ from benchmarks.report import report
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.manifest import Manifest, MemoryShape
 from memory_worker.storage.store import MemoryStore
-from tests.memory_worker.stored import store_memory, whole
+from tests.support.stored_memories import store_memory, whole
 
 SHAPE = MemoryShape(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16")
 MEMORIES, DOCUMENTS, QUESTIONS = 6, 8, 16

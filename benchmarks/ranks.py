@@ -108,7 +108,7 @@ def _alone(folder: Path) -> dict[str, float]:
 
     from memory_worker.storage.manifest import MemoryShape
     from memory_worker.storage.store import MemoryStore, segment_path
-    from tests.random_model import ensure_random_model
+    from tests.support.random_model import ensure_random_model
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_random_model(folder / "embedded"))
     text = EXAMPLE.read_text(encoding="utf-8")

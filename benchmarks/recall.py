@@ -31,8 +31,8 @@ from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.recall.clues import ClueLines
 from memory_worker.recall.recaller import recaller_application
 from memory_worker.storage.store import MemoryStore
-from tests.memory_worker.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
-from tests.random_model import ensure_random_model
+from tests.support.random_model import ensure_random_model
+from tests.support.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 
 SLOTS, RATIO, CONCURRENT = 2000, 8, 16
 REFERENCE_QUESTIONS = 4  # of each turn's

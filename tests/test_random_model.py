@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.random_model import ensure_random_model
+from tests.support.random_model import ensure_random_model
 
-_MAKE = "import sys; from tests.random_model import ensure_random_model as make; print(make(sys.argv[1]))"
+_MAKE = "import sys; from tests.support.random_model import ensure_random_model as make; print(make(sys.argv[1]))"
 ROOT = Path(__file__).parents[1]
 
 

@@ -28,9 +28,9 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from serving.config import load_profile
 from serving.deploy.application import Arguments, application
-from tests.cluster import known_metrics
-from tests.cluster.known_metrics import ROOT
-from tests.own_ray import own_ray
+from tests.support import known_metrics
+from tests.support.known_metrics import ROOT
+from tests.support.own_ray import own_ray
 
 DEPLOY = ROOT / "cluster" / "deploy"
 SCHEMA = ROOT.parent / "shared" / "data" / "schemas" / "rayservice-v1.schema.json.xz"

@@ -12,9 +12,9 @@ from cluster.engine import EngineServer, _core_ids, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
-from tests.cluster.tiny_engine import tiny_engine
-from tests.own_ray import own_ray
-from tests.random_model import ensure_random_model
+from tests.support.own_ray import own_ray
+from tests.support.random_model import ensure_random_model
+from tests.support.tiny_engine import tiny_engine
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from cluster.routing import MemoryRouter, ReportsRank
 from tests.cluster.test_memory_routing import MEMORIES, homes
-from tests.own_ray import own_ray
+from tests.support.own_ray import own_ray
 
 
 @ray.remote(num_cpus=0)

@@ -21,10 +21,10 @@ from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
 from generator_worker.messages import GenerateRequest, Generation, Source
 from generator_worker.remote import RemoteGenerator
-from tests.cluster.tiny_engine import tiny_engine
-from tests.generator_worker.watched import WatchedGenerator
-from tests.own_ray import own_ray
-from tests.random_model import ensure_random_model
+from tests.support.own_ray import own_ray
+from tests.support.random_model import ensure_random_model
+from tests.support.tiny_engine import tiny_engine
+from tests.support.watched_generator import WatchedGenerator
 
 KEY = "correct horse"
 REQUEST = GenerateRequest(

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from generator_worker.errors import QuestionTooLong
 from generator_worker.messages import GenerateRequest, Source
 from generator_worker.prompts import build_prompt
-from tests.random_model import ensure_random_model
+from tests.support.random_model import ensure_random_model
 
 ENGLISH = GenerateRequest(
     task="answer",

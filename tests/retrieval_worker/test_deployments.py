@@ -26,8 +26,8 @@ from retrieval_worker.messages import (
     Ranking,
 )
 from retrieval_worker.retriever import Retriever, retrieval_applications
-from tests.own_ray import own_ray
-from tests.retrieval_worker.made import described
+from tests.support.own_ray import own_ray
+from tests.support.passage_files import described
 
 BOOK = Path(__file__).parents[2].parent / "shared" / "data" / "books" / "pride-and-prejudice.txt"
 GATE = "The gate was opened at noon by the dragon keeper."

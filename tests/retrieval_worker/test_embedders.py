@@ -9,7 +9,7 @@ from retrieval_worker.config import EmbedderConfig
 from retrieval_worker.embedder import Embedder
 from retrieval_worker.embedders import load_embedder
 from retrieval_worker.errors import EmbedderUnavailable
-from tests.retrieval_worker.bge_m3_checkpoint import WORDS, make_checkpoint
+from tests.support.bge_m3_checkpoint import WORDS, make_checkpoint
 
 TEXTS = ["The cat sat on the mat.", "A feline rested on a rug.", "Interest rates rose in May.", "x " * 900, ""]
 

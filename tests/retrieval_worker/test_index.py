@@ -10,7 +10,7 @@ from retrieval_worker.config import IndexConfig
 from retrieval_worker.index import PassageIndex, SparseWeights, _best
 from retrieval_worker.messages import Embeddings
 from retrieval_worker.vectors import PassageVectors, SparseRows
-from tests.retrieval_worker.made import described, made_vectors, random_sparse, unit
+from tests.support.passage_files import described, made_vectors, random_sparse, unit
 
 VECTORS = IndexConfig(dense_weight=1)
 

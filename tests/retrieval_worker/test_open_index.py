@@ -17,7 +17,7 @@ from retrieval_worker.config import IndexConfig
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.messages import Embeddings, Index, IndexPart
 from retrieval_worker.open_index import IndexShelf, OpenIndex
-from tests.retrieval_worker.made import described, made_vectors, part, write_made
+from tests.support.passage_files import described, made_vectors, part, write_made
 
 
 class CountingStorage(Storage):

@@ -10,7 +10,7 @@ import pytest
 from cluster.storage.durable import Storage, StoredFile
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.passage_file import Piece, parse_passages, read_passages
-from tests.retrieval_worker.made import buffer, described, made_vectors, write_made
+from tests.support.passage_files import buffer, described, made_vectors, write_made
 
 PATH = "t/m/v/passages/d.parquet"
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.system.chaos import Chaos
+from tests.support.chaos import Chaos
+from tests.support.kills import PARTS
 from tests.system.conftest import Server
-from tests.system.kills import PARTS
 
 
 @pytest.mark.timeout(1800)  # eleven kills, and each part takes as long as it needs to start

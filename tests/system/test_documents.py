@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.serving.test_convert import docx
+from tests.serving.documents.test_convert import docx
 from tests.system.conftest import Server, check_problem, follow, memorize
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from examples.chronicles import document
-from tests.memory_worker.kinds import RATIOS, stock_model
+from tests.support.kinds_of_memory import RATIOS, stock_model
 from tests.system.conftest import ROOT, Server, check_problem, follow, memorize
 from tests.system.test_damage import ask as ask_damaged
 from tests.system.test_damage import flip, forget

@@ -14,9 +14,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.system.chaos import text
+from tests.support.chaos import text
+from tests.support.kills import kill_server
 from tests.system.conftest import ROOT, Server, follow, memorize
-from tests.system.kills import kill_server
 
 pytestmark = pytest.mark.timeout(1200)  # it is started twice, on a machine that may be busy
 

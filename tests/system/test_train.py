@@ -9,7 +9,7 @@ import psutil
 import yaml
 
 from memory_worker.models.beacon import BeaconModel
-from tests.memory_worker.training_runs import tiny_run
+from tests.support.training_runs import tiny_run
 from tests.system.conftest import MEMORAG, ROOT
 from tests.system.test_batch import eventually, title_of
 

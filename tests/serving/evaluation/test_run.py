@@ -16,7 +16,7 @@ from serving.evaluation.evaluate import ask_all, forget, sample
 from serving.evaluation.plot import report_svg
 from serving.evaluation.report import report
 from serving.evaluation.run import Run, RunError, fingerprint
-from tests.serving.evaluation.made import TEXT, example
+from tests.support.examples_of_questions import TEXT, example
 
 EXAMPLES = [
     example("a/0", "a", evidence=((0, 25),)),

@@ -4,7 +4,7 @@ import pytest
 
 from serving.evaluation.recall import Found, answer_recall, evidence_recall, ranked
 from serving.evaluation.scores import exact, score
-from tests.serving.evaluation.made import TEXT, example
+from tests.support.examples_of_questions import TEXT, example
 
 
 @pytest.mark.parametrize(

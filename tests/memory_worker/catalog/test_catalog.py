@@ -1,0 +1,505 @@
+"""The catalog gives a name to one job only, tells who waits, and may be killed at any moment."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from memory_worker.catalog.actor import catalog
+from memory_worker.catalog.quotas import Quota, QuotasConfig
+from memory_worker.config import CatalogConfig
+from memory_worker.errors import (
+    DocumentNotFound,
+    InvalidId,
+    JobEnded,
+    JobUnderWay,
+    LastDocument,
+    MemoryExists,
+    MemoryNotFound,
+    MemoryNotReady,
+    NoJob,
+    QueueFull,
+    QuotaExceeded,
+    VersionChanged,
+)
+from memory_worker.messages import Job, MemoryKey, MemoryRecord
+from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.storage.store import MemoryStore, source_path
+from tests.support.killed_actors import kill_and_await_restart
+from tests.support.own_ray import own_ray
+from tests.support.stored_memories import store_memory
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with own_ray():
+        yield
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MemoryStore:
+    return MemoryStore(str(tmp_path))
+
+
+@pytest.fixture
+def started(cluster: None, store: MemoryStore) -> Iterator[Any]:
+    """Starts the catalog of this test with these settings."""
+    actors = []
+
+    def start(quotas: QuotasConfig | None = None, **settings: Any) -> Any:
+        actors.append(catalog(store.storage.root, f"test-{uuid.uuid4().hex}", CatalogConfig(**settings), quotas))
+        return actors[-1]
+
+    yield start
+    for actor in actors:
+        ray.kill(actor)
+
+
+@pytest.fixture
+def memories(started: Any) -> Any:
+    return started(running_jobs=100)
+
+
+def job(*documents: str, title: str | None = None, base: str | None = None) -> JobRecord:
+    source = FileEntry(path="acme/book/v000001-00000000/source/one.txt", size=4, digest="0" * 64)
+    return JobRecord(
+        kind="put" if base else "create",
+        base=base,
+        documents=tuple(JobDocument(id=d, characters=4, source=source) for d in documents or ("one",)),
+        ratio=4,
+        language="en",
+        title=title,
+    )
+
+
+async def begin(memories: Any, memory: str, record: JobRecord | None = None, tenant: str = "acme") -> MemoryKey:
+    reserved = await memories.reserve.remote(tenant, memory, create=True)
+    return (await memories.begin.remote(reserved.key, record or job())).key
+
+
+async def taken(memories: Any, runner: str = "runner") -> Job:
+    found = await memories.take.remote(runner, 10)
+    assert found is not None
+    return found
+
+
+async def make(memories: Any, store: MemoryStore, memory: str, tenant: str = "acme") -> MemoryKey:
+    key = await begin(memories, memory, tenant=tenant)
+    await memories.publish.remote(store_memory(store, key, {"one": (3, 1)}, publish=False))
+    return key
+
+
+async def change(memories: Any, store: MemoryStore, memory: str, document: str, **reserve: Any) -> Manifest:
+    """Adds or replaces a document, as a job does."""
+    reserved = await memories.reserve.remote("acme", memory, create=False, **reserve)
+    await memories.begin.remote(reserved.key, job(document, base=reserved.base.version))
+    new = store_memory(store, reserved.key, {document: (7, 2)}, publish=False)
+    documents = {d.id: d for d in (*reserved.base.documents, *new.documents)}
+    manifest = reserved.base.model_copy(
+        update={"version": new.version, "parent": reserved.base.version, "documents": tuple(documents.values())}
+    )
+    await memories.publish.remote(manifest)
+    return manifest
+
+
+async def test_from_begin_to_ready(memories: Any, store: MemoryStore) -> None:
+    work = job("one", title="A Book")
+    key = await begin(memories, "book", work)
+    record = await memories.get.remote("acme", "book")
+    assert (record.status, record.key, record.created) == ("memorizing", key, work.created)
+    assert (record.job.record, record.job.key, record.job.state) == (work, key, "queued")
+    with pytest.raises(MemoryNotReady, match="still being made"):
+        await memories.read.remote("acme", "book")
+    assert (await taken(memories)).record == work
+    await memories.progress.remote(key, "runner", 30, 100)
+    found = (await memories.get.remote("acme", "book")).job
+    assert (found.state, found.done_tokens, found.total_tokens) == ("running", 30, 100)
+    manifest = store_memory(store, key, {"one": (3, 1)}, publish=False)
+    await memories.publish.remote(manifest)
+    await memories.publish.remote(manifest)
+    record = await memories.get.remote("acme", "book")
+    assert (record.status, record.manifest, record.version, record.job) == ("ready", manifest, key.version, None)
+    assert await memories.read.remote("acme", "book") == manifest == store.read_manifest(key)
+    assert await memories.take.remote("runner", 0) is None
+
+
+async def test_a_change_is_a_new_version_and_readers_see_the_old_one_until_then(
+    memories: Any, store: MemoryStore
+) -> None:
+    first = await make(memories, store, "book")
+    reserved = await memories.reserve.remote("acme", "book", create=False, if_match=first.version)
+    assert reserved.base.version == first.version and reserved.key.version > first.version
+    await memories.begin.remote(reserved.key, job("two", base=first.version))
+    record = await memories.get.remote("acme", "book")
+    assert (record.status, record.version, record.job.key) == ("ready", first.version, reserved.key)
+    assert (await taken(memories)).base == record.manifest
+    assert (await memories.read.remote("acme", "book")).version == first.version
+    kill_and_await_restart(memories)
+    assert (await memories.get.remote("acme", "book")).job.key == reserved.key
+    await memories.fail.remote(reserved.key, "no space")
+    record = await memories.get.remote("acme", "book")
+    assert (record.status, record.version, record.error) == ("ready", first.version, "no space")
+    manifest = await change(memories, store, "book", "two")
+    record = await memories.get.remote("acme", "book")
+    assert (record.manifest, record.error) == (manifest, None)
+    assert [d.id for d in manifest.documents] == ["one", "two"]
+    assert manifest.documents[0].source.path.startswith(first.path), "the unchanged document is referenced"
+
+
+async def test_of_two_writers_one_wins(memories: Any, store: MemoryStore) -> None:
+    first = await make(memories, store, "book")
+    both = [await memories.reserve.remote("acme", "book", create=False, if_match=first.version) for _ in range(2)]
+    begun = await asyncio.gather(
+        *(memories.begin.remote(r.key, job("two", base=first.version)) for r in both), return_exceptions=True
+    )
+    assert sorted((isinstance(b, MemoryRecord), isinstance(b, JobUnderWay)) for b in begun) == [
+        (False, True),
+        (True, False),
+    ]
+    winner = both[[isinstance(b, MemoryRecord) for b in begun].index(True)]
+    for refused in (
+        memories.reserve.remote("acme", "book", create=False),
+        memories.remove_document.remote("acme", "book", "one"),
+    ):
+        with pytest.raises(JobUnderWay):
+            await refused
+    base = await memories.read.remote("acme", "book")
+    await memories.publish.remote(base.model_copy(update={"version": winner.key.version}))
+    with pytest.raises(VersionChanged):
+        await memories.begin.remote(both[0].key if winner is both[1] else both[1].key, job("x", base=first.version))
+    with pytest.raises(VersionChanged, match=winner.key.version):
+        await memories.reserve.remote("acme", "book", create=False, if_match=first.version)
+
+
+async def test_a_document_is_deleted_at_once(memories: Any, store: MemoryStore) -> None:
+    await make(memories, store, "book")
+    manifest = await change(memories, store, "book", "two")
+    with pytest.raises(DocumentNotFound, match="it has one, two"):
+        await memories.remove_document.remote("acme", "book", "three")
+    with pytest.raises(VersionChanged):
+        await memories.remove_document.remote("acme", "book", "one", "v000001-00000000")
+    record = await memories.remove_document.remote("acme", "book", "one", manifest.version)
+    assert [d.id for d in record.manifest.documents] == ["two"]
+    assert await memories.read.remote("acme", "book") == record.manifest == store.read_manifest(record.key)
+    with pytest.raises(LastDocument, match="delete the memory instead"):
+        await memories.remove_document.remote("acme", "book", "two")
+    kill_and_await_restart(memories)
+    assert await memories.read.remote("acme", "book") == record.manifest
+
+
+async def test_a_cancelled_job(memories: Any, store: MemoryStore) -> None:
+    key = await begin(memories, "new")
+    await memories.cancel.remote("acme", "new")
+    record = await memories.get.remote("acme", "new")
+    assert (record.status, record.error, record.job) == ("failed", "it was cancelled", None)
+    with pytest.raises(JobEnded):
+        await memories.progress.remote(key, "runner", 1, 2)
+    first = await make(memories, store, "book")
+    reserved = await memories.reserve.remote("acme", "book", create=False)
+    await memories.begin.remote(reserved.key, job("two", base=first.version))
+    await memories.cancel.remote("acme", "book")
+    for _ in range(2):
+        record = await memories.get.remote("acme", "book")
+        assert (record.status, record.version, record.job) == ("ready", first.version, None)
+        with pytest.raises(NoJob):
+            await memories.cancel.remote("acme", "book")
+        kill_and_await_restart(memories)
+
+
+async def test_a_job_whose_runner_is_silent_is_given_to_another(started: Any, store: MemoryStore) -> None:
+    memories = started(lease_s=0.5)
+    key = await begin(memories, "book")
+    assert (await taken(memories, "first")).key == key
+    waiting = memories.take.remote("second", 10)
+    await memories.progress.remote(key, "first", 1, 10)
+    assert (await waiting).key == key
+    with pytest.raises(JobEnded):
+        await memories.progress.remote(key, "first", 2, 10)
+    await memories.progress.remote(key, "second", 2, 10)
+    kill_and_await_restart(memories)
+    await memories.progress.remote(key, "second", 3, 10)  # goes on as if nothing had happened
+    assert await memories.take.remote("third", 0.1) is None
+    assert (await taken(memories, "third")).key == key
+
+
+async def test_limits_of_queue_and_tenants(started: Any, store: MemoryStore) -> None:
+    quotas = QuotasConfig(default=Quota(memories=3, jobs=2), tenants={"tiny": Quota(tokens=5), "small": Quota(bytes=1)})
+    memories = started(quotas, waiting_jobs=3)
+    for name in ("one", "two"):
+        await begin(memories, name)
+    with pytest.raises(QuotaExceeded, match="3 jobs at a time, and your quota is 2"):
+        await begin(memories, "three")
+    tiny = await begin(memories, "book", tenant="tiny")
+    with pytest.raises(QueueFull):
+        await begin(memories, "book", tenant="small")
+    assert {(await taken(memories)).key.memory for _ in range(3)} == {"one", "two", "book"}
+    with pytest.raises(QuotaExceeded, match="6 tokens, and your quota is 5"):
+        await memories.progress.remote(tiny, "runner", 0, 6)
+    small = await begin(memories, "book", tenant="small")
+    with pytest.raises(QuotaExceeded, match="bytes"):
+        await memories.publish.remote(store_memory(store, small, {"one": (3, 1)}, publish=False))
+    for name in ("one", "two"):
+        await memories.fail.remote((await memories.get.remote("acme", name)).key, "x")
+    await begin(memories, "three")
+    with pytest.raises(QuotaExceeded, match="4 memories"):
+        await begin(memories, "four")
+    usage = await memories.usage.remote("acme")
+    assert (usage.memories, usage.jobs) == (3, 1)
+    # A redeployment brings other limits with its runners.
+    await memories.take.remote("runner", 0, (CatalogConfig(), QuotasConfig()))
+    await begin(memories, "four")
+
+
+async def test_old_versions_go_after_a_grace_and_never_under_a_reader(started: Any, store: MemoryStore) -> None:
+    memories = started(grace_s=2.0)
+    assert await memories.take.remote("runner", 0) is None  # whoever does jobs starts the collection too
+    first = await make(memories, store, "book")
+    second = await change(memories, store, "book", "two")
+    third = (await memories.remove_document.remote("acme", "book", "one")).manifest
+    manifest = store.read_manifest(first)
+    for _ in range(12):  # someone reads the first version for longer than the grace
+        await memories.hold.remote(first)
+        for file in manifest.files:
+            store.storage.read(file.stored)
+        await asyncio.sleep(0.25)
+    async with asyncio.timeout(20):
+        while store.versions("acme", "book") != [third.version]:  # noqa: ASYNC110  another process deletes
+            await asyncio.sleep(0.1)
+    read = await memories.read.remote("acme", "book")
+    assert read == third
+    for file in read.files:
+        store.storage.read(file.stored)
+    assert not any("one" in path.rpartition("/")[2] for path in store.storage.files("acme")), "deleted text is gone"
+    assert second.version in store.all_versions("acme", "book"), "its files of the second document are still used"
+
+
+async def test_a_damaged_document_is_made_again(memories: Any, store: MemoryStore) -> None:
+    key = await make(memories, store, "book")
+    entry = (await memories.read.remote("acme", "book")).documents[0]
+    assert not await memories.repair.remote(key, entry.source.path), "what it would be made of is the damaged file"
+    assert not await memories.repair.remote(key, "acme/book/elsewhere")
+    assert await memories.repair.remote(key, entry.passages.path)
+    assert await memories.repair.remote(key, entry.segments[0].files[0].path), "it is under way"
+    work = await taken(memories)
+    assert (work.record.kind, work.record.documents[0].source) == ("repair", entry.source)
+    assert work.base.version == key.version and work.key.version != key.version
+
+
+async def test_memories_by_tag(memories: Any, store: MemoryStore) -> None:
+    for name, tags in (("a", ("red",)), ("b", ("red", "blue")), ("c", ())):
+        key = await begin(memories, name)
+        manifest = store_memory(store, key, {"one": (3, 1)}, publish=False)
+        await memories.publish.remote(manifest.model_copy(update={"tags": tags}))
+    assert [m.memory for m in await memories.read_many.remote("acme", ["c"], "red")] == ["c", "a", "b"]
+    assert [m.memory for m in await memories.read_many.remote("acme", ["a", "a"], "blue")] == ["a", "b"]
+    assert await memories.read_many.remote("other", [], "red") == []
+    assert [r.memory for r in (await memories.list.remote("acme", None, 10, "red"))[0]] == ["a", "b"]
+
+
+async def test_of_many_that_begin_at_once_one_wins(memories: Any, store: MemoryStore) -> None:
+    tries = await asyncio.gather(*(begin(memories, "book") for _ in range(32)), return_exceptions=True)
+    keys = [t for t in tries if isinstance(t, MemoryKey)]
+    assert len(keys) == 1 and store.all_versions("acme", "book") == [keys[0].version]
+    assert all(isinstance(t, MemoryExists) for t in tries if t is not keys[0])
+    assert await begin(memories, "book", tenant="other-tenant")
+
+
+async def test_the_same_job_again_is_the_same_record(memories: Any, store: MemoryStore) -> None:
+    work = job()
+    key = await begin(memories, "book", work)
+    assert (await memories.begin.remote(key, work)).key == key
+    kill_and_await_restart(memories)
+    assert (await memories.begin.remote(key, work)).key == key
+    await memories.publish.remote(store_memory(store, key, {"one": (3, 1)}, publish=False))
+    with pytest.raises(MemoryExists, match="choose another id"):
+        await begin(memories, "book")
+
+
+async def test_what_is_abandoned_leaves_nothing(memories: Any, store: MemoryStore) -> None:
+    reserved = await memories.reserve.remote("acme", "book", create=True)
+    store.storage.write(source_path(reserved.key, "one"), b"text")
+    await memories.abandon.remote(reserved.key)
+    assert store.storage.files("") == []
+    key = await make(memories, store, "book")
+    await memories.abandon.remote(key)  # late, after it became a job: nothing happens
+    assert (await memories.read.remote("acme", "book")).version == key.version
+
+
+async def test_a_failed_memory_says_why_and_can_be_made_again(memories: Any, store: MemoryStore) -> None:
+    key = await begin(memories, "book")
+    await memories.fail.remote(key, "no space left on device")
+    with pytest.raises(JobEnded):
+        await memories.fail.remote(key, "again")
+    for _ in range(2):  # the second time as storage has it
+        record = await memories.get.remote("acme", "book")
+        assert (record.status, record.error, record.key) == ("failed", "no space left on device", key)
+        with pytest.raises(MemoryNotReady, match="no space left on device"):
+            await memories.read.remote("acme", "book")
+        assert await memories.take.remote("runner", 0) is None
+        kill_and_await_restart(memories)
+    again = await begin(memories, "book")
+    assert again.version != key.version
+    assert store.all_versions("acme", "book") == [again.version]
+    with pytest.raises(JobEnded):
+        await memories.progress.remote(key, "runner", 1, 2)
+    await memories.publish.remote(store_memory(store, again, {"one": (3, 1)}, publish=False))
+    assert (await memories.get.remote("acme", "book")).status == "ready"
+
+
+async def test_killed_at_any_moment_it_knows_what_storage_knows(memories: Any, store: MemoryStore) -> None:
+    ready = [await make(memories, store, f"book-{n}") for n in range(5)]
+    failed, running = [await begin(memories, name) for name in ("failed", "running")]
+    await memories.fail.remote(failed, "broken")
+    before, _ = await memories.list.remote("acme")
+    kill_and_await_restart(memories)
+    after, _ = await memories.list.remote("acme")
+
+    def known(records: list[MemoryRecord]) -> list[Any]:
+        return [
+            (r.memory, r.version, r.status, r.created, r.manifest, r.job and r.job.record, r.error) for r in records
+        ]
+
+    assert known(after) == known(before) and len(after) == 7
+    assert {r.revision for r in before}.isdisjoint(r.revision for r in after)
+    await memories.progress.remote(running, "runner", 1, 2)  # the runner goes on as if nothing had happened
+    assert (await memories.read.remote("acme", "book-3")).version == ready[3].version
+
+
+async def test_kills_while_jobs_are_made_lose_and_double_nothing(memories: Any, store: MemoryStore) -> None:
+    async def killer() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0.3)
+            ray.kill(memories, no_restart=False)
+
+    killing = asyncio.create_task(killer())
+    names = [f"book-{n}" for n in range(24)]
+    keys = await asyncio.gather(*(make(memories, store, name) for name in names))
+    await killing
+    records, _ = await memories.list.remote("acme")
+    assert [r.memory for r in records] == sorted(names) and {r.status for r in records} == {"ready"}
+    assert {r.key for r in records} == set(keys)
+    assert all(store.all_versions("acme", key.memory) == [key.version] for key in keys)
+
+
+async def test_waiting_ends_with_the_next_change(memories: Any, store: MemoryStore) -> None:
+    key = await begin(memories, "book")
+    await taken(memories)
+    seen = (await memories.get.remote("acme", "book")).revision
+    assert (await memories.wait.remote("acme", "book", seen, 0.05)).revision == seen
+    waiting = [memories.wait.remote("acme", "book", seen, 60) for _ in range(1500)]
+    await asyncio.sleep(0.2)
+    await memories.progress.remote(key, "runner", 10, 100)  # not held up by those who wait
+    records = await asyncio.gather(*waiting)
+    assert {r.job.done_tokens for r in records} == {10} and records[0].revision != seen
+    waiter = memories.wait.remote("acme", "book", records[0].revision, 60)
+    kill_and_await_restart(memories)
+    assert (await waiter).revision != records[0].revision
+    waiter = memories.wait.remote("acme", "book", (await memories.get.remote("acme", "book")).revision, 60)
+    await memories.delete.remote("acme", "book")
+    with pytest.raises(MemoryNotFound):
+        await waiter
+
+
+async def test_lists_go_page_by_page(memories: Any, store: MemoryStore) -> None:
+    names = sorted(f"book-{n}" for n in range(7))
+    await asyncio.gather(*(begin(memories, name) for name in names))
+    await begin(memories, "theirs", tenant="other")
+    cursor, pages = None, []
+    while True:
+        page, cursor = await memories.list.remote("acme", cursor, 3)
+        pages.append([r.memory for r in page])
+        if cursor is None:
+            break
+    assert pages == [names[:3], names[3:6], names[6:]]
+    assert await memories.list.remote("acme", None, 7) == (await memories.list.remote("acme", None, 100))
+    assert await memories.list.remote("nobody") == ([], None)
+
+
+async def test_a_deleted_memory_is_gone_whatever_its_job_does(
+    memories: Any, store: MemoryStore, tmp_path: Path
+) -> None:
+    key = await begin(memories, "book")
+    manifest = store_memory(store, key, {"one": (3, 1)}, publish=False)
+    await memories.delete.remote("acme", "book")
+    assert not (tmp_path / "acme/book").exists()
+    store.write_source(key, "one", "its Memorizer does not know yet")
+    for late in (
+        memories.get.remote("acme", "book"),
+        memories.delete.remote("acme", "book"),
+        memories.wait.remote("acme", "book", 0, 1),
+    ):
+        with pytest.raises(MemoryNotFound):
+            await late
+    for late in (
+        memories.publish.remote(manifest),
+        memories.progress.remote(key, "runner", 1, 2),
+        memories.fail.remote(key, "late"),
+    ):
+        with pytest.raises(JobEnded):
+            await late
+    kill_and_await_restart(memories)
+    assert await memories.list.remote("acme") == ([], None)
+    again = await make(memories, store, "book")
+    assert again.version != key.version
+
+
+async def test_what_a_worker_writes_after_its_memory_is_deleted_is_collected(
+    started: Any, store: MemoryStore, tmp_path: Path
+) -> None:
+    memories = started(grace_s=0.1)
+    key = await begin(memories, "book")
+    await memories.delete.remote("acme", "book")
+    late = tmp_path / store.write_source(key, "one", "its Memorizer does not know yet").path
+    assert late.exists()
+    deadline = time.monotonic() + 20
+    while late.exists() and time.monotonic() < deadline:
+        assert await memories.take.remote("runner", 0.1) is None
+    assert not late.exists()
+
+
+async def test_a_damaged_memory_does_not_stop_the_others(memories: Any, store: MemoryStore, tmp_path: Path) -> None:
+    good, bad = await make(memories, store, "good"), await make(memories, store, "bad")
+    path = tmp_path / bad.path / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-10])
+    kill_and_await_restart(memories)
+    assert (await memories.read.remote("acme", "bad")).version == bad.version, "from its backup"
+    for name in ("manifest.json", "manifest.backup.json"):
+        path = tmp_path / bad.path / name
+        path.write_bytes(path.read_bytes()[:-10])
+    kill_and_await_restart(memories)
+    assert (await memories.read.remote("acme", "good")).version == good.version
+    record = await memories.get.remote("acme", "bad")
+    assert record.status == "failed" and f"{bad.path}/manifest.json" in record.error
+    again = await make(memories, store, "bad")
+    assert again.version != bad.version
+
+
+async def test_a_version_whose_publishing_was_cut_short_is_finished(
+    memories: Any, store: MemoryStore, tmp_path: Path
+) -> None:
+    key = await make(memories, store, "book")
+    (tmp_path / key.path / "manifest.json").unlink()
+    kill_and_await_restart(memories)
+    assert (await memories.read.remote("acme", "book")).version == key.version
+
+
+@pytest.mark.parametrize("id", ["a/b", "..", "", "x" * 200])
+async def test_names_are_checked_first(memories: Any, store: MemoryStore, id: str) -> None:
+    good = MemoryKey("acme", "book", "v000001-00000000")
+    for attempt in (
+        memories.reserve.remote("acme", id, create=True),
+        memories.reserve.remote(id, "book", create=True),
+        memories.begin.remote(good, job(id)),
+        memories.get.remote("acme", id),
+        memories.delete.remote(id, "book"),
+        memories.wait.remote("acme", id, 0, 1),
+        memories.remove_document.remote("acme", id, "one"),
+    ):
+        with pytest.raises(InvalidId):
+            await attempt
+    assert store.storage.files("") == []

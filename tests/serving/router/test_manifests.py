@@ -1,0 +1,69 @@
+"""A memory as HTTP shows it, in every state; and the index of several versions."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.storage.durable import Storage
+from memory_worker.messages import MemoryKey, MemoryRecord
+from memory_worker.storage.manifest import Manifest
+from serving.router.manifests import index_of, memory_out, progress_out
+from tests.support import manifests as made
+
+KEY = made.KEY
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Manifest:
+    return made.memory(Storage(str(tmp_path)))
+
+
+def record(**fields) -> MemoryRecord:
+    return replace(MemoryRecord("acme", "book", KEY.version, "ready", "2026", 1), **fields)
+
+
+def test_a_ready_memory(manifest: Manifest) -> None:
+    shown = memory_out(record(manifest=manifest))
+    assert (shown.id, shown.version, shown.status, shown.tags, shown.job, shown.error) == (
+        "book", KEY.version, "ready", ["tall"], None, None,
+    )  # fmt: skip
+    assert (shown.tokens, shown.slots, shown.passages, shown.bytes) == (16, 7, 2, 7 * made.SHAPE.slot_bytes)
+    assert [(d.id, d.characters, d.tokens) for d in shown.documents] == [("a", 13, 8), ("b", 13, 8)]
+
+
+def test_a_memory_in_the_making(manifest: Manifest) -> None:
+    job = replace(made.job(KEY, documents=("a", "b"), title="T", tags=("x",)), done_tokens=2, total_tokens=9)
+    shown = memory_out(record(status="memorizing", job=job))
+    assert (shown.status, shown.title, shown.tags, shown.ratio, shown.slots) == ("memorizing", "T", ["x"], 4, 0)
+    gist = replace(job, record=job.record.model_copy(update={"memory_kind": "gist"}))
+    assert (shown.kind, memory_out(record(status="memorizing", job=gist)).kind) == ("beacon", "gist")
+    assert shown.job and shown.job.model_dump() == {
+        "kind": "create", "state": "queued", "version": KEY.version, "documents": ["a", "b"], "done_tokens": 2,
+        "total_tokens": 9,
+    }  # fmt: skip
+
+
+def test_a_change_shows_the_version_that_is_asked(manifest: Manifest) -> None:
+    job = made.job(MemoryKey("acme", "book", "v000002-00000002"), manifest, ("c",))
+    shown = memory_out(record(manifest=manifest, job=job))
+    assert shown.version == KEY.version and [d.id for d in shown.documents] == ["a", "b"]
+    assert shown.job and (shown.job.version, shown.job.kind) == ("v000002-00000002", "put")
+
+
+def test_a_failed_memory() -> None:
+    shown = memory_out(record(status="failed", error="disk full"))
+    assert (shown.status, shown.error, shown.documents, shown.job) == ("failed", "disk full", [], None)
+
+
+def test_progress_with_and_without_an_estimate(manifest: Manifest) -> None:
+    job = replace(made.job(KEY), state="running", done_tokens=25, total_tokens=100)
+    assert progress_out("memorizing", job, 5.0).seconds_left == 15.0
+    assert progress_out("memorizing", job, 0.0).seconds_left is None
+    assert progress_out("ready", made.job(KEY, manifest), 5.0).seconds_left is None, "its length is not known yet"
+
+
+def test_the_index_names_every_document_of_every_memory(manifest: Manifest, tmp_path) -> None:
+    other = made.memory(Storage(str(tmp_path)), MemoryKey("acme", "log", "v000001-00000003"), ("a",))
+    parts = index_of([manifest, other]).parts
+    assert [(part.memory, part.document) for part in parts] == [("book", "a"), ("book", "b"), ("log", "a")]
+    assert [part.passages for part in parts] == [d.passages.stored for m in (manifest, other) for d in m.documents]
