@@ -8,7 +8,7 @@ from cluster.config import Settings
 
 
 class ScalingConfig(Settings):
-    """When a pool with room for more replicas takes them, and gives them back: `cluster.pools.autoscaling.DemandPolicy`."""
+    """When a pool with room for more replicas takes them, and gives them back: see `pools.autoscaling`."""
 
     ongoing_requests: float | None = Field(
         None, gt=0, description="requests one replica should have; none takes half of max_ongoing_requests"
@@ -66,7 +66,7 @@ class PoolConfig(Settings):
     ) -> dict[str, Any]:
         """Options of a Serve deployment on this pool: a fixed number of replicas, or an autoscaled one.
 
-        `amounts` and `levels` are what its replicas report beside requests: see `cluster.pools.autoscaling.DemandPolicy`.
+        `amounts` and `levels` are what its replicas report beside requests: see `pools.autoscaling`.
         """
         options: dict[str, Any] = {
             "ray_actor_options": self.actor_options(),

@@ -1,6 +1,6 @@
 """The Recaller deployment: clues, or an answer, from a memory. The Router calls it through a handle.
 
-It is a vLLM engine whose prompts begin with a group of memory segments; `memory_worker.recall.connector` puts them there.
+It is a vLLM engine whose prompts begin with a group of memory segments; `recall.connector` puts them there.
 """
 
 import asyncio

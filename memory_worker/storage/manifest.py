@@ -131,9 +131,7 @@ class Manifest(_Part):
     tags: tuple[str, ...] = ()
     kind: MemoryKind = "beacon"
     model: str  # as configured
-    fingerprint: (
-        str  # of the memory model's weights and the kind's recipe (`memory_worker.models.fingerprint.fingerprint_of`)
-    )
+    fingerprint: str  # of the memory model's weights and the kind's recipe (`models.fingerprint.fingerprint_of`)
     ratio: int = Field(gt=0)  # tokens for each slot; of a gist, at least
     language: str
     shape: MemoryShape

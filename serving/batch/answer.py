@@ -1,6 +1,6 @@
 """Many questions at once, on the cluster: `answer_all`, and what `memorag batch` does.
 
-from serving.batch.answer import answer_all
+from serving.batch import answer_all
 answer_all("questions.parquet", "answers/", concurrency=256)  # resumes where it stopped
 
 The run is an actor of its own on the cluster (`serving.batch.run`); the caller starts it, or finds it running, and

@@ -4,9 +4,9 @@
     <output>/part-00000.parquet …   answers, a fixed number of rows each but for the last
     <output>/_recorded/…            answers that are recorded and not yet part of a part: a few rows each
 
-Every file is written under another name, forced to disk and renamed (`cluster.storage.durable`). A recorded file is deleted
-after the part that holds its rows is there: cut short in between, its rows are known from the part. Readers of Parquet
-folders leave out names that begin with an underscore.
+Every file is written under another name, forced to disk and renamed (`cluster.storage.durable`). A recorded file is
+deleted after the part that holds its rows is there: cut short in between, its rows are known from the part. Readers of
+Parquet folders leave out names that begin with an underscore.
 """
 
 import io

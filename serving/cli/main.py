@@ -1,4 +1,4 @@
-"""The command line `memorag`. Each command is a thin skin over `serving.client.client`, `serving.deploy.daemon` or `serving.deploy.doctor`.
+"""The command line `memorag`. Each command is a thin skin over the client, the daemon or the doctor.
 
 What was asked for goes to stdout (`--json`: as one JSON value), all else to stderr. Expected errors are one line
 with what to do, and exit code 1; wrong usage is exit code 2. Heavy modules are imported inside the commands.

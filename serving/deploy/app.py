@@ -105,7 +105,7 @@ def _run(profile: Profile, storage: str) -> None:
 
 
 def require_nodes(profile: Profile) -> None:
-    """Raises `cluster.pools.placement.PoolUnplaceable` if the cluster lacks the nodes of a pool and adds none by itself."""
+    """Raises `placement.PoolUnplaceable` if the cluster lacks the nodes of a pool and adds none by itself."""
     import ray
 
     from cluster.pools.placement import Node, PoolUnplaceable, require_placeable

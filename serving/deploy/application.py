@@ -1,7 +1,7 @@
 """The application as a Serve config file builds it: `import_path: serving.deploy.application:application`.
 
 For clusters that are managed by `serve deploy`, `serve run` or KubeRay. The application is the one of `memorag up`:
-both come from `serving.deploy.app.build`. Ray itself is started by whoever runs the cluster, so of the profile's settings
+both come from `deploy.app.build`. Ray itself is started by whoever runs the cluster, so of the profile's settings
 under `ray` only `namespace` and `autoscaling` count here.
 """
 

@@ -1,6 +1,6 @@
 """One conversion in a process of its own: a file on stdin becomes UTF-8 text on stdout, within limits of the kernel.
 
-`serving.documents.convert` runs this file as a script, with `python -I`: it imports nothing of ours, so it starts in the time
+`documents.convert` runs this file as a script, with `python -I`: it imports nothing of ours, so it starts in the time
 of the converter alone, and nothing that a file makes the converter do happens in the server's process.
 
 What it cannot convert it says as one line of JSON on stderr, `{"kind": …, "reason": …}`, and exits with 1.

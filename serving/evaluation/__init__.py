@@ -1,1 +1,4 @@
-"""Quality, measured: questions with known answers put to a server, method by method, scored and compared."""
+"""Questions with known answers, asked by several methods, scored and compared.
+
+`datasets` reads them, `run` asks and records, `scores` and `bootstrap` judge, `report` and `plot` show.
+"""

@@ -1,6 +1,6 @@
 """Who is let in now, and who is to come back later: what an Ingress replica asks before it does any work.
 
-How many requests a tenant may make is counted in one place, the Catalog (`memory_worker.catalog.rates`), which hands permits
+How many requests a tenant may make is counted in one place, the Catalog (`catalog.rates`), which hands permits
 out in small batches; so most requests ask nobody, and any number of replicas together keep to the rate.
 """
 

@@ -1,6 +1,6 @@
 """What Serve's HTTP proxy answers when a replica dies under a request: a problem that can be retried, not a bare 500.
 
-The proxy loads `middlewares` because `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it (`serving.deploy.local_ray` sets
+The proxy loads `middlewares` because `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it (`deploy.local_ray` sets
 that, the container images of a cluster do).
 """
 

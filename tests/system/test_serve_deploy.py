@@ -122,13 +122,13 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def test_the_shipped_file_answers_a_question(cluster):
     config = yaml.safe_load((ROOT / "cluster" / "deploy" / "serve.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = cluster.http
-    config["applications"][0]["args"]["storage"] = str(cluster.storage.durable)
-    (cluster.storage.durable / "serve.yaml").write_text(yaml.safe_dump(config))
+    config["applications"][0]["args"]["storage"] = str(cluster.storage)
+    (cluster.storage / "serve.yaml").write_text(yaml.safe_dump(config))
     refused = httpx.put(f"http://127.0.0.1:{cluster.dashboard}/api/serve/applications/", json=config)
     assert refused.status_code == 401, "whoever reaches the dashboard could deploy"
     cluster.serve("deploy", "serve.yaml", tries=3)  # Serve gives its proxy 60 s to start, busy machine or not
 
-    server = Server(f"http://127.0.0.1:{cluster.http}", cluster.storage.durable)
+    server = Server(f"http://127.0.0.1:{cluster.http}", cluster.storage)
     starting = await_ready(cluster, server)
     assert starting <= {503}, "the proxy did not have its middleware: a server that starts must not say 404"
     memorize(server, [{"id": "ferry", "text": TEXT}], id="marsh")
@@ -138,7 +138,7 @@ def test_the_shipped_file_answers_a_question(cluster):
     answer = answered.json()
     assert any("Ida Quill" in passage["text"] for passage in answer["passages"])
     assert "embedded-model" in answer["degraded"] and "recall" not in answer["degraded"]
-    assert (cluster.storage.durable / "memories" / "default" / "marsh").is_dir()
+    assert (cluster.storage / "memories" / "default" / "marsh").is_dir()
     await_metrics(
         cluster,
         {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class GistEncoder:
-    """See `memory_worker.memorize.kinds.encoder.Encoder`. A window that is no longer than a gist may be stays as it is."""
+    """See `kinds.encoder.Encoder`. A window that is no longer than a gist may be stays as it is."""
 
     window = GIST_WINDOW
     ratios = (2, 4, 8, 16, 32)

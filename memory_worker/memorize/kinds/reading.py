@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ReadingEncoder:
-    """See `memory_worker.memorize.kinds.encoder.Encoder`."""
+    """See `kinds.encoder.Encoder`."""
 
     checkpoint_windows = None
 

@@ -21,7 +21,7 @@ QWEN2_7B = ModelShape(
 )
 WITHIN_NODE = RankRates(flops=0.6 * 790e12, link=300e9, latency_s=1e-4)
 ACROSS_NODES = RankRates(flops=0.6 * 790e12, link=40e9, latency_s=1e-4)
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "scaling.md"
 
 
 def test_a_config_gives_the_shape() -> None:

@@ -22,7 +22,7 @@ from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.support.memorizing import SEGMENT_TOKENS, TEXTS, config_for, files_of, steps_until, stored_request
 from tests.support.random_model import ensure_random_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from memory_worker.models.beacon import BeaconModel, Rope, Slots
 from tests.support.beacon_reference import VOCABULARY, Reference, write_checkpoint
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens"
+GOLDENS = Path(__file__).parents[4] / "shared" / "goldens"
 TOLERANCE = 1e-4
 SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 2.0},

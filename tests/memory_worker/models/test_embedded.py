@@ -17,7 +17,9 @@ def test_it_says_that_it_knows_chronicles_alone(tmp_path: Path) -> None:
 
 
 def test_importing_it_loads_no_heavy_library() -> None:
-    check = "import sys, memory_worker.models.embedded; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    check = (
+        "import sys, memory_worker.models.embedded; print({'torch', 'numpy', 'transformers'} & set(sys.modules) or [])"
+    )
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
 

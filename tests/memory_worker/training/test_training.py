@@ -24,7 +24,7 @@ from memory_worker.training.prepare import prepare
 from memory_worker.training.state import RunFolder, read_weights
 from tests.support.training_runs import tiny_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
