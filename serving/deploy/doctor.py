@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 
 _GIB = 2**30
-_REQUIREMENTS = Path(__file__).parents[1] / "cluster" / "requirements"
+_REQUIREMENTS = Path(__file__).parents[2] / "cluster" / "requirements"
 _NEEDED = ("torch", "ray", "transformers", "sentence-transformers", "flagembedding", "pyarrow")
 _OPEN_FILES = 4096
 _PYTHON = (3, 11)

@@ -55,7 +55,7 @@ def read(name: str) -> Any:
 
 def settings_of_up() -> dict[str, str]:
     """What `memorag up` sets for Serve before it starts Ray."""
-    tree = ast.parse((ROOT / "serving" / "local_ray.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "serving" / "deploy" / "local_ray.py").read_text(encoding="utf-8"))
     dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
     known = [(ast.literal_eval(key), value) for key, value in pairs if isinstance(key, ast.Constant)]

@@ -14,7 +14,7 @@ import pytest
 from serving.deploy import daemon
 from serving.deploy.daemon import DaemonError, ServerOptions, ServerState
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
+STAND_IN = Path(__file__).parents[3] / "tests" / "support" / "stand_in_server.py"
 
 
 def up(storage: Path, profile: str = "ready", port: int = 0, timeout_s: float = 30) -> ServerState:
