@@ -165,13 +165,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as storage:
         server = deploy(settings(), storage, "127.0.0.1", 0)
 
-        async def measured() -> Seen:
+        async def measure() -> Seen:
             try:
                 return await run(server.address)
             finally:
                 server.stop()
 
-        seen = asyncio.run(measured())
+        seen = asyncio.run(measure())
     rows, ratios = rows_of(seen)
     report("autoscaling", rows, ratios, arguments.json)
     if arguments.plot:

@@ -36,7 +36,7 @@ from serving.client.client import Answer, MemoRAG, Memory
 from serving.config import load_profile
 from serving.deploy.app import deploy
 from serving.evaluation.datasets import Example
-from serving.evaluation.recall import Found, evidence_recall, ranked
+from serving.evaluation.recall import Found, evidence_recall, rank_passages
 from serving.evaluation.scores import exact
 
 RATIOS = (4, 2, 8)
@@ -58,18 +58,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for rows and ratios")
     arguments = parser.parse_args()
     documents = [document(arguments.seed + number, arguments.facts, "test") for number in range(arguments.chronicles)]
-    asked = [chosen(each["questions"], arguments.questions, arguments.seed) for each in documents]
+    asked = [choose_questions(each["questions"], arguments.questions, arguments.seed) for each in documents]
     with tempfile.TemporaryDirectory() as storage:
         _say("starting a server")
         server = deploy(load_profile(arguments.profile), storage, "127.0.0.1", 0)
 
-        async def measured() -> list[dict[str, Any]]:
+        async def measure() -> list[dict[str, Any]]:
             try:
                 return await asyncio.to_thread(_rows, server.address, documents, asked, arguments.ratios)
             finally:
                 server.stop()
 
-        rows = asyncio.run(measured())
+        rows = asyncio.run(measure())
     figures = figures_of(rows[0])
     report("chronicles", rows, flat(figures), arguments.json)
     if arguments.json:
@@ -77,7 +77,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(whole | figures, indent=1) + "\n", encoding="utf-8")
 
 
-def chosen(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+def choose_questions(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
     """At most `count` of them, of every kind about as many."""
     draw = random.Random(seed)
     kinds = [
@@ -103,7 +103,7 @@ def _rows(
                     text=each["text"], id=f"chronicle-{number}-{ratio}", ratio=ratio, progress=False
                 )
 
-                measure = partial(_measured, memory, empty, each["text"])
+                measure = partial(_measure, memory, empty, each["text"])
                 for found in threads.map(measure, questions):
                     for name, value in found.items():
                         values[name] += value
@@ -111,7 +111,7 @@ def _rows(
     return rows
 
 
-def _measured(memory: Memory, empty: Memory, text: str, question: Question) -> Values:
+def _measure(memory: Memory, empty: Memory, text: str, question: Question) -> Values:
     return dict(_figures(memory, empty, text, question))
 
 
@@ -120,22 +120,22 @@ def _figures(memory: Memory, empty: Memory, text: str, question: Question) -> It
         id="", task="", text=text, document="", question=question["question"], answers=tuple(question["answers"]),
         metric="f1", evidence=tuple((start, end) for start, end in question["evidence"]),
     )  # fmt: skip
-    answers = {task: _asked(memory, example, task) for task in ("memorag", "rag", "memory")}
+    answers = {task: _ask(memory, example, task) for task in ("memorag", "rag", "memory")}
     clues = [_plain(clue["text"]) for clue in answers["memorag"].clues]
     spans = [_plain(text[start:end]) for start, end in example.evidence]
     yield "clue_contains_span", [float(all(any(span in clue for clue in clues) for span in spans))]
     for task in ("memorag", "rag"):
         yield f"answer_exact_match_{task}", [exact(example, answers[task].text)]
-        passages = ranked([Found(p["start"], p["end"], p["score"]) for p in answers[task].passages])
+        passages = rank_passages([Found(p["start"], p["end"], p["score"]) for p in answers[task].passages])
         recall = evidence_recall(example, passages, 3)
         assert recall is not None, question
         yield f"recall_at_3_{task}", [recall]
         yield f"two_step_recall_at_3_{task}", [recall] if question["kind"] == "two-step" else []
     yield "memory_exact_match", [exact(example, answers["memory"].text)]
-    yield "emptied_memory_exact_match", [exact(example, _asked(empty, example, "memory").text)]
+    yield "emptied_memory_exact_match", [exact(example, _ask(empty, example, "memory").text)]
 
 
-def _asked(memory: Memory, example: Example, task: Any) -> Answer:
+def _ask(memory: Memory, example: Example, task: Any) -> Answer:
     answer: Answer = memory.ask(example.question, task, max_tokens=ANSWER_TOKENS)
     if lacking := set(answer.degraded) - {"embedded-model"}:
         raise RuntimeError(f"not a whole answer: {lacking}")

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.report import report
 from serving.config import Profile, load_profile
-from serving.deploy.app import deploy, with_models
+from serving.deploy.app import deploy, resolve_models
 
 RATIO = 16
 NEEDLES = 8
@@ -80,7 +80,7 @@ def settings() -> Profile:
     return profile.model_copy(update={"memory": memory, "ray": ray, "limits": limits})
 
 
-async def made(http: aiohttp.ClientSession, id: str, documents: list[str]) -> tuple[dict[str, Any], float]:
+async def make_memory(http: aiohttp.ClientSession, id: str, documents: list[str]) -> tuple[dict[str, Any], float]:
     """The memory, and the seconds until it was ready."""
     began = time.perf_counter()
     body = {"id": id, "documents": [{"id": f"d{i}", "text": text} for i, text in enumerate(documents)]}
@@ -95,7 +95,7 @@ async def made(http: aiohttp.ClientSession, id: str, documents: list[str]) -> tu
         return await response.json(), time.perf_counter() - began
 
 
-async def asked(
+async def ask_needles(
     http: aiohttp.ClientSession, id: str, documents: list[str], questions: list[tuple[str, str]]
 ) -> dict[str, Any]:
     """How many sentences were found again, and the median seconds of first and later questions."""
@@ -127,7 +127,7 @@ async def run(address: str, profile: Profile, documents: list[str]) -> tuple[lis
         one = [documents[len(documents) // (2 * NEEDLES)]]
         for id, texts_, ask in [("one", one, questions[:1] * NEEDLES), ("corpus", documents, questions)]:
             print(f"memorizing {len(texts_)} documents …", file=sys.stderr)
-            memory, seconds = await made(http, id, texts_)
+            memory, seconds = await make_memory(http, id, texts_)
             groups = -(-memory["slots"] // profile.memory.group_slots)
             row = {
                 "documents": len(texts_),
@@ -137,7 +137,7 @@ async def run(address: str, profile: Profile, documents: list[str]) -> tuple[lis
                 "passages": memory["passages"],
                 "made in (s)": seconds,
             }
-            rows.append(row | await asked(http, id, texts_, ask))
+            rows.append(row | await ask_needles(http, id, texts_, ask))
     small, large = rows
     ratios = {
         "tokens_over_one_document": large["tokens"] / small["tokens"],
@@ -155,18 +155,18 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as storage:
         profile = settings()
-        tokenizer = AutoTokenizer.from_pretrained(with_models(profile).memory.engine.model)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_models(profile).memory.engine.model)
         documents, tokens = corpus(arguments.texts, arguments.tokens, tokenizer)
         print(f"{len(documents)} documents of {tokens:,} tokens; starting a server …", file=sys.stderr)
         server = deploy(profile, storage, "127.0.0.1", 0)
 
-        async def measured() -> tuple[list[dict[str, Any]], dict[str, float]]:
+        async def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
             try:
                 return await run(server.address, profile, documents)
             finally:
                 server.stop()
 
-        rows, ratios = asyncio.run(measured())
+        rows, ratios = asyncio.run(measure())
     report("corpus", rows, ratios, arguments.json)
 
 

@@ -49,7 +49,9 @@ def main() -> None:
         length = HEAD + arguments.tokens + QUESTION + 8
         options = {"max_model_len": length, "max_num_batched_tokens": max(length, 2048), "block_size": None}
         with engine(model, connector_config(store), **options) as llm:
-            prefill = timed(llm, lambda: ({"prompt_token_ids": head + text + question}, _one_token()), cold=True)
+            prefill = time_first_token(
+                llm, lambda: ({"prompt_token_ids": head + text + question}, _one_token()), cold=True
+            )
             for ratio in RATIOS:
                 slots = beacon.compress(text, ratio=ratio, memory=kept_head)
                 key = MemoryKey("bench", f"ratio-{ratio}", "v000001-00000000")
@@ -60,7 +62,7 @@ def main() -> None:
                 def ask(key: MemoryKey = key, count: int = count) -> tuple[Any, Any]:
                     return request(group(key, 1, count), [chance.randrange(4096) for _ in range(QUESTION)], 1)
 
-                cold, warm = timed(llm, ask, cold=True), timed(llm, ask, cold=False)
+                cold, warm = time_first_token(llm, ask, cold=True), time_first_token(llm, ask, cold=False)
                 rows.append(
                     {
                         "ratio": ratio,
@@ -78,7 +80,7 @@ def main() -> None:
     report("first token: memory injected against text prefilled", rows, ratios, arguments.json)
 
 
-def timed(llm: Any, ask: Callable[[], tuple[Any, Any]], cold: bool) -> float:
+def time_first_token(llm: Any, ask: Callable[[], tuple[Any, Any]], cold: bool) -> float:
     """Median seconds from `generate` to its one token, after one run that does not count."""
     seconds = []
     for _ in range(REPEATS + 1):

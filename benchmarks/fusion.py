@@ -73,7 +73,7 @@ def _rankings(dataset: Path, rows: Path, config: RetrievalConfig) -> Iterator[tu
             for row, query in enumerate(queries):
                 found = index.search(query, embedded, row, config.search.hits_per_query)
                 hits = tuple(Hit(passages[id], score) for id, score in found)
-                rankings.append(Ranking(hits, index.grounding(query, embedded, row)))
+                rankings.append(Ranking(hits, index.measure_grounding(query, embedded, row)))
             yield example, rankings
 
 

@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("--memorize", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memorize:
-        print(
-            json.dumps({ratio: _memorized(arguments.memorize, ratio, arguments.tokens) for ratio in arguments.ratios})
-        )
+        print(json.dumps({ratio: _memorize(arguments.memorize, ratio, arguments.tokens) for ratio in arguments.ratios}))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = ensure_random_model(folder)
@@ -64,7 +62,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         memorize = {int(ratio): seconds for ratio, seconds in json.loads(done.stdout.splitlines()[-1]).items()}
         os.environ.update(IN_PROCESS)  # before the engine's libraries are loaded
-        rows = _loaded(Path(folder), model, memorize, arguments.tokens)
+        rows = _load(Path(folder), model, memorize, arguments.tokens)
     disk, kept = rows[0]["disk over memorize"], rows[0]["object store over memorize"]
     report(
         "a memory ready to answer, against memorizing again",
@@ -74,7 +72,7 @@ def main() -> None:
     )
 
 
-def _memorized(folder: Path, ratio: int, tokens: int) -> float:
+def _memorize(folder: Path, ratio: int, tokens: int) -> float:
     """Stores the memories, and returns the seconds that one takes to be encoded."""
     beacon = BeaconModel.from_pretrained(ensure_random_model(folder), device="cpu")
     chance, seconds = random.Random(ratio), []
@@ -88,7 +86,7 @@ def _memorized(folder: Path, ratio: int, tokens: int) -> float:
     return median(seconds[1:])
 
 
-def _loaded(folder: Path, model: Path, memorize: dict[int, float], tokens: int) -> list[dict[str, Any]]:
+def _load(folder: Path, model: Path, memorize: dict[int, float], tokens: int) -> list[dict[str, Any]]:
     store = _store(folder)
     with ray_of_its_own():
         keeper = local_keeper(store.storage.root, KEEPER_BYTES, NAMESPACE)
@@ -102,9 +100,9 @@ def _row(llm: Any, keeper: Any, ratio: int, tokens: int, memorize: float) -> dic
     slots, chance = HEAD + tokens // ratio, random.Random(0)
     disk, kept = [], []
     for index in range(MEMORIES):
-        disk.append(_ready(llm, keeper, _key(ratio, index), slots, chance))
+        disk.append(_time_first_token(llm, keeper, _key(ratio, index), slots, chance))
         llm.reset_prefix_cache()
-        kept.append(_ready(llm, keeper, _key(ratio, index), slots, chance))
+        kept.append(_time_first_token(llm, keeper, _key(ratio, index), slots, chance))
     from_disk, from_keeper = median(disk[1:]), median(kept[1:])  # the first warms code and allocators up
     return {
         "ratio": ratio,
@@ -118,7 +116,7 @@ def _row(llm: Any, keeper: Any, ratio: int, tokens: int, memorize: float) -> dic
     }
 
 
-def _ready(llm: Any, keeper: Any, key: MemoryKey, slots: int, chance: random.Random) -> float:
+def _time_first_token(llm: Any, keeper: Any, key: MemoryKey, slots: int, chance: random.Random) -> float:
     """Seconds until a question's first token, the keeper asked first as the Recaller does."""
     question = [chance.randrange(4096) for _ in range(QUESTION)]
     began = time.perf_counter()

@@ -55,7 +55,7 @@ def main() -> None:
                 console.print(f"memorizing {name} tokens, windows {way} …")
                 runs = [_measure_apart(folder, LENGTHS[name], group) for _ in range(PROCESSES[name])]
                 case = cases[name, way] = min(runs, key=lambda run: run["seconds"])
-                flops = sum(counted_flops(LENGTHS[name]))
+                flops = sum(count_flops(LENGTHS[name]))
                 rows.append(
                     {
                         "tokens": LENGTHS[name],
@@ -75,7 +75,7 @@ def main() -> None:
         for name in arguments.lengths
     }
     if {"10k", "1M"} <= {*arguments.lengths}:
-        per_flop = {name: seconds[name, "together"] / sum(counted_flops(LENGTHS[name])) for name in arguments.lengths}
+        per_flop = {name: seconds[name, "together"] / sum(count_flops(LENGTHS[name])) for name in arguments.lengths}
         ratios |= {f"time_per_flop_{name}_over_10k": value / per_flop["10k"] for name, value in per_flop.items()}
         long, short = cases["1M", "together"], cases["10k", "together"]
         ratios["peak_bytes_over_slot_bytes_1M"] = long["peak_bytes"] / long["slot_bytes"]
@@ -84,7 +84,7 @@ def main() -> None:
     report("memorize", rows, ratios, arguments.json)
 
 
-def counted_flops(tokens: int) -> tuple[float, float]:
+def count_flops(tokens: int) -> tuple[float, float]:
     """The formulas of the module's head, matrices and attention, for a text without head at `RATIO`."""
     matrices = attention = 0
     slots = 0

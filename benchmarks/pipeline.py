@@ -47,7 +47,7 @@ def engines_alone(storage: str) -> Ask:
     from memory_worker.messages import Clue, RecallRequest
     from memory_worker.recall.groups import segment_groups
     from memory_worker.storage.store import MemoryStore
-    from retrieval_worker.fusion import clue_weights, kept
+    from retrieval_worker.fusion import clue_weights, select_hits
     from retrieval_worker.messages import EvidenceRequest
     from serving.router.manifests import index_of
     from serving.router.pipeline import CLUE_KINDS
@@ -66,7 +66,7 @@ def engines_alone(storage: str) -> Ask:
         recalled = recaller.options(stream=True).recall.remote(asked)
         queries = [question] + [item.text async for item in recalled if isinstance(item, Clue)]
         found = await retriever.search.remote(index, queries)
-        hits = kept(found, clue_weights(found, found[0].grounding), search)
+        hits = select_hits(found, clue_weights(found, found[0].grounding), search)
         passages = [hit.passage for hit in hits]
         sources = tuple(Source(p.memory, p.document, p.start, p.end, p.text) for p in passages)
         request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, "benchmark", stream=False)
@@ -137,13 +137,13 @@ def main() -> None:
         print("starting a server …", file=sys.stderr)
         server = deploy(load_profile("embedded"), storage, "127.0.0.1", 0)
 
-        async def measured() -> tuple[list[dict[str, object]], dict[str, float]]:
+        async def measure_both() -> tuple[list[dict[str, object]], dict[str, float]]:
             try:
                 return await run(server.address, storage, arguments.questions)
             finally:
                 server.stop()  # while the loop runs that the handles belong to
 
-        rows, ratios = asyncio.run(measured())
+        rows, ratios = asyncio.run(measure_both())
     report("pipeline", rows, ratios, arguments.json)
 
 

@@ -41,14 +41,14 @@ def main() -> None:
     def check(found: Calibrated) -> None:
         if arguments.rates:
             arguments.rates.write_text(found.rates.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        rows.extend(asyncio.run_coroutine_threadsafe(_checked(found, text * TIMES), found.loop).result())
+        rows.extend(asyncio.run_coroutine_threadsafe(_check(found, text * TIMES), found.loop).result())
 
     calibrate("embedded", text, seconds=SECONDS, note=lambda line: print(line, file=sys.stderr), then=check)
     ratios = {str(row["what"]): row["measured"] / row["predicted"] for row in rows}
     report("plan", rows, ratios, arguments.json)
 
 
-async def _checked(found: Calibrated, text: str) -> list[dict[str, Any]]:
+async def _check(found: Calibrated, text: str) -> list[dict[str, Any]]:
     print("checking …", file=sys.stderr)
     stages = await found.stages.of_text("checked", text)
     manifest, rates = stages.manifest, found.rates

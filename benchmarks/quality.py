@@ -50,7 +50,7 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for file in arguments.files:
         examples = sample(read_examples(file), arguments.limit)
-        found = _found(examples, config, characters)
+        found = _score(examples, config, characters)
         documents = {example.id: example.document for example in examples}
         name = file.name.split(".")[0]
         for ranking, values in found.items():
@@ -64,7 +64,7 @@ def main() -> None:
     report(f"quality ({characters} characters)", rows, ratios, arguments.json)
 
 
-def _found(examples: Sequence[Example], config: RetrievalConfig, characters: int) -> dict[str, Values]:
+def _score(examples: Sequence[Example], config: RetrievalConfig, characters: int) -> dict[str, Values]:
     """Every figure of every example by every ranking."""
     values: dict[str, Values] = {ranking: {} for ranking in WEIGHTS}
     for ranking, example, best_first in _rankings(examples, config, characters):

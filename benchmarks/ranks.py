@@ -57,7 +57,7 @@ def main() -> None:
                     console.print(f"ratio {ratio}, round {number + 1} of {ROUNDS}: {ranks} ranks …")
                     done.append(_measure_apart(folder, ratio, ranks))
             best = {ranks: min(done, key=lambda run: run[0]["seconds"]) for ranks, done in runs.items()}
-            predicted = _predicted(ratio)
+            predicted = _predict_bytes(ratio)
             for ranks, run in best.items():
                 rows.append(
                     {
@@ -78,7 +78,7 @@ def main() -> None:
             ratios[f"written_over_predicted_ratio_{ratio}"] = best[2][0]["written"] / predicted
             ratios[f"difference_ratio_{ratio}"] = _difference(Path(folder))
         console.print("reading and writing, by the first rank alone …")
-        ratios |= _alone(Path(folder))
+        ratios |= _measure_alone(Path(folder))
     report("ranks", rows, ratios, arguments.json)
 
 
@@ -86,12 +86,14 @@ def _busiest(run: list[dict[str, Any]]) -> float:
     return max(rank["cpu"] for rank in run)
 
 
-def _predicted(ratio: int) -> int:
-    from memory_worker.models.beacon.exchange import exchanged_bytes
+def _predict_bytes(ratio: int) -> int:
+    from memory_worker.models.beacon.exchange import count_exchanged_bytes
 
     passes = WINDOWS // (2 * GROUP_WINDOWS)
     slot_bytes = 2 * KV_HEADS * HEAD_DIM * 4
-    return exchanged_bytes([GROUP_WINDOWS * WINDOW // ratio] * passes, ranks=2, layers=LAYERS, slot_bytes=slot_bytes)
+    return count_exchanged_bytes(
+        [GROUP_WINDOWS * WINDOW // ratio] * passes, ranks=2, layers=LAYERS, slot_bytes=slot_bytes
+    )
 
 
 def _difference(folder: Path) -> float:
@@ -101,7 +103,7 @@ def _difference(folder: Path) -> float:
     return max(float((alone[name] - together[name]).abs().max()) for name in alone)
 
 
-def _alone(folder: Path) -> dict[str, float]:
+def _measure_alone(folder: Path) -> dict[str, float]:
     """Rates, by CPU second, of what is not spread over ranks."""
     import torch
     from transformers import AutoTokenizer
@@ -180,10 +182,10 @@ def _measure(folder: Path, ratio: int, rank: int, ranks: int, port: int) -> dict
         return Slots.concat([part.slots for parts in passes for part in parts])
 
     memorize(text[: 4 * GROUP_WINDOWS * WINDOW])  # warm, and all ranks begin together
-    counted, written = (exchange.bytes_sent, _written()) if exchange else (0, 0)
+    counted, written = (exchange.bytes_sent, _count_written()) if exchange else (0, 0)
     start, spent = time.perf_counter(), time.process_time()
     slots = memorize(text)
-    seconds, cpu, sent = time.perf_counter() - start, time.process_time() - spent, _written() - written
+    seconds, cpu, sent = time.perf_counter() - start, time.process_time() - spent, _count_written() - written
     if rank == 0:
         save_file({"keys": slots.keys, "values": slots.values}, folder / f"slots-{ranks}.safetensors")
     return {
@@ -194,7 +196,7 @@ def _measure(folder: Path, ratio: int, rank: int, ranks: int, port: int) -> dict
     }
 
 
-def _written() -> int:
+def _count_written() -> int:
     """Bytes this process has written by system calls, to sockets too."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))

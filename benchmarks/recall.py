@@ -54,7 +54,7 @@ def main() -> None:
         store_slots(store, KEY, reference.parts, reference.fingerprint)
         with ray_of_its_own():
             serve.start(proxy_location="Disabled")
-            handle = _deployed(model, store)
+            handle = _deploy(model, store)
             theirs, ours, equal = asyncio.run(_in_turns(reference, handle, arguments.rounds))
             serve.shutdown()
     rows = [_row("transformers, one by one", theirs), _row(f"Recaller, {CONCURRENT} at once", ours)]
@@ -78,14 +78,14 @@ class Turn(NamedTuple):
 async def _in_turns(reference: "ReferenceWay", handle: Any, rounds: int) -> tuple[list[Turn], list[Turn], int]:
     """Turns of the reference way and of ours; how many of its questions had equal clues here."""
     theirs, ours, equal = [], [], 0
-    await _asked(handle, [f"Warm up {i}?" for i in range(CONCURRENT)])
+    await _ask(handle, [f"Warm up {i}?" for i in range(CONCURRENT)])
     for turn in range(rounds):
         questions = [f"What happened at place {turn}-{i}?" for i in range(4 * CONCURRENT)]
         began = time.perf_counter()
         expected = {question: reference.clues(question) for question in questions[:REFERENCE_QUESTIONS]}
         theirs.append(Turn(len(expected), sum(map(len, expected.values())), time.perf_counter() - began))
         began = time.perf_counter()
-        found = await _asked(handle, questions)
+        found = await _ask(handle, questions)
         ours.append(Turn(len(found), sum(map(len, found.values())), time.perf_counter() - began))
         equal += sum(sorted(found[question]) == sorted(clues) for question, clues in expected.items())
     return theirs, ours, equal
@@ -114,11 +114,11 @@ class ReferenceWay:
         found: list[str] = []
         for kind in KINDS:
             lines = ClueLines(MAX_CLUES)
-            text = self._tokenizer.decode(self._continued(kind, question, BUDGET), skip_special_tokens=True)
+            text = self._tokenizer.decode(self._continue(kind, question, BUDGET), skip_special_tokens=True)
             found += lines.feed(text) + lines.close()
         return found
 
-    def _continued(self, kind: ClueKind, question: str, tokens: int) -> list[int]:
+    def _continue(self, kind: ClueKind, question: str, tokens: int) -> list[int]:
         prompt = question_tokens(self._tokenizer, kind, question, "en")
         cache = copy.deepcopy(self._memory)
         return self._reference.continued(cache, prompt, tokens, end=self._tokenizer.eos_token_id)
@@ -127,14 +127,14 @@ class ReferenceWay:
         speeds: dict[int, float] = {}
         for threads in {1, torch.get_num_threads()}:
             torch.set_num_threads(threads)
-            self._continued("span", "warm up", 8)
+            self._continue("span", "warm up", 8)
             began = time.perf_counter()
-            self._continued("span", "warm up", 64)
+            self._continue("span", "warm up", 64)
             speeds[threads] = time.perf_counter() - began
         torch.set_num_threads(min(speeds, key=speeds.__getitem__))
 
 
-def _deployed(model: Path, store: MemoryStore) -> Any:
+def _deploy(model: Path, store: MemoryStore) -> Any:
     config = MemoryConfig(
         engine=EngineConfig(
             model=str(model),
@@ -151,7 +151,7 @@ def _deployed(model: Path, store: MemoryStore) -> Any:
     return serve.run(application, name="recall", route_prefix=None).options(stream=True)
 
 
-async def _asked(handle: Any, questions: list[str]) -> dict[str, list[str]]:
+async def _ask(handle: Any, questions: list[str]) -> dict[str, list[str]]:
     """The clues of each question, asked by as many clients as there are concurrent questions."""
     found: dict[str, list[str]] = {}
     waiting = iter(questions)

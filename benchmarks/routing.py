@@ -108,7 +108,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
         }
         row |= {"load": seen.load, "refused": seen.refused}
         if run in MOVED_WITH:
-            row |= _moved(name, run.replicas)
+            row |= _measure_moved(name, run.replicas)
         rows.append(row)
     return rows
 
@@ -232,7 +232,7 @@ def _ours(replicas: int, unhurried: int = 4) -> Choose:
 def _ring_choice(replicas: int) -> Choose:
     names = _names(replicas)
     index = {name: i for i, name in enumerate(names)}
-    tried = [[index[each.unique_id] for each in ranked] for ranked in _ranked_on_ring(names)]
+    tried = [[index[each.unique_id] for each in ranked] for ranked in _rank_on_ring(names)]
     return lambda memory, loads: next((each for each in tried[memory] if loads[each] < MAX_ONGOING), None)
 
 
@@ -246,7 +246,7 @@ def _power_of_two(replicas: int) -> Choose:
     return choose
 
 
-def _moved(router: str, replicas: int) -> dict[str, float]:
+def _measure_moved(router: str, replicas: int) -> dict[str, float]:
     """Share of the memories whose home is another replica after each event; nothing has a home with power of two."""
     if router == POWER_OF_TWO:
         return {}
@@ -281,10 +281,10 @@ def _our_homes(ranks: dict[int, str]) -> list[str]:
 
 
 def _ring_homes(names: list[str]) -> list[str]:
-    return [ranked[0].unique_id for ranked in _ranked_on_ring(names)]
+    return [ranked[0].unique_id for ranked in _rank_on_ring(names)]
 
 
-def _ranked_on_ring(names: list[str]) -> list[list[ReplicaID]]:
+def _rank_on_ring(names: list[str]) -> list[list[ReplicaID]]:
     """For each memory the replicas that Serve's own ring would try; the class is given just what its ring needs."""
     deployment = DeploymentID("simulated")
     router = ConsistentHashRouter.__new__(ConsistentHashRouter)

@@ -97,12 +97,12 @@ class MemoryRouting:
     def _order(self, memory: str) -> list[int]:
         """Indices of all replicas, home first. `order` is this, cached."""
         digest = hashlib.blake2b(memory.encode(), digest_size=8, key=_SEED).digest()
-        scores = _mixed(self._weights ^ np.uint64(int.from_bytes(digest, "little")))
+        scores = _mix(self._weights ^ np.uint64(int.from_bytes(digest, "little")))
         order: list[int] = np.argsort(~scores, kind="stable").tolist()
         return order
 
 
-def routed_by_memory() -> dict[str, Any]:
+def route_by_memory() -> dict[str, Any]:
     """Options of a deployment whose class is a `ReportsRank` and whose callers give `session_id`s."""
     return {
         "request_router_config": RequestRouterConfig(
@@ -252,10 +252,10 @@ def _rank(replica: RunningReplica) -> int:
 
 def _weights(ranks: Sequence[int]) -> _Words:
     """A word for each rank, far from those of other ranks."""
-    return _mixed(np.array(ranks, dtype=np.uint64))
+    return _mix(np.array(ranks, dtype=np.uint64))
 
 
-def _mixed(words: _Words) -> _Words:
+def _mix(words: _Words) -> _Words:
     """SplitMix64's step: each bit of a word depends on all of its bits before."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

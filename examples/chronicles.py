@@ -147,11 +147,11 @@ def training_documents(
     draw = random.Random(seed)
     documents = [document(draw.randrange(2**60), draw.randint(*facts), split, made) for _ in range(count)]
     for each in documents:
-        each["questions"] = _balanced(draw, each["questions"])
+        each["questions"] = _balance(draw, each["questions"])
     return documents
 
 
-def _balanced(draw: random.Random, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _balance(draw: random.Random, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As many of each kind, some of them more than once, so that rare kinds are learnt, too."""
     of_kind = {kind: [q for q in questions if q["kind"] == kind] for kind in KINDS}
     most = max(map(len, of_kind.values()))

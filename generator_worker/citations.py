@@ -24,12 +24,12 @@ def resolve_citations(text: str, sources: Sequence[Source]) -> tuple[Citation, .
     )
 
 
-def without_citations(text: str) -> str:
+def strip_citations(text: str) -> str:
     """`text` without its `[n]`."""
     return _NUMBERS.sub("", text)
 
 
-def finished_generation(pieces: list[str], prompt: Prompt, finished: Finished) -> Generation:
+def finish_generation(pieces: list[str], prompt: Prompt, finished: Finished) -> Generation:
     """The end of the answer to `prompt` whose deltas were `pieces`."""
     text = "".join(pieces)
     return Generation(

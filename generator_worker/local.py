@@ -8,7 +8,7 @@ from typing import Any
 from cluster.engine import EngineServer
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
-from generator_worker.citations import finished_generation
+from generator_worker.citations import finish_generation
 from generator_worker.config import GeneratorConfig
 from generator_worker.errors import GenerationFailed
 from generator_worker.messages import GenerateRequest, Generation, GeneratorDescription
@@ -45,7 +45,7 @@ class Generator(EngineServer):
             async with aclosing(outputs):
                 async for output in outputs:
                     if isinstance(output, Finished):
-                        yield finished_generation(pieces, prompt, output)
+                        yield finish_generation(pieces, prompt, output)
                     else:
                         pieces.append(output.text)
                         if request.stream:

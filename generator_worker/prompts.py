@@ -184,7 +184,7 @@ def _render(
         parts.append(f"{labels['question']}{request.question.strip()}")
     if request.short:
         parts.append(_SHORT[request.language])
-    text = _without_special_tokens(tokenizer, "\n\n".join(parts))
+    text = _break_special_tokens(tokenizer, "\n\n".join(parts))
     # One user message: several published chat templates refuse a system message.
     messages = ({"role": "user", "content": text},)
     if getattr(tokenizer, "chat_template", None):
@@ -193,7 +193,7 @@ def _render(
     return messages, tokenizer.encode(f"{text}\n\n{labels[request.task]}")
 
 
-def _without_special_tokens(tokenizer: Any, text: str) -> str:
+def _break_special_tokens(tokenizer: Any, text: str) -> str:
     """`text` with a space inside whatever the tokenizer would take for a control token, such as an end of turn."""
     for token in tokenizer.all_special_tokens:
         if len(token) > 1:

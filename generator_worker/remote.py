@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.messages import EngineStats, Finished, TextDelta
-from generator_worker.citations import finished_generation
+from generator_worker.citations import finish_generation
 from generator_worker.config import GeneratorConfig
 from generator_worker.errors import GenerationFailed
 from generator_worker.messages import GenerateRequest, Generation, GeneratorDescription
@@ -105,4 +105,4 @@ class RemoteGenerator:
             raise GenerationFailed(f"{where} broke off in the middle of an answer: {error!r}") from error
         if reason is None:
             raise GenerationFailed(f"{where} broke off in the middle of an answer")
-        yield finished_generation(pieces, prompt, Finished(prompt_tokens, completion_tokens, reason))
+        yield finish_generation(pieces, prompt, Finished(prompt_tokens, completion_tokens, reason))

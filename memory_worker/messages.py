@@ -50,7 +50,7 @@ class SegmentGroup:
         return "+".join(f"{r.key.path}:{r.first}-{r.end}" for r in self.ranges)
 
     @classmethod
-    def named(cls, name: str, slots: int) -> "SegmentGroup":
+    def parse(cls, name: str, slots: int) -> "SegmentGroup":
         """The group of that `name`. Raises `ValueError` for a text that names none."""
         ranges = []
         for part in name.split("+"):
@@ -192,7 +192,7 @@ class MemorizerDescription:
     kind: MemoryKind  # where a request names none
     kinds: dict[MemoryKind, KindDescription]
 
-    def chosen(self, kind: MemoryKind | None, ratio: int | None, usual_ratio: int) -> tuple[MemoryKind, int]:
+    def choose_kind(self, kind: MemoryKind | None, ratio: int | None, usual_ratio: int) -> tuple[MemoryKind, int]:
         """Kind and ratio of a memory for which these are asked, `usual_ratio` where it is none and the kind takes it.
 
         Raises `UnsupportedKind` or `UnfitRatio`.

@@ -35,7 +35,7 @@ class Bm25:
         found: np.ndarray = self._index.get_scores_from_ids(known)
         return found
 
-    def grounding(self, text: str, sparse: dict[int, float] | None = None) -> float:
+    def measure_grounding(self, text: str, sparse: dict[int, float] | None = None) -> float:
         """0 to 1: the most of the query's different words, each counting its idf, that one passage holds."""
         if not self._numbers:
             return 0.0

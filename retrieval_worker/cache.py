@@ -33,11 +33,11 @@ class SharedCache(Generic[Value]):
         task = self._tasks.get(key)
         if task is None:
             task = self._tasks[key] = asyncio.ensure_future(make())
-            task.add_done_callback(lambda done: self._made(key, done))
+            task.add_done_callback(lambda done: self._settle(key, done))
         self._tasks.move_to_end(key)
         return await asyncio.shield(task)
 
-    def _made(self, key: Hashable, task: "asyncio.Future[Value]") -> None:
+    def _settle(self, key: Hashable, task: "asyncio.Future[Value]") -> None:
         if task.cancelled() or task.exception() is not None:
             del self._tasks[key]
             return

@@ -75,7 +75,7 @@ class SentenceTransformerEmbedder:
         dense = self._model.encode(
             list(texts), batch_size=self._batch_size, prompt="", convert_to_numpy=True, show_progress_bar=False
         )
-        return Embeddings(_normalised(dense), None)
+        return Embeddings(_normalise(dense), None)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._counter.count(texts)
@@ -130,7 +130,7 @@ class BgeM3:
                 dense[rows] = vectors
                 for row, row_weights in zip(rows, weights, strict=True):
                     sparse[row] = self._lexical(ids[row], row_weights)
-        return Embeddings(_normalised(dense), sparse)
+        return Embeddings(_normalise(dense), sparse)
 
     def _forward(self, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Dense vectors `[n, dim]` and token weights `[n, longest]` of token ids."""
@@ -208,7 +208,7 @@ def _dtype(config: EmbedderConfig, device: str) -> Any:
     return getattr(torch, config.dtype)
 
 
-def _normalised(vectors: np.ndarray) -> np.ndarray:
+def _normalise(vectors: np.ndarray) -> np.ndarray:
     """Rows of unit length in float32: bfloat16 models normalise to three digits only."""
     vectors = np.asarray(vectors, np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -38,7 +38,7 @@ def clue_weights(rankings: Sequence[Ranking], reference: float) -> list[float]:
     return [min(1.0, ranking.grounding / reference) ** 2 for ranking in rankings]
 
 
-def kept(rankings: Sequence[Ranking], weights: Sequence[float], search: SearchConfig) -> list[Hit]:
+def select_hits(rankings: Sequence[Ranking], weights: Sequence[float], search: SearchConfig) -> list[Hit]:
     """What the generator gets: the best of all rankings, fused, within the budget, in document order.
 
     The passage most like the question, the first of the first ranking, is always among them: clues add to what the

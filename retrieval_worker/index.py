@@ -28,7 +28,7 @@ class Lexical(Protocol):
     def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
         """float32 `[passages]` for a query's text and its sparse weights; 0 where nothing is shared."""
 
-    def grounding(self, text: str, sparse: dict[int, float] | None) -> float:
+    def measure_grounding(self, text: str, sparse: dict[int, float] | None) -> float:
         """0 to 1: the most of the query's words, each by its weight or its rarity, that one passage holds."""
 
 
@@ -66,7 +66,7 @@ class PassageIndex:
             dense.nprobe = config.nprobe
             dense.train(_sample(parts, count, lists * _TRAINING_VECTORS_PER_LIST))
             dense.make_direct_map()  # to give vectors back
-        for rows in _widened(parts):
+        for rows in _widen(parts):
             dense.add(rows)
         searched = _on_gpu(dense) if config.gpu == "auto" and faiss.get_num_gpus() > 0 else dense
         return cls(searched, dense, _lexical(parts, texts, embedder, config), config.dense_weight)
@@ -101,14 +101,14 @@ class PassageIndex:
         order = np.lexsort((found, -total))[:hits]
         return [(int(found[place]), float(total[place])) for place in order]
 
-    def grounding(self, text: str, query: Embeddings, row: int) -> float:
+    def measure_grounding(self, text: str, query: Embeddings, row: int) -> float:
         """0 to 1: how much of `text`, which is row `row` of `query`, one passage says in its words.
 
         1 in an index without words, which cannot tell.
         """
         if self._lexical is None:
             return 1.0
-        return self._lexical.grounding(text, None if query.sparse is None else query.sparse[row])
+        return self._lexical.measure_grounding(text, None if query.sparse is None else query.sparse[row])
 
 
 class SparseWeights:
@@ -123,7 +123,7 @@ class SparseWeights:
     def build(cls, parts: Sequence[SparseRows]) -> "SparseWeights":
         from scipy.sparse import csr_matrix
 
-        rows = SparseRows.joined(parts)
+        rows = SparseRows.join(parts)
         count = len(rows.offsets) - 1
         passages = np.repeat(np.arange(count, dtype=np.int32), np.diff(rows.offsets))
         tokens, places = np.unique(rows.tokens, return_inverse=True)
@@ -131,19 +131,19 @@ class SparseWeights:
 
     def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
         """float32 `[passages]`: the sum over shared tokens of query weight × passage weight."""
-        rows, weights = self._known(sparse or {})
+        rows, weights = self._find_known(sparse or {})
         scores: np.ndarray = self._postings[rows].T @ weights
         return scores
 
-    def grounding(self, text: str, sparse: dict[int, float] | None) -> float:
+    def measure_grounding(self, text: str, sparse: dict[int, float] | None) -> float:
         """Of the query's weights, summed, the share of the tokens that one passage has, at most."""
         if not sparse:
             return 0.0
-        rows, weights = self._known(sparse)
+        rows, weights = self._find_known(sparse)
         held = self._postings[rows].sign().T @ weights
         return min(1.0, float(held.max(initial=0.0)) / sum(sparse.values()))
 
-    def _known(self, query: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    def _find_known(self, query: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the query's tokens that some passage has, and their weights in the query."""
         wanted = np.fromiter(query, np.int64, len(query))
         rows = np.searchsorted(self._tokens, wanted)
@@ -175,7 +175,7 @@ def _scale(best: float) -> float:
     return best if best > 0 else 1.0
 
 
-def _widened(parts: Sequence[PassageVectors]) -> Iterator[np.ndarray]:
+def _widen(parts: Sequence[PassageVectors]) -> Iterator[np.ndarray]:
     """All vectors in order, as float32."""
     for part in parts:
         for begin in range(0, len(part.dense), _ROWS_AT_ONCE):

@@ -112,7 +112,7 @@ def parse_passages(data: Any, path: str, embedder: EmbedderDescription) -> Passa
             raise ValueError("it has a column that is compressed or coded")
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         _check_header(file, data.size, embedder)
-        held = _checked(_read(file, data.size), embedder)
+        held = _check(_read(file, data.size), embedder)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DamagedIndex(path, f"cannot be read: {error}") from error
     return held
@@ -175,24 +175,24 @@ def _read(file: Any, size: int) -> Any:
     return table
 
 
-def _checked(table: Any, embedder: EmbedderDescription) -> PassageFile:
+def _check(table: Any, embedder: EmbedderDescription) -> PassageFile:
     """The table's contents. Raises `ValueError` for such as no Retriever writes."""
-    texts = _whole(table, "text")
-    starts, ends, tokens = (_whole(table, name).to_numpy() for name in ("start", "end", "tokens"))
+    texts = _combine(table, "text")
+    starts, ends, tokens = (_combine(table, name).to_numpy() for name in ("start", "end", "tokens"))
     if (starts < 0).any() or (ends <= starts).any() or (tokens < 0).any():
         raise ValueError("it has a passage with impossible offsets or tokens")
     if (pc.utf8_length(texts).to_numpy() != ends - starts).any():
         raise ValueError("it has a passage whose text is not as long as its offsets say")
-    dense = _whole(table, "dense").flatten().to_numpy().reshape(-1, embedder.dimension)
-    vectors = PassageVectors(dense, _checked_sparse(table) if embedder.has_sparse else None)
+    dense = _combine(table, "dense").flatten().to_numpy().reshape(-1, embedder.dimension)
+    vectors = PassageVectors(dense, _check_sparse(table) if embedder.has_sparse else None)
     if not vectors.finite:
         raise ValueError("it has a vector that is not finite")
     source = table.schema.metadata.get(b"source", b"").decode()
     return PassageFile(source, PassageTexts(texts, starts, ends, tokens), vectors, table.nbytes)
 
 
-def _checked_sparse(table: Any) -> SparseRows:
-    tokens, weights = _whole(table, "sparse_tokens"), _whole(table, "sparse_weights")
+def _check_sparse(table: Any) -> SparseRows:
+    tokens, weights = _combine(table, "sparse_tokens"), _combine(table, "sparse_weights")
     lengths = [pc.list_value_length(column).to_numpy() for column in (tokens, weights)]
     if not np.array_equal(*lengths):
         raise ValueError("it has a passage with more sparse tokens than weights, or fewer")
@@ -200,7 +200,7 @@ def _checked_sparse(table: Any) -> SparseRows:
     return SparseRows(offsets, tokens.flatten().to_numpy(), weights.flatten().to_numpy())
 
 
-def _whole(table: Any, name: str) -> Any:
+def _combine(table: Any, name: str) -> Any:
     """A column as one array."""
     column = table[name]
     return column.chunk(0) if column.num_chunks else pa.array([], column.type)

@@ -16,7 +16,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.pools.pools import PoolConfig
-from cluster.routing import ReportsRank, routed_by_memory
+from cluster.routing import ReportsRank, route_by_memory
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import RetrievalConfig
@@ -73,7 +73,7 @@ class Retriever(ReportsRank):
         the text is missing, damaged or not UTF-8, `EmbedderFailed` where its vectors are of no use.
         """
         embedder = await self.describe()
-        finished = await _in(self._storage_threads, self._finished, request, embedder)
+        finished = await _in(self._storage_threads, self._find_finished, request, embedder)
         if finished is not None:
             yield IndexProgress(finished.passage_count, finished.passage_count)
             yield finished
@@ -89,7 +89,7 @@ class Retriever(ReportsRank):
             done += len(batch.dense)
             yield IndexProgress(done, len(pieces))
         write = partial(write_passages, source=request.document.source, embedder=embedder)
-        vectors = PassageVectors.joined(parts, embedder)
+        vectors = PassageVectors.join(parts, embedder)
         stored = await _in(self._storage_threads, write, self._storage, request.path, pieces, vectors)
         yield IndexedDocument(stored, len(pieces))
 
@@ -110,7 +110,7 @@ class Retriever(ReportsRank):
         def ranking(text: str, row: int) -> Ranking:
             found = opened.search.search(text, queries, row, wanted)
             hits = tuple(Hit(opened.passage(id), score) for id, score in found)
-            return Ranking(hits, opened.search.grounding(text, queries, row))
+            return Ranking(hits, opened.search.measure_grounding(text, queries, row))
 
         def search_all() -> list[Ranking]:
             return [ranking(text, row) for row, text in enumerate(texts)]
@@ -143,7 +143,7 @@ class Retriever(ReportsRank):
         description: EmbedderDescription = await self._embedder.describe.remote()
         return description
 
-    def _finished(self, request: IndexRequest, embedder: EmbedderDescription) -> IndexedDocument | None:
+    def _find_finished(self, request: IndexRequest, embedder: EmbedderDescription) -> IndexedDocument | None:
         """What an earlier run of the same request has written, if it can be used."""
         try:
             stored = self._storage.record(request.path)
@@ -220,7 +220,7 @@ def retrieval_applications(
     """The `Embedder` and the `Retriever` (which holds the former) on a pool, for `serve.run` or to bind further."""
     queued = pool.deployment_options(levels={"queue_s": pool.scaling.queue_s})
     embedder = serve.deployment(Embedder, name="Embedder", **queued).bind(config.embedder)
-    options = pool.deployment_options() | routed_by_memory()
+    options = pool.deployment_options() | route_by_memory()
     retriever = serve.deployment(Retriever, name="Retriever", **options).bind(config, storage_root, embedder)
     return embedder, retriever
 

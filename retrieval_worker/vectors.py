@@ -25,7 +25,7 @@ class SparseRows:
         return cls(offsets, tokens, weights)
 
     @classmethod
-    def joined(cls, parts: Sequence["SparseRows"]) -> "SparseRows":
+    def join(cls, parts: Sequence["SparseRows"]) -> "SparseRows":
         """All rows, one part after another."""
         if not parts:
             return cls.of([])
@@ -56,8 +56,8 @@ class PassageVectors:
         return cls(embeddings.dense.astype(np.float16), sparse)
 
     @classmethod
-    def joined(cls, parts: Sequence["PassageVectors"], embedder: EmbedderDescription) -> "PassageVectors":
+    def join(cls, parts: Sequence["PassageVectors"], embedder: EmbedderDescription) -> "PassageVectors":
         """All rows of parts that `embedder` made, one part after another."""
         dense = [np.empty((0, embedder.dimension), np.float16), *(part.dense for part in parts)]
         sparse = [part.sparse for part in parts if part.sparse is not None]
-        return cls(np.concatenate(dense), SparseRows.joined(sparse) if embedder.has_sparse else None)
+        return cls(np.concatenate(dense), SparseRows.join(sparse) if embedder.has_sparse else None)

@@ -134,7 +134,7 @@ def _row_flops(shape: ModelShape, rows: int, slots: int) -> float:
     return 2.0 * rows * shape.matrix_parameters + 4.0 * shape.layers * shape.heads * shape.head_dim * seen
 
 
-def memorizing(
+def estimate_memorizing(
     shape: ModelShape,
     tokens: int,
     *,

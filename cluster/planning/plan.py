@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from cluster.config import Settings
-from cluster.planning.costs import MemoryKind, ModelShape, RankRates, memorizing, ranks_of, segment_tokens_of, slots_of
+from cluster.planning.costs import (
+    MemoryKind,
+    ModelShape,
+    RankRates,
+    estimate_memorizing,
+    ranks_of,
+    segment_tokens_of,
+    slots_of,
+)
 
 
 class Rates(Settings):
@@ -80,7 +88,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class ResourceNeed:
     """One resource of a pool: `wanted` of it, in `unit`s, of which `given` are planned."""
 
     pool: str
@@ -102,16 +110,16 @@ class PoolPlan:
     name: str
     gpus: float
     nodes: int
-    needs: tuple[Need, ...]
+    needs: tuple[ResourceNeed, ...]
 
     @property
-    def binds(self) -> Need:
+    def binds(self) -> ResourceNeed:
         """What is fullest."""
         return max(self.needs, key=lambda need: need.fill)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CapacityPlan:
     """What the demand takes. Bytes are of all memories together."""
 
     demand: Demand
@@ -123,7 +131,7 @@ class Plan:
     pools: tuple[PoolPlan, ...]
 
     @property
-    def binds(self) -> Need:
+    def binds(self) -> ResourceNeed:
         """What is fullest of all: more load needs more of it first."""
         return max((pool.binds for pool in self.pools), key=lambda need: need.fill)
 
@@ -136,7 +144,7 @@ class Plan:
         return sum(pool.nodes for pool in self.pools)
 
 
-def plan(demand: Demand, sizes: Sizes, rates: Rates) -> Plan:
+def plan(demand: Demand, sizes: Sizes, rates: Rates) -> CapacityPlan:
     """The smallest cluster of whole replicas and nodes for `demand`, each pool on nodes of its own."""
     slots = slots_of(demand.tokens, demand.ratio) + rates.head_slots
     memory_bytes = float(slots * sizes.memory.slot_bytes)
@@ -148,14 +156,14 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> Plan:
     questions = demand.questions_per_s
     tokens = demand.answer_tokens or rates.answer_tokens
 
-    makers = _given("memory", "memorizing", demand.memories * memorize_s / seconds, "Memorizer")
-    recall = Need("memory", "recalling", questions / rates.recall_questions_per_s, "Recaller")
-    cache = Need("memory", "KV cache", hot * memory_bytes / sizes.kv_bytes, "Recaller")
-    recallers = max(_whole(recall.wanted), _whole(cache.wanted))
+    makers = _provision("memory", "memorizing", demand.memories * memorize_s / seconds, "Memorizer")
+    recall = ResourceNeed("memory", "recalling", questions / rates.recall_questions_per_s, "Recaller")
+    cache = ResourceNeed("memory", "KV cache", hot * memory_bytes / sizes.kv_bytes, "Recaller")
+    recallers = max(_round_up(recall.wanted), _round_up(cache.wanted))
     ranks = makers.given * sizes.ranks
     nodes = math.ceil(ranks / sizes.memorizer.per_node) + math.ceil(recallers / sizes.recaller.per_node)
-    store = Need("memory", "object store", hot * memory_bytes / sizes.keeper_bytes, "node")
-    nodes = max(nodes, _whole(store.wanted))
+    store = ResourceNeed("memory", "object store", hot * memory_bytes / sizes.keeper_bytes, "node")
+    nodes = max(nodes, _round_up(store.wanted))
     pools = [
         PoolPlan(
             "memory",
@@ -170,21 +178,21 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> Plan:
         )
     ]
     texts = demand.memories * passages / seconds + questions * rates.search_texts
-    embedders = _given("retrieval", "embedding", texts / rates.embed_passages_per_s, "Embedder")
-    retrievers = _given("retrieval", "searching", questions / rates.search_questions_per_s, "Retriever")
+    embedders = _provision("retrieval", "embedding", texts / rates.embed_passages_per_s, "Embedder")
+    retrievers = _provision("retrieval", "searching", questions / rates.search_questions_per_s, "Retriever")
     pools.append(_pool("retrieval", sizes.retrieval, (embedders, retrievers), embedders.given))
     if sizes.generator:
-        writers = _given("generator", "generating", questions * tokens / rates.generate_tokens_per_s, "Generator")
+        writers = _provision("generator", "generating", questions * tokens / rates.generate_tokens_per_s, "Generator")
         pools.append(_pool("generator", sizes.generator, (writers,), writers.given))
-    routers = _given("cpu", "routing", questions * rates.route_core_s / sizes.router.cpus, "Router")
+    routers = _provision("cpu", "routing", questions * rates.route_core_s / sizes.router.cpus, "Router")
     pools.append(_pool("cpu", sizes.router, (routers,), routers.given))
     storage = demand.memories * (memory_bytes + characters + passages * rates.passage_bytes)
-    return Plan(demand, slots, memory_bytes, hot * memory_bytes, storage, memorize_s, tuple(pools))
+    return CapacityPlan(demand, slots, memory_bytes, hot * memory_bytes, storage, memorize_s, tuple(pools))
 
 
 def memorize_seconds(tokens: int, ratio: int, sizes: Sizes, rates: Rates, kind: MemoryKind = "beacon") -> float:
     """One text on one Memorizer, by counted FLOPs; what ranks exchange is left out, which is little beside them."""
-    return memorizing(
+    return estimate_memorizing(
         sizes.memory,
         tokens,
         ratio=ratio,
@@ -208,19 +216,19 @@ def shared_questions_per_s(rates: Rates, cores: int, answer_tokens: float | None
     return min(*alone, cores / core_s)
 
 
-def curve(demand: Demand, sizes: Sizes, rates: Rates, loads: Sequence[float]) -> list[tuple[float, Plan]]:
+def curve(demand: Demand, sizes: Sizes, rates: Rates, loads: Sequence[float]) -> list[tuple[float, CapacityPlan]]:
     """The plan at each of `loads` questions per second."""
     return [(load, plan(replace(demand, questions_per_s=load), sizes, rates)) for load in loads]
 
 
-def _pool(name: str, replica: Replica, needs: tuple[Need, ...], replicas: int) -> PoolPlan:
+def _pool(name: str, replica: Replica, needs: tuple[ResourceNeed, ...], replicas: int) -> PoolPlan:
     return PoolPlan(name, replicas * replica.gpus, math.ceil(replicas / replica.per_node), needs)
 
 
-def _given(pool: str, resource: str, wanted: float, unit: str) -> Need:
-    return Need(pool, resource, wanted, unit, _whole(wanted))
+def _provision(pool: str, resource: str, wanted: float, unit: str) -> ResourceNeed:
+    return ResourceNeed(pool, resource, wanted, unit, _round_up(wanted))
 
 
-def _whole(wanted: float) -> int:
+def _round_up(wanted: float) -> int:
     """At least one, and room for what a sum of floats is over by."""
     return max(1, math.ceil(wanted - 1e-9))

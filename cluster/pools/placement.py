@@ -38,7 +38,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class ReplicaNeed:
     """The replicas of one deployment that must run: how many parts of them, and what each takes on one node."""
 
     deployment: str
@@ -48,7 +48,7 @@ class Need:
     labels: Mapping[str, str]
 
     @classmethod
-    def of(cls, deployment: str, name: str, pool: PoolConfig, ranks: int = 1) -> "Need":
+    def of(cls, deployment: str, name: str, pool: PoolConfig, ranks: int = 1) -> "ReplicaNeed":
         """`ranks`: processes of an engine that share what the pool gives a replica, and may be on several nodes."""
         ranks = ranks if pool.gpus_per_replica else 1
         whole = {"GPU": pool.gpus_per_replica, **pool.resources}
@@ -68,7 +68,7 @@ class Need:
         return ", ".join([*parts, *labels])
 
 
-def require_placeable(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
+def require_placeable(needs: Sequence[ReplicaNeed], nodes: Sequence[Node]) -> None:
     """Raises `PoolUnplaceable` if the fewest replicas of all pools cannot run on these nodes together.
 
     Each part has to fit one node; all together have to fit what the nodes have.

@@ -199,7 +199,7 @@ class Storage:
 
     def folders(self, path: str = "") -> list[str]:
         """Names of the folders directly under `path`, sorted; none if it is not there."""
-        found = self._listed(path, recursive=False)
+        found = self._list(path, recursive=False)
         return sorted(i.base_name for i in found if i.type == fs.FileType.Directory)
 
     def files(self, path: str = "") -> list[str]:
@@ -242,9 +242,9 @@ class Storage:
         return self._full(path) if path else self._base
 
     def _all(self, path: str) -> Iterator[fs.FileInfo]:
-        return (i for i in self._listed(path, recursive=True) if i.type == fs.FileType.File)
+        return (i for i in self._list(path, recursive=True) if i.type == fs.FileType.File)
 
-    def _listed(self, path: str, *, recursive: bool) -> list[fs.FileInfo]:
+    def _list(self, path: str, *, recursive: bool) -> list[fs.FileInfo]:
         found = self._files.list(self._folder(path), recursive=recursive)
         if not found:
             self._require_root()

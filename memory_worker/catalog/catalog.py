@@ -56,7 +56,7 @@ class Catalog:
         self._collecting: asyncio.Task[None] | None = None
         for restored in restore(self._store):
             for key in restored.old:
-                self._retention.replaced(key)
+                self._retention.mark_replaced(key)
             if restored.record:
                 self._records.put(restored.record)
             if restored.record and restored.record.job:
@@ -122,7 +122,7 @@ class Catalog:
             require("tokens", quota.tokens, usage.tokens + manifest.tokens)
             require("bytes", quota.bytes, usage.bytes + manifest.bytes)
             self._retention.release(key)
-            return await self._published(manifest)
+            return await self._mark_published(manifest)
 
     async def abandon(self, key: MemoryKey) -> None:
         """Gives a reservation up, with the texts put into it."""
@@ -152,7 +152,7 @@ class Catalog:
             manifest = base.model_copy(
                 update={"version": key.version, "parent": base.version, "created": now(), "documents": left}
             )
-            return await self._published(manifest)
+            return await self._mark_published(manifest)
 
     async def repair(self, key: MemoryKey, path: str) -> bool:
         """Begins to make the documents again that the damaged file `path` belongs to, as a new version.
@@ -206,7 +206,7 @@ class Catalog:
             self._retention.forget(*name)
             if record.job:
                 self._queue.remove(record.job.key)
-                self._retention.replaced(record.job.key)  # its worker may write a file more before it is told
+                self._retention.mark_replaced(record.job.key)  # its worker may write a file more before it is told
             await asyncio.to_thread(self._store.delete, tenant, memory)
             await self._records.set(name, None)
 
@@ -264,7 +264,7 @@ class Catalog:
             quota = self._quotas.of(manifest.tenant)
             kept = known.manifest.bytes if known.manifest else 0
             require("bytes", quota.bytes, usage.bytes - kept + manifest.bytes)
-            return await self._published(manifest)
+            return await self._mark_published(manifest)
 
     async def fail(self, key: MemoryKey, error: str) -> None:
         """Gives a job up. Raises `JobEnded` if it was ended meanwhile."""
@@ -274,7 +274,7 @@ class Catalog:
             if known is None or known.job is None or known.job.key != key:
                 raise JobEnded(key.memory)
             self._queue.remove(key)
-            self._retention.replaced(key)
+            self._retention.mark_replaced(key)
             status: Literal["ready", "failed"] = "ready" if known.manifest else "failed"
             await self._records.set(name, replace(known, status=status, job=None, error=error))
             try:
@@ -354,13 +354,13 @@ class Catalog:
             raise JobUnderWay(name[1])
         return record.manifest
 
-    async def _published(self, manifest: Manifest) -> MemoryRecord:
+    async def _mark_published(self, manifest: Manifest) -> MemoryRecord:
         name, key = (manifest.tenant, manifest.memory), _key(manifest)
         known = self._records.get(name)
         await asyncio.to_thread(self._store.publish, manifest)
         self._queue.remove(key)
         if known and known.key != key:
-            self._retention.replaced(known.key)
+            self._retention.mark_replaced(known.key)
         return await self._records.set(
             name, MemoryRecord(*name, key.version, "ready", manifest.created, 0, manifest=manifest)
         )

@@ -25,10 +25,10 @@ def restore(store: MemoryStore) -> Iterator[Restored]:
     store.sweep()
     for tenant in store.tenants():
         for memory in store.memories(tenant):
-            yield _restored(store, tenant, memory)
+            yield _restore_memory(store, tenant, memory)
 
 
-def _restored(store: MemoryStore, tenant: str, memory: str) -> Restored:
+def _restore_memory(store: MemoryStore, tenant: str, memory: str) -> Restored:
     keys = [MemoryKey(tenant, memory, version) for version in store.all_versions(tenant, memory)]
     ready = {*store.versions(tenant, memory)}
     for key in keys:
@@ -36,15 +36,15 @@ def _restored(store: MemoryStore, tenant: str, memory: str) -> Restored:
             logger.warning("%s was being published when the catalog died: it is ready now", key.path)
             ready.add(key.version)
     published = [key for key in keys if key.version in ready]
-    record = _ready(store, published[-1]) if published else None
+    record = _restore_ready(store, published[-1]) if published else None
     for key in keys:
         if key.version not in ready:
-            record = _with_job(store, key, record)
+            record = _add_job(store, key, record)
     needed = {record.key, record.job.key if record.job else None} if record else set()
-    return Restored((tenant, memory), record, _without(keys, needed))
+    return Restored((tenant, memory), record, _leave_out(keys, needed))
 
 
-def _ready(store: MemoryStore, key: MemoryKey) -> MemoryRecord:
+def _restore_ready(store: MemoryStore, key: MemoryKey) -> MemoryRecord:
     record = MemoryRecord(key.tenant, key.memory, key.version, "failed", "", 0)
     try:
         manifest = store.read_manifest(key)
@@ -54,7 +54,7 @@ def _ready(store: MemoryStore, key: MemoryKey) -> MemoryRecord:
     return replace(record, status="ready", created=manifest.created, manifest=manifest)
 
 
-def _with_job(store: MemoryStore, key: MemoryKey, record: MemoryRecord | None) -> MemoryRecord | None:
+def _add_job(store: MemoryStore, key: MemoryKey, record: MemoryRecord | None) -> MemoryRecord | None:
     """`record` with the unfinished job of `key`, if there is one that can go on."""
     made = MemoryRecord(key.tenant, key.memory, key.version, "memorizing", "", 0)
     try:
@@ -72,5 +72,5 @@ def _with_job(store: MemoryStore, key: MemoryKey, record: MemoryRecord | None) -
     return replace(record or replace(made, created=job.created), job=Job(key, job, record.manifest if record else None))
 
 
-def _without(keys: Sequence[MemoryKey], needed: set[MemoryKey | None]) -> tuple[MemoryKey, ...]:
+def _leave_out(keys: Sequence[MemoryKey], needed: set[MemoryKey | None]) -> tuple[MemoryKey, ...]:
     return tuple(key for key in keys if key not in needed)

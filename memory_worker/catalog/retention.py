@@ -44,7 +44,7 @@ class Retention:
         self._read[key] = self._clock()
         self.reads += 1
 
-    def replaced(self, key: MemoryKey) -> None:
+    def mark_replaced(self, key: MemoryKey) -> None:
         """The version is not needed any more, readers apart."""
         self._old[key] = self._clock()
 

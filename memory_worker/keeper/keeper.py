@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import lasting_actor
 from memory_worker.errors import DamagedMemory, MixedMemories
-from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, copied
+from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, put_copies
 from memory_worker.keeper.tier_metrics import TierMetrics
 from memory_worker.messages import MemoryKey, SegmentGroup
 from memory_worker.storage.manifest import FileEntry, Manifest, MemoryShape, SegmentEntry
@@ -116,7 +116,7 @@ class MemoryKeeper:
         segments = _segments(group, manifests)
         shape = manifests[0].shape
         with contextlib.ExitStack() as held:
-            kept = await self._held([(key, file) for key, segment in segments for file in segment.files], held)
+            kept = await self._hold([(key, file) for key, segment in segments for file in segment.files], held)
             files = iter(kept)
             for _, segment in segments:
                 _check(segment, shape, [next(files) for _ in segment.files])
@@ -175,7 +175,7 @@ class MemoryKeeper:
         async with self._turn(key):
             return await self._in_thread(partial(self._store.read_manifest, key))
 
-    async def _held(self, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack) -> list[_KeptFile]:
+    async def _hold(self, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack) -> list[_KeptFile]:
         """These files, each counted as being read until `held` closes; those that are missing are loaded together."""
 
         def hold(file: _KeptFile) -> _KeptFile:
@@ -183,7 +183,7 @@ class MemoryKeeper:
             held.callback(_release, file)
             return file
 
-        async def loaded(key: MemoryKey, file: FileEntry) -> _KeptFile:
+        async def load_once(key: MemoryKey, file: FileEntry) -> _KeptFile:
             return hold(await self._once(file, partial(self._load, key, file)))
 
         found: dict[FileEntry, _KeptFile | BaseException] = {}
@@ -192,11 +192,11 @@ class MemoryKeeper:
             if kept := self._files.get((key.tenant, file.digest)):
                 self._files.move_to_end((key.tenant, file.digest))
                 self._hits += 1
-                self._metrics.hit(key.tenant)
+                self._metrics.count_hit(key.tenant)
                 found[file] = hold(kept)
             else:
                 missing[file] = key
-        loads = await asyncio.gather(*(loaded(k, f) for f, k in missing.items()), return_exceptions=True)
+        loads = await asyncio.gather(*(load_once(k, f) for f, k in missing.items()), return_exceptions=True)
         found |= zip(missing, loads, strict=True)
         files = []
         for _, file in wanted:
@@ -219,7 +219,7 @@ class MemoryKeeper:
             self._evict(file.size)
             self._bytes += file.size  # while it is read, so that loads at the same time share the budget
             try:
-                pulled = await self._pulled(key.tenant, file.digest)
+                pulled = await self._pull(key.tenant, file.digest)
                 loaded = await self._in_thread(partial(self._read, file)) if pulled is None else pulled
             finally:
                 self._bytes -= file.size
@@ -231,17 +231,17 @@ class MemoryKeeper:
             self._moved += loaded.bytes
             self._pulls += pulled is not None
             self._loads += pulled is None
-            self._metrics.loaded(key.tenant, "peer" if pulled else "storage", loaded.bytes)
-            self._metrics.resident(self._bytes, self._slots)
+            self._metrics.count_load(key.tenant, "peer" if pulled else "storage", loaded.bytes)
+            self._metrics.set_resident(self._bytes, self._slots)
         return self._files[name]
 
-    async def _pulled(self, tenant: str, digest: str) -> HeldFile | None:
+    async def _pull(self, tenant: str, digest: str) -> HeldFile | None:
         """A copy of what a peer holds: it was verified when that peer read it."""
         fetched = await self._peers.fetch(tenant, digest)
         if fetched is None:
             return None
         held, arrays = fetched
-        return replace(held, chunks=await self._in_thread(partial(copied, arrays)))
+        return replace(held, chunks=await self._in_thread(partial(put_copies, arrays)))
 
     def _read(self, file: FileEntry) -> HeldFile:
         segment = self._store.read_segment(file)
@@ -268,7 +268,7 @@ class MemoryKeeper:
             self._bytes -= gone.bytes
             self._slots -= sum(gone.slots)
             self._evictions += 1
-            self._metrics.evicted(gone.bytes)
+            self._metrics.count_eviction(gone.bytes)
 
 
 def keeper_on(

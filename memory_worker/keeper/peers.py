@@ -61,11 +61,11 @@ class Peers:
     async def _first(self, tenant: str, digest: str) -> HeldFile | None:
         """What the first peer that has it says."""
 
-        async def asked(peer: Any) -> HeldFile | None:
+        async def ask(peer: Any) -> HeldFile | None:
             held: HeldFile | None = await peer.held.remote(tenant, digest)
             return held
 
-        asking = {asyncio.create_task(asked(peer)) for peer in self._peers}
+        asking = {asyncio.create_task(ask(peer)) for peer in self._peers}
         deadline = time.monotonic() + _ANSWER_S
         try:
             while asking and (left := deadline - time.monotonic()) > 0:
@@ -90,6 +90,6 @@ class Peers:
         return peers
 
 
-def copied(arrays: list[npt.NDArray[Any]]) -> tuple[ray.ObjectRef, ...]:
+def put_copies(arrays: list[npt.NDArray[Any]]) -> tuple[ray.ObjectRef, ...]:
     """References of one's own to these arrays: a peer's end with the peer."""
     return tuple(ray.put(np.asarray(array)) for array in arrays)

@@ -17,19 +17,19 @@ class TierMetrics:
         self._bytes = Gauge("memorag_resident_bytes", "bytes of segments in a node's object store")
         self._slots = Gauge("memorag_resident_slots", "memory slots in a node's object store")
 
-    def hit(self, tenant: str) -> None:
+    def count_hit(self, tenant: str) -> None:
         """A file was in this node's object store."""
         self._files.inc(tags={"tenant": tenant, "tier": "object_store"})
 
-    def loaded(self, tenant: str, tier: str, size: int) -> None:
+    def count_load(self, tenant: str, tier: str, size: int) -> None:
         """A file came from `peer` or `storage`."""
         self._files.inc(tags={"tenant": tenant, "tier": tier})
         self._moved.inc(max(size, 1), tags={"tenant": tenant, "tier": tier})
 
-    def resident(self, size: int, slots: int) -> None:
+    def set_resident(self, size: int, slots: int) -> None:
         """What is kept now."""
         self._bytes.set(size)
         self._slots.set(slots)
 
-    def evicted(self, size: int) -> None:
+    def count_eviction(self, size: int) -> None:
         self._evicted.inc(max(size, 1))

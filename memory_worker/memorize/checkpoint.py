@@ -52,7 +52,7 @@ class PlannedDocument(_Part):
     digest: str  # SHA-256 of its token ids: it changes with the source and with the tokenizer
 
 
-class Plan(_Part):
+class JobPlan(_Part):
     """All that decides the files of a job: one with another plan cannot go on from its checkpoint."""
 
     format: int = FORMAT
@@ -92,7 +92,7 @@ class Plan(_Part):
 class Checkpoint(_Part):
     """`checkpoint.json`: all that it names is written."""
 
-    plan: Plan
+    plan: JobPlan
     head: FileEntry
     segments: tuple[SegmentEntry, ...]  # in the plan's order; the last may lack its later windows
 
@@ -107,7 +107,7 @@ class Begun:
     unfinished: "Slots | None" = None  # slots of the last of `segments`, if windows are missing from it
 
 
-def begun(store: MemoryStore, key: MemoryKey, plan: Plan, head: FileEntry | None) -> Begun | None:
+def find_begun(store: MemoryStore, key: MemoryKey, plan: JobPlan, head: FileEntry | None) -> Begun | None:
     """What an earlier attempt at `plan` has written, every file verified; `head` is the one it must have been given.
 
     None if there is nothing to go on from; where there is a checkpoint, the reason is logged.
@@ -115,11 +115,11 @@ def begun(store: MemoryStore, key: MemoryKey, plan: Plan, head: FileEntry | None
     path = checkpoint_path(key)
     try:
         checkpoint = Checkpoint.model_validate_json(store.storage.read_unverified(path).to_pybytes())
-        changed = [name for name in Plan.model_fields if getattr(checkpoint.plan, name) != getattr(plan, name)]
+        changed = [name for name in JobPlan.model_fields if getattr(checkpoint.plan, name) != getattr(plan, name)]
         if checkpoint.head != head if head else checkpoint.head.path != head_path(key):
             changed.append("head")
         if not changed:
-            return _verified(store, checkpoint, path)
+            return _verify(store, checkpoint, path)
         reason = f"it is of other work: {', '.join(changed)}"
     except FileNotFoundError:
         return None
@@ -141,7 +141,7 @@ def read_slots(segments: Sequence[Segment]) -> "Slots":
 class CheckpointedSegments:
     """Takes a job's slots in order, and writes them with a checkpoint whenever enough windows are pending."""
 
-    def __init__(self, store: MemoryStore, key: MemoryKey, plan: Plan, start: Begun) -> None:
+    def __init__(self, store: MemoryStore, key: MemoryKey, plan: JobPlan, start: Begun) -> None:
         self._store = store
         self._key = key
         self._plan = plan
@@ -195,7 +195,7 @@ class CheckpointedSegments:
         self._written.append(entry)
 
 
-def _verified(store: MemoryStore, checkpoint: Checkpoint, path: str) -> Begun:
+def _verify(store: MemoryStore, checkpoint: Checkpoint, path: str) -> Begun:
     """Raises `DamagedFile` unless all that the checkpoint names is there and is what its plan asks for."""
     plan, segments = checkpoint.plan, checkpoint.segments
     planned = plan.segments()[: len(segments)]

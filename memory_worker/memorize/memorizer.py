@@ -15,7 +15,14 @@ from cluster.planning.costs import MemoryKind
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import EmptyDocument, UnsupportedKind, WindowTooLarge
-from memory_worker.memorize.checkpoint import Begun, CheckpointedSegments, Plan, PlannedDocument, begun, read_slots
+from memory_worker.memorize.checkpoint import (
+    Begun,
+    CheckpointedSegments,
+    JobPlan,
+    PlannedDocument,
+    find_begun,
+    read_slots,
+)
 from memory_worker.memorize.kinds.encoder import Encoder, encoders
 from memory_worker.memorize.ranks import Ranks, load_model, rank_share, replica_options
 from memory_worker.messages import (
@@ -79,7 +86,7 @@ class Memorizer:
         # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
         self._encoders = encoders(self._model, self._ranks, self._tokenizer)
-        self._description = _described(config, self._model, self._encoders)
+        self._description = _describe(config, self._model, self._encoders)
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
         self._left: dict[int, int] = {}  # tokens of each call under way that are not encoded yet
@@ -92,7 +99,7 @@ class Memorizer:
         Raises `UnsupportedKind`, `UnfitRatio`, `WindowTooLarge`, `EmptyDocument`, `DamagedFile` naming a source or the
         given head where it is not as it was written, or `LostRank`, after which the same call goes on.
         """
-        self._description.chosen(request.kind, request.ratio, request.ratio)
+        self._description.choose_kind(request.kind, request.ratio, request.ratio)
         job = await asyncio.to_thread(self._prepare, request)
         self._left[id(job)] = job.plan.tokens
         steps = self._steps(job)
@@ -132,7 +139,7 @@ class Memorizer:
         memorize, head = self._config.memorize, self._heads[request.language]
         encoder = self._encoders[request.kind]
         texts = tuple(self._read_text(document) for document in request.documents)
-        plan = Plan(
+        plan = JobPlan(
             kind=request.kind,
             fingerprint=fingerprint_of(request.kind, self._description.fingerprint),
             shape=self._description.shape,
@@ -151,7 +158,7 @@ class Memorizer:
                 for text in texts
             ),
         )
-        start = begun(self._store, request.key, plan, request.head)
+        start = find_begun(self._store, request.key, plan, request.head)
         if start is None and request.head:
             given = self._store.read_segment(request.head)
             given.expect(plan.shape, len(head))
@@ -243,12 +250,12 @@ class _Job:
     """A request with what was read for it."""
 
     request: MemorizeRequest
-    plan: Plan
+    plan: JobPlan
     texts: tuple[_Text, ...]
     start: Begun | None  # none where the head is still to be encoded
 
 
-def _described(config: MemoryConfig, model: "MemoryModel", made: Mapping[MemoryKind, Encoder]) -> MemorizerDescription:
+def _describe(config: MemoryConfig, model: "MemoryModel", made: Mapping[MemoryKind, Encoder]) -> MemorizerDescription:
     """Raises `UnsupportedKind` where the configured kind cannot be made."""
     shape = MemoryShape(
         layers=model.layers, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=config.memorize.dtype

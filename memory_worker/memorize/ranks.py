@@ -234,13 +234,13 @@ class _Team:
         if self.exchange:
             self.exchange.close()
         others_failed = isinstance(error, LostRank | ExchangeFailed | RayError)
-        lost = error if isinstance(error, LostRank) else self._found(error, replies)
+        lost = error if isinstance(error, LostRank) else self._find_lost(error, replies)
         for actor in self._actors:
             ray.kill(actor)
         self.over = lost
         return lost if others_failed else error
 
-    def _found(self, error: Exception, replies: list[Any]) -> LostRank:
+    def _find_lost(self, error: Exception, replies: list[Any]) -> LostRank:
         """Which rank was lost, and why: the first that says more than that others failed it, else the first silent."""
         from memory_worker.models.beacon import ExchangeFailed
 

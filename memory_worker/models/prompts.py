@@ -99,7 +99,7 @@ def head_tokens(tokenizer: Any, language: Language) -> list[int]:
 
     `tokenizer` is a Hugging Face tokenizer. The same for every question and kind.
     """
-    before, _ = _rendered(tokenizer, language, _INSTRUCTIONS[language]["answer"])
+    before, _ = _render(tokenizer, language, _INSTRUCTIONS[language]["answer"])
     return _encode(tokenizer, before)
 
 
@@ -110,8 +110,8 @@ def question_tokens(tokenizer: Any, kind: PromptKind, question: str, language: L
     """
     instruction = _INSTRUCTIONS[language][kind]
     if kind == "key_point":
-        return _encode(tokenizer, _rendered(tokenizer, language, instruction)[1])
-    before, after = _rendered(tokenizer, language, f"{instruction}{_ASK[language]}{_QUESTION}")[1].split(_QUESTION)
+        return _encode(tokenizer, _render(tokenizer, language, instruction)[1])
+    before, after = _render(tokenizer, language, f"{instruction}{_ASK[language]}{_QUESTION}")[1].split(_QUESTION)
     plain: list[int] = tokenizer.encode(question.strip(), add_special_tokens=False, split_special_tokens=True)
     return [*_encode(tokenizer, before), *plain, *_encode(tokenizer, after)]
 
@@ -121,7 +121,7 @@ def gist_frame(tokenizer: Any, language: Language, tokens: int) -> tuple[list[in
     before, after = _GIST[language]
     words = tokens if language == "zh" else tokens * 2 // 3
     # A model that thinks aloud would spend the gist's tokens on that; templates that know no such switch ignore it.
-    framed = _framed(tokenizer, before.format(words=words), after, enable_thinking=False)
+    framed = _frame(tokenizer, before.format(words=words), after, enable_thinking=False)
     return _encode(tokenizer, framed[0]), _encode(tokenizer, framed[1])
 
 
@@ -130,12 +130,12 @@ def gist_prompts_digest() -> str:
     return hashlib.sha256(json.dumps(_GIST, sort_keys=True).encode()).hexdigest()
 
 
-def _rendered(tokenizer: Any, language: Language, instruction: str) -> tuple[str, str]:
+def _render(tokenizer: Any, language: Language, instruction: str) -> tuple[str, str]:
     """The conversation before and after the text."""
-    return _framed(tokenizer, _HEAD[language], f"{_END[language]}{instruction}")
+    return _frame(tokenizer, _HEAD[language], f"{_END[language]}{instruction}")
 
 
-def _framed(tokenizer: Any, before: str, after: str, **template: Any) -> tuple[str, str]:
+def _frame(tokenizer: Any, before: str, after: str, **template: Any) -> tuple[str, str]:
     """The conversation up to a text that follows `before`, and from `after` on up to where the model writes."""
     content = f"{before}{_TEXT}{after}"
     if getattr(tokenizer, "chat_template", None):

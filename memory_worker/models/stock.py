@@ -53,7 +53,7 @@ class StockModel:
         No code of a checkpoint is run. Raises `UnsupportedCheckpoint` or `UnsupportedRope`.
         """
         folder = resolve(path)
-        model = _loaded(folder, dtype).to(device).eval()
+        model = _load(folder, dtype).to(device).eval()
         config = model.config.get_text_config()
         try:
             rope = Rope.from_config(config.to_dict()).to(device)
@@ -100,7 +100,7 @@ class StockModel:
         memories = [memory] * len(documents) if memory is None or isinstance(memory, Slots) else memory
         windows = self._windows(documents, memories)
         while group := [*islice(windows, group_windows or self.group_windows)]:
-            yield tuple(_joined([*parts]) for _, parts in groupby(group, key=lambda part: part.document))
+            yield tuple(_join([*parts]) for _, parts in groupby(group, key=lambda part: part.document))
 
     @torch.no_grad()
     def generate_each(
@@ -210,7 +210,7 @@ def load_memory_model(path: str | Path, *, dtype: torch.dtype, device: torch.dev
     return (BeaconModel if known else StockModel).from_pretrained(folder, dtype=dtype, device=device)
 
 
-def _loaded(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, dtype: torch.dtype) -> Any:
     """The model of transformers, with every weight that it has from the checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
     from transformers.cache_utils import DynamicLayer
@@ -244,7 +244,7 @@ def _cache_shapes(folder: Path, model: Any) -> set[tuple[int, int]]:
         raise _unfit(folder, f"transformers keeps no keys and values of what it reads ({error})") from error
 
 
-def _joined(parts: list[Part]) -> Part:
+def _join(parts: list[Part]) -> Part:
     """Consecutive parts of a document as one."""
     slots = parts[0].slots if len(parts) == 1 else Slots.concat([part.slots for part in parts])
     return Part(parts[0].document, sum(part.tokens for part in parts), slots, parts[-1].last)

@@ -36,7 +36,7 @@ class ClueLines:
         return [] if clue is None else [clue]
 
     def _clue(self, line: str) -> str | None:
-        clue = _bare(line)
+        clue = _strip(line)
         if self.full or clue.casefold() in self._seen or _length(clue) < _LEAST_CHARACTERS:
             return None
         self._seen.add(clue.casefold())
@@ -44,7 +44,7 @@ class ClueLines:
         return clue
 
 
-def _bare(line: str) -> str:
+def _strip(line: str) -> str:
     clue = " ".join(line.replace("\ufffd", "").split())
     clue = _BULLET.sub("", clue, count=1).strip()
     if len(clue) > 1 and _QUOTES.get(clue[0]) == clue[-1] and clue[0] not in clue[1:-1]:

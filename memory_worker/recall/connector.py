@@ -152,7 +152,7 @@ def _memory_of(request: "Request") -> SlotRange | str | None:
     if not isinstance(slots, int) or not 0 < slots < request.num_prompt_tokens:
         return f"its num_memory_tokens {slots!r} is not between 1 and its {request.num_prompt_tokens} prompt tokens"
     try:
-        return SlotRange(SegmentGroup.named(memory, slots).name, slots, 0, slots, ())
+        return SlotRange(SegmentGroup.parse(memory, slots).name, slots, 0, slots, ())
     except ValueError as error:
         return str(error)
 

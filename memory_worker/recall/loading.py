@@ -101,7 +101,7 @@ class MemoryLoader:
         block = torch.tensor(wanted.blocks)[positions // self._block_size]
         mapping = (block * self._block_size + positions % self._block_size).to(device)
         done = 0
-        for rotated in self._rotated(wanted, device):
+        for rotated in self._rotate_range(wanted, device):
             part = mapping[done : done + rotated.shape[2]]
             for layer in layers:
                 layer.write(rotated[0, layer.index], rotated[1, layer.index], part)
@@ -109,7 +109,7 @@ class MemoryLoader:
         self.stats.written_slots += done
         self.stats.seconds += time.perf_counter() - began
 
-    def _rotated(self, wanted: SlotRange, device: torch.device) -> Iterator[Tensor]:
+    def _rotate_range(self, wanted: SlotRange, device: torch.device) -> Iterator[Tensor]:
         """The range in pieces `[2, layers, slots, heads, head_dim]`, keys rotated, in the cache's dtype."""
         tail_start = wanted.slots - wanted.slots % self._block_size
         kept = self._tails.get(wanted.group)
@@ -118,7 +118,7 @@ class MemoryLoader:
             self.stats.tail_hits += 1
             yield kept[1][:, :, wanted.start - tail_start : wanted.end - tail_start]
             return
-        memory = self._checked(wanted)
+        memory = self._fetch_checked(wanted)
         self.stats.fetched += 1
         tail: list[Tensor] = []
         first = 0
@@ -153,8 +153,8 @@ class MemoryLoader:
         self.stats.rotated_slots += piece.shape[2]
         return rotated
 
-    def _checked(self, wanted: SlotRange) -> "KeptMemory":
-        memory = self._fetch(SegmentGroup.named(wanted.group, wanted.slots))
+    def _fetch_checked(self, wanted: SlotRange) -> "KeptMemory":
+        memory = self._fetch(SegmentGroup.parse(wanted.group, wanted.slots))
         expected, shape = self._expected, memory.shape
         if memory.total_slots != wanted.slots:
             raise LoadFailed(f"the request counts {wanted.slots} slots, but the memory has {memory.total_slots}")

@@ -20,7 +20,7 @@ from cluster.engine import EngineServer, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
-from cluster.routing import ReportsRank, routed_by_memory
+from cluster.routing import ReportsRank, route_by_memory
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper.keeper import KeptMemory, local_keeper
@@ -80,7 +80,7 @@ class Recaller(ReportsRank, EngineServer):
         for kind in request.kinds:
             question = question_tokens(self.tokenizer, kind, request.question, request.language)
             prompts[kind] = self._prompt(request, question, self._config.recall.max_clue_tokens)
-        memory = await self._kept(request.group)
+        memory = await self._fetch_kept(request.group)
         arrived: asyncio.Queue[Clue | asyncio.Task[int]] = asyncio.Queue()
         tasks: list[asyncio.Task[int]] = []
         for kind, prompt in prompts.items():
@@ -106,7 +106,7 @@ class Recaller(ReportsRank, EngineServer):
         max_tokens = request.max_tokens or self._config.recall.max_answer_tokens
         question = question_tokens(self.tokenizer, "answer", request.question, request.language)
         prompt = self._prompt(request, question, max_tokens)
-        async with aclosing(self._generate(prompt, await self._kept(request.group))) as pieces:
+        async with aclosing(self._generate(prompt, await self._fetch_kept(request.group))) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -162,7 +162,7 @@ class Recaller(ReportsRank, EngineServer):
                 if started or last_try:
                     raise
                 logger.warning("recalling from %s is tried again: %s", memories_of(memory.group), error)
-            memory = await self._kept(memory.group)
+            memory = await self._fetch_kept(memory.group)
 
     def _prompt(self, request: RecallRequest | MemoryAnswerRequest, question: list[int], max_tokens: int) -> "_Prompt":
         limit, slots = self._config.engine.max_model_len, request.group.slots
@@ -173,7 +173,7 @@ class Recaller(ReportsRank, EngineServer):
             raise QuestionTooLong(len(question), room, slots, limit)
         return _Prompt([self._placeholder] * slots + question, max_tokens)
 
-    async def _kept(self, group: SegmentGroup) -> KeptMemory:
+    async def _fetch_kept(self, group: SegmentGroup) -> KeptMemory:
         """The group, in this node's object store for as long as the result is held."""
         try:
             memory: KeptMemory = await self._keeper.chunks.remote(group)
@@ -212,7 +212,7 @@ def recaller_application(
         name=name,
         arguments=arguments,
         engine_kwargs=recall_engine_kwargs(),
-        options=routed_by_memory(),
+        options=route_by_memory(),
     )
 
 

@@ -79,14 +79,14 @@ class _Table:
 
     def table(self, field: int) -> "_Table | None":
         place = self._where(field)
-        return None if place is None else _Table(self._data, self._referred(place))
+        return None if place is None else _Table(self._data, self._follow(place))
 
     def blocks(self, field: int) -> Iterator[tuple[int, int, int]]:
         """The items of a vector of blocks."""
         place = self._where(field)
         if place is None:
             return
-        vector = self._referred(place)
+        vector = self._follow(place)
         first, count = vector + 4, self._at(vector, "<I")
         if first + count * _BLOCK.size > len(self._data):
             raise ValueError("it has a list that is longer than its footer")
@@ -97,7 +97,7 @@ class _Table:
         offset = self._at(self._vtable + 4 + 2 * field, "<H") if field < self._fields else 0
         return self._place + offset if offset else None
 
-    def _referred(self, place: int) -> int:
+    def _follow(self, place: int) -> int:
         return place + self._at(place, "<I")
 
     def _at(self, place: int, kind: str) -> int:

@@ -37,7 +37,7 @@ assert sys.byteorder == "little", "segments hold little-endian numbers and are u
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class StoredWindow:
     """One window's slots, views into the file: keys and values `[layers, slots, kv_heads, head_dim]`."""
 
     keys: Raw
@@ -102,7 +102,7 @@ class Segment:
             raise DamagedMemory(path, f"has {buffer.size} bytes, and claims {self.slots} slots of {self.shape}")
 
     @property
-    def windows(self) -> list[Window]:
+    def windows(self) -> list[StoredWindow]:
         return self._windows
 
     def expect(self, shape: MemoryShape, slots: int) -> None:
@@ -117,23 +117,23 @@ class Segment:
 
         Each has at most `max_bytes`, or one window where that alone is larger.
         """
-        run: list[Window] = []
+        run: list[StoredWindow] = []
         limit = max(1, max_bytes // self.shape.slot_bytes)
         for window in self._windows:
             if run and sum(w.slots for w in run) + window.slots > limit:
-                yield _joined(run)
+                yield _join(run)
                 run = []
             run.append(window)
         if run:
-            yield _joined(run)
+            yield _join(run)
 
     def tensors(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """Keys and values of the whole file, `[layers, kv_heads, slots, head_dim]`, copied."""
-        whole = _joined(self._windows) if self._windows else _empty(self.shape)
+        whole = _join(self._windows) if self._windows else _empty(self.shape)
         keys, values = as_torch(whole, self.shape.dtype).transpose(2, 3).contiguous()
         return keys, values
 
-    def _window(self, batch: pa.RecordBatch) -> Window:
+    def _window(self, batch: pa.RecordBatch) -> StoredWindow:
         if batch.num_rows != 1:
             raise DamagedMemory(self.path, f"has a record batch of {batch.num_rows} rows instead of 1")
         if any(column.null_count for column in batch.columns):  # validation does not ask whether there may be any
@@ -148,7 +148,7 @@ class Segment:
             part = np.frombuffer(data, dtype=numpy_dtype(self.shape.dtype)).reshape(shape)
             part.flags.writeable = False  # a mapped file must not be written to
             parts.append(part)
-        return Window(*parts)
+        return StoredWindow(*parts)
 
 
 def numpy_dtype(dtype: str) -> type[np.generic]:
@@ -198,7 +198,7 @@ def _one_row(data: Raw) -> pa.LargeBinaryArray:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)])
 
 
-def _joined(windows: list[Window]) -> Raw:
+def _join(windows: list[StoredWindow]) -> Raw:
     layers, _, kv_heads, head_dim = windows[0].keys.shape
     slots = sum(window.slots for window in windows)
     joined = np.empty((2, layers, slots, kv_heads, head_dim), dtype=windows[0].keys.dtype)

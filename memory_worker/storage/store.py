@@ -80,12 +80,12 @@ class MemoryStore:
         self.storage = Storage(root)
 
     def tenants(self) -> list[str]:
-        return self._named("")
+        return self._list_ids("")
 
     def memories(self, tenant: str) -> list[str]:
         """Ids of the tenant's memories, ready or not, that are not deleted."""
         check_id(tenant, "tenant")
-        return [name for name in self._named(tenant) if not self.is_deleted(tenant, name)]
+        return [name for name in self._list_ids(tenant) if not self.is_deleted(tenant, name)]
 
     def versions(self, tenant: str, memory: str) -> list[str]:
         """The published versions, oldest first."""
@@ -232,7 +232,7 @@ class MemoryStore:
         if self.storage.is_local:  # object stores keep nothing of an upload that was not completed
             self.storage.sweep_torn(older_than_s=_TORN_S)
         for tenant in self.tenants():
-            for memory in self._named(tenant):
+            for memory in self._list_ids(tenant):
                 if self.is_deleted(tenant, memory):
                     self.delete(tenant, memory)
 
@@ -260,7 +260,7 @@ class MemoryStore:
             raise DamagedMemory(path, "is the manifest of another memory")
         return manifest
 
-    def _named(self, path: str) -> list[str]:
+    def _list_ids(self, path: str) -> list[str]:
         return [name for name in self.storage.folders(path) if _ID.fullmatch(name)]
 
     def _has(self, tenant: str, memory: str, version: str, name: str) -> bool:
@@ -273,7 +273,7 @@ class MemoryStore:
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise DamagedMemory(path, f"is not a {name} of this version: {_first(error)}") from error
+            raise DamagedMemory(path, f"is not a {name} of this version: {_describe_first(error)}") from error
 
 
 class StoredSegment(SegmentWriter):
@@ -312,13 +312,13 @@ def open_manifest(data: bytes, path: str) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        raise DamagedMemory(path, f"is not a manifest: {_first(error)}") from error
+        raise DamagedMemory(path, f"is not a manifest: {_describe_first(error)}") from error
 
 
 def _canonical_digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _first(error: ValidationError) -> str:
+def _describe_first(error: ValidationError) -> str:
     detail = error.errors()[0]
     return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"

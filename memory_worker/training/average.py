@@ -10,25 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memory_worker.models.beacon.checkpoint import read_config
-from memory_worker.training.config import RunError
+from memory_worker.training.config import TrainingError
 from memory_worker.training.state import read_weights, write_model
 
 
 def average(models: Sequence[Path], output: Path) -> None:
     """Writes the checkpoint whose weights are the mean of those of `models`; config and tokenizer are the first's.
 
-    Raises `RunError` for fewer than two models, for models of different shapes, and where `output` exists already.
+    Raises `TrainingError` for fewer than two models, for models of different shapes, and where `output` exists already.
     """
     if len(models) < 2:
-        raise RunError("a mean is of two models at least: name another")
+        raise TrainingError("a mean is of two models at least: name another")
     if output.exists():
-        raise RunError(f"{output} exists already, and nothing is written over: name another folder, or remove it")
+        raise TrainingError(f"{output} exists already, and nothing is written over: name another folder, or remove it")
     first, *others = models
     total = {name: tensor.float() for name, tensor in read_weights(first).items()}
     for other in others:
         weights = read_weights(other)
         if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in total.items()}:
-            raise RunError(f"{other} has other weights than {first}: average runs that began from one model")
+            raise TrainingError(f"{other} has other weights than {first}: average runs that began from one model")
         for name, tensor in weights.items():
             total[name] += tensor.float()
     write_model(output, read_config(first), {name: tensor / len(models) for name, tensor in total.items()}, first)

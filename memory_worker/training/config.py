@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.config import Settings
 
 
-class RunError(ValueError):
+class TrainingError(ValueError):
     """A run that cannot be started or continued; the message says what to change."""
 
 
@@ -126,21 +126,21 @@ class RunConfig(Settings):
 
 
 def load_run(path: str | Path) -> RunConfig:
-    """Reads a run's YAML; paths in it become absolute. Raises `RunError` naming the key that is wrong."""
+    """Reads a run's YAML; paths in it become absolute. Raises `TrainingError` naming the key that is wrong."""
     file = Path(path)
     try:
         content = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise RunError(f"{file} cannot be read as YAML: {error}") from None
+        raise TrainingError(f"{file} cannot be read as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise RunError(f"{file} holds no settings: see docs/training.md for an example")
+        raise TrainingError(f"{file} holds no settings: see docs/training.md for an example")
     try:
         run = RunConfig.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise RunError(f"{file}: {key}: {first['msg']}{_nearest(first)}") from None
-    return _absolute(run, file.resolve().parent)
+        raise TrainingError(f"{file}: {key}: {first['msg']}{_nearest(first)}") from None
+    return _make_absolute(run, file.resolve().parent)
 
 
 def _nearest(error: Any) -> str:
@@ -155,14 +155,14 @@ def _nearest(error: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _absolute(run: RunConfig, folder: Path) -> RunConfig:
+def _make_absolute(run: RunConfig, folder: Path) -> RunConfig:
     def place(name: str) -> str:
         return str((folder / Path(name).expanduser()).resolve())
 
-    def moved(data: DataConfig) -> DataConfig:
+    def move(data: DataConfig) -> DataConfig:
         return data.model_copy(update={"files": tuple(map(place, data.files))})
 
-    stages = tuple(stage.model_copy(update={"data": tuple(map(moved, stage.data))}) for stage in run.stages)
+    stages = tuple(stage.model_copy(update={"data": tuple(map(move, stage.data))}) for stage in run.stages)
     tokenizer = run.fresh.tokenizer.model_copy(update={"files": tuple(map(place, run.fresh.tokenizer.files))})
     changes: dict[str, Any] = {
         "output": place(run.output),

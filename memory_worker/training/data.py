@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from memory_worker.models.prompts import head_tokens, question_tokens
-from memory_worker.training.config import DataConfig, RunError, StageConfig
+from memory_worker.training.config import DataConfig, StageConfig, TrainingError
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch
 
@@ -44,13 +44,13 @@ class Source:
         self._heads: dict[str, list[int]] = {}
         self._questions: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         if bool(config.files) == bool(config.generator):
-            raise RunError("a source of data has either `files` or a `generator`: give one of them")
-        self._make = imported(config.generator) if config.generator else None
+            raise TrainingError("a source of data has either `files` or a `generator`: give one of them")
+        self._make = import_function(config.generator) if config.generator else None
         self._records = (
             [] if self._make else sorted(records(config.files), key=lambda record: len(record.get("text", "")))
         )
         if not self._make and not self._records:
-            raise RunError(f"there is nothing in {', '.join(config.files)}: name files that hold texts")
+            raise TrainingError(f"there is nothing in {', '.join(config.files)}: name files that hold texts")
 
     def examples(self, draw: random.Random, count: int, stage: StageConfig, tokens: int) -> list[Example]:
         """`count` examples with `stage.questions` questions each; texts of at most `tokens` tokens."""
@@ -70,7 +70,7 @@ class Source:
                 begin = draw.randrange(max(1, len(ids) - tokens + 1))
                 made.append(Example([], ids[begin : begin + tokens]))
             else:
-                made.append(self._asked(draw, record, ids, starts, 2 * stage.questions, tokens))
+                made.append(self._ask(draw, record, ids, starts, 2 * stage.questions, tokens))
         _keep_half(draw, made)
         return made
 
@@ -85,15 +85,15 @@ class Source:
         if self.config.kind == "text":
             return []
         if "frame" in record:
-            return self._ids(self._framed(record["frame"])[0])
+            return self._ids(self._render_frame(record["frame"])[0])
         return self._head(record.get("language", "en"))
 
-    def _asked(
+    def _ask(
         self, draw: random.Random, record: dict[str, Any], ids: list[int], starts: list[int], count: int, tokens: int
     ) -> Example:
         """A stretch of a document that holds the evidence of some question, and questions on it."""
         language = record.get("language", "en")
-        frame = self._framed(record["frame"]) if "frame" in record else None
+        frame = self._render_frame(record["frame"]) if "frame" in record else None
         head = self._before(record)
         room = tokens - len(head)
         questions = record.get("questions", [])
@@ -108,7 +108,7 @@ class Source:
         tasks, shares = zip(*self.config.tasks.items(), strict=True)
         for task in draw.choices(tasks, shares, k=count):
             if task == "recite" or not inside:
-                example.tails.append(_recited(draw, example.text))
+                example.tails.append(_recite(draw, example.text))
             elif frame:
                 question = draw.choice(inside)
                 asked = self._ids(f"{frame[1]}{question['question']}{frame[2]}")
@@ -135,7 +135,7 @@ class Source:
         """A conversation whose last message is the reply; what comes before is the prompt."""
         *before, reply = record["messages"]
         if reply["role"] != "assistant" or not before:
-            raise RunError("a conversation ends with a message of the role assistant, after one of the user")
+            raise TrainingError("a conversation ends with a message of the role assistant, after one of the user")
         prompt = self._tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
         asked = self._tokenizer.encode(prompt, add_special_tokens=False)
         return Example([], [], [([*asked, *self._ids(f" {reply['content'].strip()}"), *self._end], len(asked))])
@@ -157,7 +157,7 @@ class Source:
             self._heads[language] = head_tokens(self._tokenizer, "zh" if language == "zh" else "en")
         return self._heads[language]
 
-    def _framed(self, frame: dict[str, str]) -> list[str]:
+    def _render_frame(self, frame: dict[str, str]) -> list[str]:
         """What stands before the text, between text and question, and after it, in a chat."""
         content = f"{frame['before']}{_TEXT}{frame['between']}{_QUESTION}"
         messages = [{"role": "user", "content": content}]
@@ -216,7 +216,7 @@ def _keep_half(draw: random.Random, examples: Sequence[Example]) -> None:
         example.tails = tails[: -(-len(tails) // 2)]  # of a single one, that one
 
 
-def _recited(draw: random.Random, text: list[int], prompt: int = 4, length: int = 16) -> tuple[list[int], int]:
+def _recite(draw: random.Random, text: list[int], prompt: int = 4, length: int = 16) -> tuple[list[int], int]:
     """A piece of the text, to be gone on with after its first tokens."""
     start = draw.randrange(max(1, len(text) - prompt - length))
     piece = text[start : start + prompt + length]
@@ -233,7 +233,7 @@ def records(files: Sequence[str]) -> Iterator[dict[str, Any]]:
     for name in files:
         path = Path(name)
         if not path.is_file():
-            raise RunError(f"there is no file {name}: correct `files` in the run")
+            raise TrainingError(f"there is no file {name}: correct `files` in the run")
         if ".jsonl" not in path.name:
             yield {"text": path.read_text("utf-8")}
             continue
@@ -243,7 +243,7 @@ def records(files: Sequence[str]) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
 
 
-def imported(name: str) -> Any:
+def import_function(name: str) -> Any:
     """The function that `module:function` names; modules in the working directory are found, too."""
     module, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -251,4 +251,4 @@ def imported(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise RunError(f"the generator {name} cannot be imported ({error}); write it as module:function") from None
+        raise TrainingError(f"the generator {name} cannot be imported ({error}); write it as module:function") from None

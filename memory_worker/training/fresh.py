@@ -11,7 +11,7 @@ from torch import Tensor
 from memory_worker.models.embedded import KNOWS
 from memory_worker.models.qwen2 import qwen2_config
 from memory_worker.training.config import FreshConfig, TokenizerConfig
-from memory_worker.training.data import imported, records
+from memory_worker.training.data import import_function, records
 from memory_worker.training.model import BEACON_MARK, TrainedModel
 from memory_worker.training.tokenizer import write_training_tokenizer
 
@@ -101,4 +101,4 @@ def _texts(settings: TokenizerConfig) -> Iterator[str]:
     for record in records(settings.files):
         yield record["text"]
     if settings.generator:
-        yield from imported(settings.generator)()
+        yield from import_function(settings.generator)()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory_worker.training.config import RunError
+from memory_worker.training.config import TrainingError
 from memory_worker.training.fresh import fresh_model
 
 _CONFIG = {
@@ -26,18 +26,18 @@ def grow(
     """Config and weights of the larger model.
 
     What is new reads from everything and writes nothing: its output rows and columns are zero, so the outputs stay
-    (to rounding), and its gradients are not. New layers come on top. Raises `RunError` for sizes that are smaller,
+    (to rounding), and its gradients are not. New layers come on top. Raises `TrainingError` for sizes that are smaller,
     or that change how many query heads share a key head.
     """
     grown = dict(config)
     for what, size in sizes.items():
         if size < config[_CONFIG[what]]:
-            raise RunError(f"a stage grows {what} to {size}, but there are {config[_CONFIG[what]]}: growing only adds")
+            raise TrainingError(f"a stage grows {what} to {size} from {config[_CONFIG[what]]}: growing only adds")
         grown[_CONFIG[what]] = size
     if grown["num_attention_heads"] * config["num_key_value_heads"] != (
         config["num_attention_heads"] * grown["num_key_value_heads"]
     ):
-        raise RunError("a stage grows heads and kv_heads by different factors: grow both alike")
+        raise TrainingError("a stage grows heads and kv_heads by different factors: grow both alike")
     narrower = math.sqrt(config["hidden_size"] / grown["hidden_size"])  # new zeros lower the mean square of a row
     made = fresh_model(grown, seed + 1, local_heads=False).state_dict()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Window:
+class TrainingWindow:
     """Tokens `start … end` of a text that are fed together."""
 
     start: int
@@ -39,7 +39,7 @@ class Layout:
     Rows are in this order: the text's tokens, the tails' tokens, the beacons.
     """
 
-    windows: tuple[Window, ...]
+    windows: tuple[TrainingWindow, ...]
     tails: int = 0
     tail_tokens: int = 0
 
@@ -51,13 +51,13 @@ class Layout:
 
         `ratios` are used in turn where they are fewer than windows.
         """
-        windows: list[Window] = []
+        windows: list[TrainingWindow] = []
         slot = beacon = 0
         bounds = [*range(head, tokens, window), tokens]
         pieces = [(0, head, 0)] if head else []
         pieces += [(a, b, ratios[i % len(ratios)]) for i, (a, b) in enumerate(pairwise(bounds))]
         for start, end, ratio in pieces:
-            windows.append(Window(start, end, ratio, slot, beacon))
+            windows.append(TrainingWindow(start, end, ratio, slot, beacon))
             slot += windows[-1].kept
             beacon += windows[-1].beacons
         return cls(tuple(windows), tails, tail_tokens)
@@ -108,13 +108,13 @@ class Layout:
             )
         return torch.cat(rows)
 
-    def mask(self, window: Window) -> Tensor:
+    def mask(self, window: TrainingWindow) -> Tensor:
         """[rows, slots + rows] bool: what its tokens, then its beacons, see of earlier slots and themselves."""
         return self._cached_masks[window]
 
     @cached_property
-    def _cached_masks(self) -> dict[Window, Tensor]:
-        masks: dict[Window, Tensor] = {}
+    def _cached_masks(self) -> dict[TrainingWindow, Tensor]:
+        masks: dict[TrainingWindow, Tensor] = {}
         for window in self.windows:
             first = self.stock_rows + window.beacon
             own = torch.cat([self.positions[window.start : window.end], self.positions[first : first + window.beacons]])

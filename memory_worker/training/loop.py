@@ -21,8 +21,8 @@ from memory_worker.training.data import Source, batches
 from memory_worker.training.fresh import fresh_config, fresh_model, write_fresh_tokenizer
 from memory_worker.training.grow import grow
 from memory_worker.training.model import BEACON_MARK, TrainedModel
-from memory_worker.training.optimizer import Optimizer, whole
-from memory_worker.training.state import RunFolder, State, beginning, copy_tokenizer, write_model
+from memory_worker.training.optimizer import Optimizer, gather_whole
+from memory_worker.training.state import RunFolder, State, copy_tokenizer, load_beginning, write_model
 
 _SMOOTHING = 0.98  # of the accuracy that ends a stage: about 50 steps
 _CURVE_EVERY_S = 60.0
@@ -56,7 +56,7 @@ class Loop:
     def train(self) -> Path:
         """Trains from the latest checkpoint, or from the beginning, to the end; returns the result's folder.
 
-        Raises `RunError` for settings or files that cannot be used, `Stopped` when it was asked to stop.
+        Raises `TrainingError` for settings or files that cannot be used, `Stopped` when it was asked to stop.
         """
         if self.run.threads:
             torch.set_num_threads(self.run.threads)
@@ -65,7 +65,7 @@ class Loop:
             self._prepare(latest)
         self._wait()
         state, moments = self.folder.load(latest) if latest else (State(), {})
-        config, weights = beginning(latest) if latest else self._begin()
+        config, weights = load_beginning(latest) if latest else self._begin()
         if self.rank == 0:
             self.folder.progress(state.total_steps)
         self._wait()
@@ -100,7 +100,7 @@ class Loop:
 
     def _begin(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.run.model:
-            return beginning(resolve(self.run.model))
+            return load_beginning(resolve(self.run.model))
         config = fresh_config(self.run.fresh, len(_tokenizer(self.folder.path / "tokenizer")))
         model = fresh_model(config, self.run.seed, local_heads=self.run.fresh.local_heads)
         return config, model.state_dict()
@@ -115,11 +115,11 @@ class Loop:
         model.checkpoint_layers = self.run.checkpoint_layers
         for name, parameter in model.named_parameters():
             parameter.requires_grad = self.run.parameters == "all" or BEACON_MARK in name
-        model = self._sharded(model.to(self.device))
+        model = self._shard(model.to(self.device))
         optimizer = Optimizer(model, self.run)
         optimizer.restore(moments)
         self._saved_at = time.monotonic()
-        while state.step < stage.steps and not _reached(stage, state):
+        while state.step < stage.steps and not _has_reached(stage, state):
             begun = time.monotonic()
             self._step(model, optimizer, sources, stage, window, state)
             state.step += 1
@@ -127,16 +127,16 @@ class Loop:
             state.seconds += time.monotonic() - begun
             if state.total_steps % self.run.log_every == 0:
                 self._report(stage, state)
-            stopping = self._agreed(self._stop())
-            if stopping or self._agreed(time.monotonic() - self._saved_at > self.run.save_every_s):
-                weights, held = _gathered(model), optimizer.moments()
+            stopping = self._agree(self._stop())
+            if stopping or self._agree(time.monotonic() - self._saved_at > self.run.save_every_s):
+                weights, held = _gather(model), optimizer.moments()
                 if self.rank == 0:
                     self.folder.save(state, config, weights, held)
                 self._wait()
                 self._saved_at = time.monotonic()
             if stopping:
                 raise Stopped(f"stopped after step {state.total_steps}; the same command goes on from there")
-        return _gathered(model)
+        return _gather(model)
 
     def _step(
         self,
@@ -170,7 +170,7 @@ class Loop:
         share = float(sums[2] / sums[1])
         state.accuracy = share if state.step == 0 else _SMOOTHING * state.accuracy + (1 - _SMOOTHING) * share
 
-    def _sharded(self, model: TrainedModel) -> TrainedModel:
+    def _shard(self, model: TrainedModel) -> TrainedModel:
         if self.ranks == 1:
             return model
         from torch.distributed.fsdp import fully_shard
@@ -199,7 +199,7 @@ class Loop:
                 write_curve(self.folder.path / "loss.svg", self.folder.progress())
         self._on_progress(line)
 
-    def _agreed(self, mine: bool) -> bool:
+    def _agree(self, mine: bool) -> bool:
         """Whether it is so on the first worker."""
         if self.ranks == 1:
             return mine
@@ -220,13 +220,13 @@ def _rate(stage: StageConfig, step: int) -> float:
     return stage.learning_rate * (1 - (1 - stage.final_rate) * min(1.0, done))
 
 
-def _reached(stage: StageConfig, state: State) -> bool:
+def _has_reached(stage: StageConfig, state: State) -> bool:
     return stage.until_accuracy is not None and state.step > 50 and state.accuracy >= stage.until_accuracy
 
 
-def _gathered(model: TrainedModel) -> dict[str, Tensor]:
+def _gather(model: TrainedModel) -> dict[str, Tensor]:
     """All weights, whole and on the CPU. With several ranks, every one calls."""
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {name: gather_whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def _tokenizer(folder: Path) -> Any:

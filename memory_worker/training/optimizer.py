@@ -47,7 +47,7 @@ class Optimizer:
     def moments(self) -> dict[str, Tensor]:
         """Its tensors by `<parameter>/<moment>`, whole and on the CPU. With sharded parameters, every rank calls."""
         return {
-            f"{self._names[parameter]}/{moment}": whole(tensor)
+            f"{self._names[parameter]}/{moment}": gather_whole(tensor)
             for part in self._parts
             for parameter, held in part.state.items()
             for moment, tensor in held.items()
@@ -71,7 +71,7 @@ def _is_inner_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded over ranks, as a copy on the CPU."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu().clone()

@@ -42,7 +42,7 @@ def prepare(
     """
     draw = random.Random(f"{seed} {id}")
     counts = Counter(word.casefold() for word in _WORD.findall(text))
-    candidates = [(start, end) for start, end in _sentences(text) if _telling(text[start:end], counts)]
+    candidates = [(start, end) for start, end in _sentences(text) if _is_telling(text[start:end], counts)]
     if not candidates:
         raise ValueError(f"{title} has no sentence that can be asked about: give a text of whole sentences")
     chosen = sorted(draw.sample(candidates, min(most, len(candidates))))
@@ -88,7 +88,7 @@ def _rare(sentence: str, counts: Counter[str]) -> list[str]:
     return sorted(words, key=lambda word: (counts[word.casefold()], -len(word)))
 
 
-def _telling(sentence: str, counts: Counter[str]) -> bool:
+def _is_telling(sentence: str, counts: Counter[str]) -> bool:
     """Whether it has a length to be asked about, and a word that the text has at most three times."""
     words = _WORD.findall(sentence)
     characters = sum(len(word) for word in words)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from memory_worker.models.beacon.checkpoint import Shape, read_config
-from memory_worker.training.config import RunError
+from memory_worker.training.config import TrainingError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")  # fmt: skip
@@ -57,14 +57,14 @@ class RunFolder:
         return max(found, key=lambda entry: int(entry.name), default=None)
 
     def load(self, checkpoint: Path) -> tuple[State, dict[str, Tensor]]:
-        """State and the optimiser's tensors, by `<parameter>/<moment>`. Raises `RunError` if it is not readable."""
+        """State and the optimiser's tensors, by `<parameter>/<moment>`. Raises `TrainingError` if unreadable."""
         from safetensors.torch import load_file
 
         try:
             state = State(**json.loads((checkpoint / "state.json").read_text("utf-8")))
             return state, load_file(checkpoint / "optimizer.safetensors")
         except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"the checkpoint {checkpoint} cannot be read ({error}); remove it to begin again") from None
+            raise TrainingError(f"{checkpoint} cannot be read ({error}); remove it to begin again") from None
 
     def save(
         self, state: State, config: Mapping[str, Any], weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
@@ -135,7 +135,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def beginning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_beginning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and float32 weights of the checkpoint a run begins from; missing beacon weights are copied.
 
     Raises `UnsupportedCheckpoint` if it is none that a memory model can be trained from.
@@ -149,7 +149,7 @@ def beginning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             weights[f"{stem}self_attn.beacon_{part}"] = weights[name].clone()
         embedding = weights["model.embed_tokens.weight"]
         if shape.eos is None:
-            raise RunError(f"{folder} names no eos_token_id, from which its beacon embedding could begin: add it")
+            raise TrainingError(f"{folder} names no eos_token_id, from which its beacon embedding could begin: add it")
         weights["model.beacon_embed_tokens.weight"] = embedding[shape.eos : shape.eos + 1].clone()
     if config.setdefault("tie_word_embeddings", "lm_head.weight" not in weights):
         weights.pop("lm_head.weight", None)  # a copy of the embedding

@@ -105,7 +105,7 @@ def answer_all(
     """
     if min(concurrency, rows_per_part) < 1:
         raise ValueError("concurrency and rows_per_part are at least 1")
-    target = located(output)
+    target = locate(output)
     from serving.batch.questions import questions_of
 
     job = BatchJob(
@@ -120,7 +120,7 @@ def answer_all(
     )
     with _connected(storage, ray_address), counting("asking", "questions", progress) as show:
         actor = _run_of(job, retry_failed)
-        return _watched(actor, show)
+        return _watch(actor, show)
 
 
 def _run_of(job: BatchJob, retry_failed: bool) -> Any:
@@ -158,7 +158,7 @@ def _run_of(job: BatchJob, retry_failed: bool) -> Any:
         return actor
 
 
-def _watched(actor: Any, show: OnCount) -> BatchReport:
+def _watch(actor: Any, show: OnCount) -> BatchReport:
     """The run's last report; ends the run in good order where it is interrupted."""
     import ray
 
@@ -200,6 +200,6 @@ def _connected(storage: str | Path | None, address: str | None) -> Iterator[None
         raise BatchError(str(error)) from None
 
 
-def located(place: str | Path) -> str:
+def locate(place: str | Path) -> str:
     """A URI as it is, a path as an absolute one."""
     return place if isinstance(place, str) and "://" in place else str(Path(place).expanduser().resolve())

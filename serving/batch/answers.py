@@ -52,12 +52,12 @@ ANSWERS = pa.schema(
 )
 
 
-def answered(question: BatchQuestion, answer: api.Answer) -> dict[str, Any]:
+def make_answer_row(question: BatchQuestion, answer: api.Answer) -> dict[str, Any]:
     """The row of a question that was answered; its `error` is null."""
     return answer.model_dump(exclude={"memories", "memory", "task"}) | question.fields()
 
 
-def failed(question: BatchQuestion, problem: ProblemError) -> dict[str, Any]:
+def make_failure_row(question: BatchQuestion, problem: ProblemError) -> dict[str, Any]:
     """The row of a question that failed; beside question and `error` all of it is null."""
     body = problem.body()
     return question.fields() | {"error": {name: body[name] for name in ("status", "title", "detail")}}

@@ -66,7 +66,7 @@ def memorize_folder(
     counted as failed, after `patience_s` seconds where the server only said "not now". Hidden files are left out.
     """
     began = time.monotonic()
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
     files = [path for path in found if path.suffix.lower() in KINDS]
     given_up = threading.Event()
     wanted: dict[str, Any] = {"tags": tags, "kind": kind, "ratio": ratio}
@@ -75,7 +75,7 @@ def memorize_folder(
         name = path.relative_to(folder).as_posix()
         id = memory_id(name)
         try:
-            made = _patiently(lambda: _memorized(client, path, id, name, wanted), patience_s, given_up)
+            made = _retry_patiently(lambda: _memorize(client, path, id, name, wanted), patience_s, given_up)
         except (MemoRAGError, OSError) as error:
             return FileResult(name, id, "failed", str(error))
         return FileResult(name, id, "made" if made else "there")
@@ -108,7 +108,7 @@ def memory_id(name: str) -> str:
     return f"{plain[:_ID_CHARACTERS]}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def _memorized(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str, Any]) -> bool:
+def _memorize(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str, Any]) -> bool:
     """Whether it was this call that made the memory; it is ready when this returns."""
     try:
         there = client.memory(id)
@@ -129,7 +129,7 @@ def _memorized(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[st
     return True
 
 
-def _patiently(make: Callable[[], bool], patience_s: float, given_up: threading.Event) -> bool:
+def _retry_patiently(make: Callable[[], bool], patience_s: float, given_up: threading.Event) -> bool:
     deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
     while True:
         try:
@@ -142,5 +142,5 @@ def _patiently(make: Callable[[], bool], patience_s: float, given_up: threading.
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def _hidden(path: Path) -> bool:
+def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from cluster.storage.durable import Storage
 from cluster.storage.files import files_at
-from serving.batch.answer import BatchError, located
+from serving.batch.answer import BatchError, locate
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -70,7 +70,7 @@ class Questions:
         """
         read = _read(source).materialize()
         self.ignored = _check_columns(read.schema().names)  # columns that are no part of a question
-        dataset = read.map_batches(_conformed, batch_format="pyarrow", batch_size=None)
+        dataset = read.map_batches(_conform, batch_format="pyarrow", batch_size=None)
         if grouped:
             dataset = dataset.sort(["memory", "id"])
         self._dataset = dataset.materialize()
@@ -88,7 +88,7 @@ def questions_of(questions: "str | Path | pa.Table", output: str) -> str:
     Raises `BatchError` for files that are not there, or of another kind.
     """
     if not isinstance(questions, pa.Table):
-        source = located(questions)
+        source = locate(questions)
         _kind_and_size(source)
         return source
     sink = io.BytesIO()
@@ -148,7 +148,7 @@ def _check_columns(names: list[str]) -> list[str]:
     return ignored
 
 
-def _conformed(table: pa.Table) -> pa.Table:
+def _conform(table: pa.Table) -> pa.Table:
     """`table` in the form of `SCHEMA`: one that has a column of another type is cast, one that lacks it gets nulls."""
     columns = []
     for field in SCHEMA:

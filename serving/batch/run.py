@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serving import api
 from serving.batch.answer import BatchError, BatchJob, BatchReport
-from serving.batch.answers import Answers, answered, failed
+from serving.batch.answers import Answers, make_answer_row, make_failure_row
 from serving.batch.questions import BatchQuestion, Questions
 from serving.errors import ProblemError, cause_of, problem_for
 
@@ -80,7 +80,7 @@ class BatchRun:
         answers = await asyncio.to_thread(Answers, job.output, job.tenant, job.rows_per_part)
         questions = await asyncio.to_thread(Questions, job.questions, job.grouped)
         router = serve.get_deployment_handle("Router", _APPLICATION)
-        kept = await _kept(router, answers.run)
+        kept = await _fetch_kept(router, answers.run)
         self._began = time.monotonic()
         self.tell(state="asking", total=questions.count, ignored=tuple(questions.ignored), parts=answers.parts)
         rows: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # none: no more will come
@@ -145,7 +145,7 @@ class _Asking:
         async with asyncio.TaskGroup() as asking:
             while batch := await asyncio.to_thread(next, batches, None):
                 for question in batch:
-                    if self._settled(question):
+                    if self._is_settled(question):
                         continue
                     await self._slots.acquire()
                     if self._run.stopping:
@@ -153,7 +153,7 @@ class _Asking:
                     asking.create_task(self._ask(question))
                 self._run.tell(already=self._already)
 
-    def _settled(self, question: BatchQuestion) -> bool:
+    def _is_settled(self, question: BatchQuestion) -> bool:
         """Whether nothing is to be asked: it is recorded, or kept by a Router, or its row is wrong."""
         identity = question.memory, question.id
         if question.key in self._known:
@@ -163,26 +163,26 @@ class _Asking:
         self._known.add(question.key)
         if identity in self._ids:
             detail = f"another question on memory {question.memory!r} has the id {question.id!r}; give each its own"
-            self._rows.put_nowait(failed(question, ProblemError(422, detail)))
+            self._rows.put_nowait(make_failure_row(question, ProblemError(422, detail)))
             return True
         self._ids.add(identity)
         if answer := self._kept.pop(question.key.hex(), None):
-            self._rows.put_nowait(answered(question, answer))
+            self._rows.put_nowait(make_answer_row(question, answer))
             return True
         return False
 
     async def _ask(self, question: BatchQuestion) -> None:
         try:
-            row = answered(question, await self._answer(question))
+            row = make_answer_row(question, await self._answer(question))
         except ProblemError as problem:
-            row = failed(question, problem)
+            row = make_failure_row(question, problem)
         finally:
             self._slots.release()
         self._rows.put_nowait(row)
 
     async def _answer(self, question: BatchQuestion) -> api.Answer:
         """Raises `ProblemError`: of the kind "not now" only when patience is over."""
-        arguments = self._name, question.key.hex(), self._job.tenant, [question.memory], _checked(question)
+        arguments = self._name, question.key.hex(), self._job.tenant, [question.memory], _check(question)
         deadline, pause_s = time.monotonic() + self._job.patience_s, _FIRST_PAUSE_S
         while True:
             try:
@@ -195,7 +195,7 @@ class _Asking:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def _checked(question: BatchQuestion) -> api.Question:
+def _check(question: BatchQuestion) -> api.Question:
     """Raises `ProblemError` 422 for a row that is no question."""
     for name in ("id", "memory"):
         if not getattr(question, name):
@@ -210,7 +210,7 @@ def _checked(question: BatchQuestion) -> api.Question:
         raise ProblemError(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-async def _kept(router: DeploymentHandle, run: str) -> dict[str, api.Answer]:
+async def _fetch_kept(router: DeploymentHandle, run: str) -> dict[str, api.Answer]:
     """What the Routers have of this run that its process did not live to record, by key."""
     found = await router.broadcast("kept_answers", run).results_async(return_exceptions=True)
     return {key: answer for each in found if isinstance(each, list) for key, answer in each}

@@ -148,8 +148,8 @@ def _errors(out: Output) -> Iterator[None]:
     from serving.config import ProfileError
     from serving.deploy.daemon import DaemonError
     from serving.evaluation.datasets import DatasetError
-    from serving.evaluation.run import RunError
+    from serving.evaluation.run import EvaluationError
 
-    expected = (MemoRAGError, ProfileError, DaemonError, DatasetError, RunError, OSError)
+    expected = (MemoRAGError, ProfileError, DaemonError, DatasetError, EvaluationError, OSError)
     with out.errors(*expected, interrupted="interrupted; give the same command to go on"):
         yield

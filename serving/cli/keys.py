@@ -45,7 +45,7 @@ def list_keys(storage: Storage = _STORAGE, as_json: Json = False) -> None:
     with _errors(out):
         entries = _key_file(storage).entries()
         if as_json:
-            out.result({"keys": [_shown(entry) for entry in entries]}, "")
+            out.result({"keys": [_describe(entry) for entry in entries]}, "")
         elif not entries:
             out.note("no keys yet; make one with: memorag keys create TENANT")
         else:
@@ -64,7 +64,7 @@ def revoke(
     out = Output(as_json)
     with _errors(out):
         entry = _key_file(storage).revoke(id)
-        out.result({"revoked": _shown(entry)}, f"revoked {entry.id} of {entry.tenant}")
+        out.result({"revoked": _describe(entry)}, f"revoked {entry.id} of {entry.tenant}")
 
 
 def _key_file(root: str) -> "KeyFile":
@@ -75,7 +75,7 @@ def _key_file(root: str) -> "KeyFile":
     return KeyFile(StorageRoot(memories_root(root if "://" in root else str(Path(root).expanduser()))))
 
 
-def _shown(entry: "KeyEntry") -> dict[str, Any]:
+def _describe(entry: "KeyEntry") -> dict[str, Any]:
     return entry.model_dump(exclude={"sha256"})
 
 

@@ -12,7 +12,7 @@ from cluster.planning.costs import MemoryKind
 from serving.cli.show import Json, Output
 
 if TYPE_CHECKING:
-    from cluster.planning.plan import Plan, Rates, Replica, Sizes
+    from cluster.planning.plan import CapacityPlan, Rates, Replica, Sizes
     from cluster.pools.pools import PoolConfig
     from serving.config import Profile
 
@@ -94,7 +94,7 @@ def plan(
         if svg:
             loads = [questions_per_second * share for share in _CURVE]
             svg.write_text(curve_svg(curve(demand, sizes, measured, loads)), encoding="utf-8")
-        out.result(_as_json(found), _shown(found, measured))
+        out.result(_as_json(found), _render(found, measured))
 
 
 class Node:
@@ -151,7 +151,7 @@ def _shape_option(value: str) -> tuple[str, Path]:
     return model, Path(file)
 
 
-def _as_json(found: "Plan") -> dict[str, Any]:
+def _as_json(found: "CapacityPlan") -> dict[str, Any]:
     pools = [
         asdict(pool)
         | {"needs": [asdict(need) | {"fill": need.fill} for need in pool.needs], "binds": pool.binds.resource}
@@ -161,7 +161,7 @@ def _as_json(found: "Plan") -> dict[str, Any]:
     return asdict(found) | {"pools": pools, "gpus": found.gpus, "nodes": found.nodes, "binds_first": binds}
 
 
-def _shown(found: "Plan", rates: "Rates") -> str:
+def _render(found: "CapacityPlan", rates: "Rates") -> str:
     demand = found.demand
     lines = [
         f"{demand.memories:,} {demand.kind} memories of {demand.tokens:,} tokens at ratio {demand.ratio}, "

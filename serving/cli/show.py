@@ -153,7 +153,7 @@ class Output:
         for event in events:
             if event.name in ("clue", "passage", "token") and event.name != part:
                 part = event.name
-                self._heading({"clue": "Clues", "passage": "Passages", "token": "Answer"}[part])
+                self._print_heading({"clue": "Clues", "passage": "Passages", "token": "Answer"}[part])
                 shown = 0
             if event.name == "clue":
                 self._clue(event.data)
@@ -172,24 +172,24 @@ class Output:
             self.result(answer, "")
             return
         if answer["clues"]:
-            self._heading("Clues")
+            self._print_heading("Clues")
         for clue in answer["clues"]:
             self._clue(clue)
         if answer["passages"]:
-            self._heading("Passages")
+            self._print_heading("Passages")
         for number, passage in enumerate(answer["passages"], 1):
             self._passage(number, passage)
-        self._heading("Answer")
+        self._print_heading("Answer")
         self._print(Text(answer["answer"]))
         self._end(answer)
 
     def _end(self, answer: Mapping[str, Any]) -> None:
         if answer["citations"]:
-            self._heading("Citations")
+            self._print_heading("Citations")
         for citation in answer["citations"]:
             self._print(Text(f"  [{citation['n']}] {_place(citation)}"))
         if answer["evidence"]:
-            self._heading("Evidence")
+            self._print_heading("Evidence")
         for evidence in answer["evidence"]:
             self._print(
                 Text(f"  {_place(evidence)}  {evidence['score']:.3f}  ", style="dim"), Text(_short(evidence["text"]))
@@ -202,7 +202,7 @@ class Output:
         self._print()
         self._print(Text(stages, style="dim"))
 
-    def _heading(self, title: str) -> None:
+    def _print_heading(self, title: str) -> None:
         self._print()
         self._print(Text(title, style="bold cyan"))
 

@@ -114,11 +114,11 @@ def average(
 
 
 def _here(settings: "RunConfig", show: Any) -> Path:
-    from memory_worker.training import RunError
+    from memory_worker.training import TrainingError
     from memory_worker.training.loop import Loop
 
     if settings.workers > 1 or settings.gpus:
-        raise RunError("--in-process trains with one worker on the CPU: leave it out, or set workers: 1, gpus: false")
+        raise TrainingError("--in-process is one worker on the CPU: leave it out, or set workers: 1, gpus: false")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     asked: list[int] = []
     before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -19,7 +19,7 @@ import httpx_sse
 
 from cluster.planning.costs import MemoryKind
 from serving.client.errors import MemoRAGError, ServerUnreachable, check, problem_error
-from serving.client.progress import OnProgress, shown
+from serving.client.progress import OnProgress, show_progress
 
 Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 _RECONNECTS = 5
@@ -81,7 +81,7 @@ class MemoRAG:
         """
         if (text is None) == (not paths):
             raise ValueError("give either the paths of files or text=, and not both")
-        fields = _given({"id": id, "title": title, "kind": kind, "ratio": ratio})
+        fields = _drop_none({"id": id, "title": title, "kind": kind, "ratio": ratio})
         if text is not None:
             body = {**fields, "tags": list(tags), "documents": [{"text": text}]}
             created = self._json("POST", "/v1/memories", json=body)
@@ -102,7 +102,7 @@ class MemoRAG:
         """All memories, or those with a tag, page by page."""
         cursor: str | None = None
         while True:
-            page = self._json("GET", "/v1/memories", params=_given({"cursor": cursor, "tag": tag}))
+            page = self._json("GET", "/v1/memories", params=_drop_none({"cursor": cursor, "tag": tag}))
             yield from (Memory(self, info) for info in page["memories"])
             cursor = page["next_cursor"]
             if cursor is None:
@@ -120,7 +120,7 @@ class MemoRAG:
     ) -> Answer:
         """The answer from several memories at once: those named, and those with the tag."""
         body = {"question": question, "memories": list(memories), "tag": tag, "task": task, "max_tokens": max_tokens}
-        return Answer.of(self._json("POST", "/v1/answer", json=_given(body | {"language": language})))
+        return Answer.of(self._json("POST", "/v1/answer", json=_drop_none(body | {"language": language})))
 
     def import_archive(self, path: str | Path, id: str | None = None) -> "Memory":
         """Makes a memory of a file that `Memory.export` wrote; under its own id, or `id`.
@@ -130,7 +130,7 @@ class MemoRAG:
         with Path(path).open("rb") as file:
             headers = {"Content-Type": "application/x-tar"}
             return Memory(
-                self, self._json("POST", "/v1/memories", params=_given({"id": id}), content=file, headers=headers)
+                self, self._json("POST", "/v1/memories", params=_drop_none({"id": id}), content=file, headers=headers)
             )
 
     def usage(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Memory:
 
         Raises `MemoRAGError` if the job failed.
         """
-        with shown(self.id, progress) as show:
+        with show_progress(self.id, progress) as show:
             broken = 0  # connections since the last event
             while self.busy:
                 try:
@@ -325,14 +325,14 @@ class Memory:
         self._client.delete(self.id)
 
     def _stage(self, stage: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._client._json("POST", _path(self.id, stage), json=_given(body))[stage]
+        found: list[dict[str, Any]] = self._client._json("POST", _path(self.id, stage), json=_drop_none(body))[stage]
         return found
 
     def _answer(self, route: str, body: dict[str, Any], stream: bool) -> Answer | Iterator[Event]:
         path = _path(self.id, route)
         if stream:
-            return self._client._stream("POST", path, json=_given(body) | {"stream": True})
-        return Answer.of(self._client._json("POST", path, json=_given(body)))
+            return self._client._stream("POST", path, json=_drop_none(body) | {"stream": True})
+        return Answer.of(self._client._json("POST", path, json=_drop_none(body)))
 
 
 class Documents:
@@ -360,7 +360,7 @@ class Documents:
         """
         if (text is None) == (path is None):
             raise ValueError("give either text= or path=, and not both")
-        where, headers = _path(self._memory.id, "documents", id), _matching(if_match)
+        where, headers = _path(self._memory.id, "documents", id), _make_if_match(if_match)
         if path is None:
             info = self._client._json("PUT", where, json={"text": text}, headers=headers)
         else:
@@ -372,11 +372,11 @@ class Documents:
     def delete(self, id: str, *, if_match: str | None = None) -> Memory:
         """Deletes a document; no question sees it any more. Raises as `put`."""
         where = _path(self._memory.id, "documents", id)
-        self._memory.info = self._client._json("DELETE", where, headers=_matching(if_match))
+        self._memory.info = self._client._json("DELETE", where, headers=_make_if_match(if_match))
         return self._memory
 
 
-def _matching(version: str | None) -> dict[str, str]:
+def _make_if_match(version: str | None) -> dict[str, str]:
     return {} if version is None else {"If-Match": f'"{version}"'}
 
 
@@ -384,5 +384,5 @@ def _path(*parts: str) -> str:
     return "/v1/memories/" + "/".join(quote(part, safe="") for part in parts)
 
 
-def _given(body: dict[str, Any]) -> dict[str, Any]:
+def _drop_none(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}

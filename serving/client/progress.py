@@ -8,7 +8,7 @@ OnProgress = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def shown(label: str, progress: bool | OnProgress | None) -> Iterator[OnProgress]:
+def show_progress(label: str, progress: bool | OnProgress | None) -> Iterator[OnProgress]:
     """What to call with every progress event: the caller's function, a bar on stderr, or nothing."""
     if callable(progress):
         yield progress

@@ -18,7 +18,7 @@ from serving.deploy.local_ray import new_ray_folder, start_ray, stop_ray
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
     from ray.serve import Application
 
-    from cluster.pools.placement import Need
+    from cluster.pools.placement import ReplicaNeed
     from serving.deploy.daemon import ServerOptions
 
 APPLICATION = "memorag"
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningServer:
     """A server that answers."""
 
     address: str  # http://host:port
@@ -41,7 +41,7 @@ class Running:
         profile = load_profile(options.profile)
         require_safe(profile, options.host)
         require_nodes(profile)
-        _run(with_models(profile), options.storage)
+        _run(resolve_models(profile), options.storage)
 
     def stop(self) -> None:
         """Ends Serve and, where it was started here, Ray, with all that they left on disk."""
@@ -56,14 +56,14 @@ class Running:
         _leave_ray(self.ray_folder)
 
 
-def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: Path | None = None) -> Running:
+def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: Path | None = None) -> RunningServer:
     """Starts a server and returns when every deployment is ready.
 
     `storage` is a folder or a `pyarrow.fs` URI; port 0 takes a free one. `ray_folder` is where a local Ray keeps
     its sockets and logs; none makes a temporary one.
     """
     require_safe(profile, host)
-    profile = with_models(profile)
+    profile = resolve_models(profile)
     if profile.ray.address == "local":
         ray_folder = ray_folder or new_ray_folder()
         start_ray(profile.ray, ray_folder)
@@ -74,7 +74,7 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
     from ray import serve
 
     port = port or _free_port(host)
-    running = Running(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
+    running = RunningServer(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
     try:
         require_nodes(profile)
         _require_no_other()
@@ -118,29 +118,29 @@ def require_nodes(profile: Profile) -> None:
         logger.warning("waiting for the cluster to grow: %s", error)
 
 
-def needs_of(profile: Profile) -> list["Need"]:
+def needs_of(profile: Profile) -> list["ReplicaNeed"]:
     """What the fewest replicas of each deployment need of the cluster's nodes."""
-    from cluster.pools.placement import Need
+    from cluster.pools.placement import ReplicaNeed
     from memory_worker.memorize.ranks import rank_share
 
     pools, generator, ranks = profile.pools, profile.generator.engine, profile.memory.memorize.ranks
-    memorizer = Need.of("Memorizer", "memory", pools.memory)
+    memorizer = ReplicaNeed.of("Memorizer", "memory", pools.memory)
     if ranks > 1:  # its other ranks are actors of their own
         share = rank_share(profile.memory, pools.memory)
         memorizer = replace(memorizer, parts=pools.memory.min_replicas * ranks, resources=share)
     return [
-        Need.of("Ingress", "cpu", pools.cpu),
-        Need.of("Router", "cpu", pools.cpu),
+        ReplicaNeed.of("Ingress", "cpu", pools.cpu),
+        ReplicaNeed.of("Router", "cpu", pools.cpu),
         memorizer,
-        Need.of("Recaller", "memory", pools.memory, profile.memory.engine.ranks),
-        Need.of("Embedder", "retrieval", pools.retrieval),
-        Need.of("Retriever", "retrieval", pools.retrieval),
-        Need.of("Generator", "generator", pools.generator, generator.ranks if generator else 1),
+        ReplicaNeed.of("Recaller", "memory", pools.memory, profile.memory.engine.ranks),
+        ReplicaNeed.of("Embedder", "retrieval", pools.retrieval),
+        ReplicaNeed.of("Retriever", "retrieval", pools.retrieval),
+        ReplicaNeed.of("Generator", "generator", pools.generator, generator.ranks if generator else 1),
     ]
 
 
 def build(profile: Profile, storage_root: str) -> "Application":
-    """The Serve application of `profile`, whose models are folders or hub names (see `with_models`)."""
+    """The Serve application of `profile`, whose models are folders or hub names (see `resolve_models`)."""
     from generator_worker.generator import generator_application
     from memory_worker.memorize.memorizer import memorizer_application
     from memory_worker.recall.recaller import recaller_application
@@ -168,10 +168,10 @@ def build(profile: Profile, storage_root: str) -> "Application":
         retriever,
         generator_application(profile.generator, pools.generator),
     )
-    return _finished(ingress_deployment(profile, storage_root).bind(router), profile)
+    return _finish(ingress_deployment(profile, storage_root).bind(router), profile)
 
 
-def _finished(application: "Application", profile: Profile) -> "Application":
+def _finish(application: "Application", profile: Profile) -> "Application":
     """`application`, its deployments with versions, and with logs as the profile has them.
 
     A version is made of a deployment's arguments, the Ingress's also of the profile: what is as it was keeps running.
@@ -201,7 +201,7 @@ def require_safe(profile: Profile, host: str) -> None:
         )
 
 
-def with_models(profile: Profile) -> Profile:
+def resolve_models(profile: Profile) -> Profile:
     """`profile` with the embedded language model, where it is asked for, named by its folder in this package."""
     engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
     for engine in engines:

@@ -20,7 +20,7 @@ from cluster.config import Settings
 from cluster.pools.placement import PoolUnplaceable
 from memory_worker.catalog.actor import end_actors
 from serving.config import EMBEDDED, Profile, ProfileError, load_profile, parse_profile
-from serving.deploy.app import build, memories_root, require_nodes, require_safe, with_models
+from serving.deploy.app import build, memories_root, require_nodes, require_safe, resolve_models
 
 
 class Arguments(Settings):
@@ -49,7 +49,7 @@ def application(arguments: Arguments) -> Application:
             if not any(running.deployments for running in serve.status().applications.values()):
                 end_actors(profile.ray.namespace)
         storage = arguments.storage if "://" in arguments.storage else str(Path(arguments.storage).expanduser())
-        return build(with_models(profile), memories_root(storage))
+        return build(resolve_models(profile), memories_root(storage))
     except (PoolUnplaceable, ProfileError) as error:
         raise RayServeException(str(error)) from None
 

@@ -73,8 +73,8 @@ class ServerState:
         return process if alive else None
 
 
-class Running(Protocol):
-    """What deploying gives: see `serving.deploy.app.Running`."""
+class Deployed(Protocol):
+    """What deploying gives: see `serving.deploy.app.RunningServer`."""
 
     @property
     def address(self) -> str: ...
@@ -82,7 +82,7 @@ class Running(Protocol):
     def stop(self) -> None: ...
 
 
-Deploy = Callable[[ServerOptions, Path], Running]
+Deploy = Callable[[ServerOptions, Path], Deployed]
 
 
 def state_of(storage: Path) -> ServerState | None:
@@ -218,7 +218,7 @@ def run_server(
             signal.signal(name, _leave)
         itself = psutil.Process()
         state = ServerState(itself.pid, itself.create_time(), options.profile, time.time(), str(temporary))
-        running: Running | None = None
+        running: Deployed | None = None
         shared: set[str] = set()
         try:
             _write_state(storage, state)
@@ -240,7 +240,7 @@ def run_server(
             _write_state(storage, state)
             on_ready(running.address)
             while calls.get() == signal.SIGHUP:
-                state = _reloaded(running, options, state)
+                state = _reload(running, options, state)
                 shared |= shared_memory_of([itself, *itself.children(recursive=True)])
                 state = replace(state, shared_memory=tuple(sorted(shared)))
                 _write_state(storage, state)
@@ -272,7 +272,7 @@ def _command(options: ServerOptions) -> list[str]:
     return [sys.executable, "-m", "serving.deploy.daemon", *(part for pair in values.items() for part in pair)]
 
 
-def _deploy(options: ServerOptions, temporary: Path) -> Running:
+def _deploy(options: ServerOptions, temporary: Path) -> Deployed:
     from serving.config import load_profile
     from serving.deploy.app import deploy
 
@@ -280,7 +280,7 @@ def _deploy(options: ServerOptions, temporary: Path) -> Running:
     return deploy(profile, options.storage, options.host, options.port, ray_folder=temporary)
 
 
-def _reloaded(running: Running, options: ServerOptions, state: ServerState) -> ServerState:
+def _reload(running: Deployed, options: ServerOptions, state: ServerState) -> ServerState:
     """The state after a redeployment with the profile that was asked for; one that is refused changes nothing."""
     profile = (Path(options.storage) / _NEXT_PROFILE).read_text(encoding="utf-8")
     _say(f"reloading with profile {profile}")

@@ -35,7 +35,7 @@ def examine(storage: Path, port: int) -> list[Check]:
     """All checks, for a server that would use this storage folder and port."""
     return [
         _python(),
-        *_packages(dict(_installed())),
+        *_packages(dict(_list_installed())),
         _shared_memory(),
         _memory(),
         _disk(storage),
@@ -52,7 +52,7 @@ def _python() -> Check:
     return Check("python", "ok", found)
 
 
-def _installed() -> Iterator[tuple[str, str]]:
+def _list_installed() -> Iterator[tuple[str, str]]:
     for distribution in metadata.distributions():
         yield _normal(distribution.name), distribution.version
 

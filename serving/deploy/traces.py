@@ -13,11 +13,11 @@ _SHARED_MEMORY = Path("/dev/shm")
 def remove_traces(temporary: Path, shared: set[str]) -> None:
     """Kills the processes that name `temporary`, deletes it, and those of the `shared` files that nothing maps."""
     # A process may start another while it is being killed: look until none is found.
-    while rest := _processes_naming(temporary):
+    while rest := _find_processes(temporary):
         shared |= shared_memory_of(rest)
         kill(rest)
     shutil.rmtree(temporary, ignore_errors=True)
-    still_mapped = set().union(*map(_mapped, psutil.process_iter())) if shared else set()
+    still_mapped = set().union(*map(_list_mapped, psutil.process_iter())) if shared else set()
     for path in shared - still_mapped:
         Path(path).unlink(missing_ok=True)
 
@@ -26,7 +26,7 @@ def shared_memory_of(processes: Iterable[psutil.Process]) -> set[str]:
     """Files below /dev/shm that the processes have mapped, or that carry their number, as joblib's semaphores do."""
     found: set[str] = set()
     for process in processes:
-        found |= {str(path) for path in _SHARED_MEMORY.glob(f"sem.*-{process.pid}-*")} | _mapped(process)
+        found |= {str(path) for path in _SHARED_MEMORY.glob(f"sem.*-{process.pid}-*")} | _list_mapped(process)
     return {path for path in found if Path(path).exists()}
 
 
@@ -40,7 +40,7 @@ def kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def _processes_naming(folder: Path) -> list[psutil.Process]:
+def _find_processes(folder: Path) -> list[psutil.Process]:
     """Processes, this one apart, that name `folder` in their command line or environment, or have files open in it.
 
     All three, because Ray's workers overwrite their command line, and with it their environment, with a title.
@@ -61,7 +61,7 @@ def _traces(process: psutil.Process) -> Iterator[str]:
         return
 
 
-def _mapped(process: psutil.Process) -> set[str]:
+def _list_mapped(process: psutil.Process) -> set[str]:
     try:
         return {m.path for m in process.memory_maps() if m.path.startswith(f"{_SHARED_MEMORY}/")}
     except (psutil.NoSuchProcess, psutil.AccessDenied):

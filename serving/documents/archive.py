@@ -22,19 +22,19 @@ _MANIFEST_BYTES = 64 * 2**20
 _PIECE_BYTES = 1 << 20
 
 
-def packed(storage: Storage, manifest: Manifest) -> Iterator[bytes]:
+def pack(storage: Storage, manifest: Manifest) -> Iterator[bytes]:
     """The archive in pieces.
 
     Raises `DamagedFile` where a file is not as it was written: the archive ends early then, and is not one.
     """
     sealed = seal(manifest)
-    yield _header(_MANIFEST, len(sealed)) + sealed + _padding(len(sealed))
+    yield _header(_MANIFEST, len(sealed)) + sealed + _pad(len(sealed))
     for file in {file.digest: file for file in manifest.files}.values():
         content = memoryview(storage.read(file.stored))
         yield _header(file.digest, file.size)
         for start in range(0, file.size, _PIECE_BYTES):
             yield bytes(content[start : start + _PIECE_BYTES])
-        yield _padding(file.size)
+        yield _pad(file.size)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -121,5 +121,5 @@ def _header(name: str, size: int) -> bytes:
     return member.tobuf(tarfile.PAX_FORMAT)
 
 
-def _padding(size: int) -> bytes:
+def _pad(size: int) -> bytes:
     return bytes(-size % tarfile.BLOCKSIZE)

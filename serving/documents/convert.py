@@ -89,7 +89,7 @@ def decode_utf8(name: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise NotUtf8(
             f"{name!r} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it, for instance "
-            f"with: iconv -f {_likely_encoding(data)} -t UTF-8 FILE > NEW"
+            f"with: iconv -f {_guess_encoding(data)} -t UTF-8 FILE > NEW"
         ) from None
 
 
@@ -178,7 +178,7 @@ def _environment(scratch: str) -> dict[str, str]:
 
 def _failure(name: str, mime_type: str, limits: ConvertConfig, status: int, stderr: str) -> UnsupportedDocument:
     """What is said of a converter that ended with `status`, not 0."""
-    kind, reason = _said(stderr)
+    kind, reason = _parse_failure(stderr)
     if kind == "unreadable":
         return UnsupportedDocument(
             f"{name!r} could not be read as {mime_type} ({reason}); check that it opens, and save it again"
@@ -201,7 +201,7 @@ def _failure(name: str, mime_type: str, limits: ConvertConfig, status: int, stde
     )
 
 
-def _said(stderr: str) -> tuple[str, str]:
+def _parse_failure(stderr: str) -> tuple[str, str]:
     """The kind and reason in the worker's last line; empty where it did not come to say anything."""
     try:
         said = json.loads(stderr.strip().rpartition("\n")[2])
@@ -216,7 +216,7 @@ def _too_slow(name: str, limits: ConvertConfig) -> ConversionFailed:
     )
 
 
-def _likely_encoding(data: bytes) -> str:
+def _guess_encoding(data: bytes) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
     try:

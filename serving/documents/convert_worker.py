@@ -21,11 +21,11 @@ def main(mime_type: str, seconds: int, memory_bytes: int, characters: int) -> in
     try:
         text = _text(sys.stdin.buffer.read(), mime_type)
     except MemoryError:
-        return _failed("memory", "")
+        return _fail("memory", "")
     except _Unreadable as error:
-        return _failed("unreadable", str(error).partition("\n")[0])
+        return _fail("unreadable", str(error).partition("\n")[0])
     if len(text) > characters:
-        return _failed("characters", f"{len(text):,}")
+        return _fail("characters", f"{len(text):,}")
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
     return 0
@@ -70,12 +70,12 @@ def _text(data: bytes, mime_type: str) -> str:
 def _html_text(data: bytes) -> str:
     """What a browser would show. Not kreuzberg's: its plain text leaves out what stands in a `div` without a `p`."""
     parser = _ShownText()
-    parser.feed(_decoded(data))
+    parser.feed(_decode(data))
     parser.close()
     return "".join(parser.parts)
 
 
-def _decoded(data: bytes) -> str:
+def _decode(data: bytes) -> str:
     """HTML by its byte-order mark, else the encoding it declares, else UTF-8, else what browsers take it for."""
     for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
         if data.startswith(mark):
@@ -153,7 +153,7 @@ class _ShownText(HTMLParser):
         self._gap = max(self._gap, gap, key=lambda g: (g.count("\n"), len(g)))
 
 
-def _failed(kind: str, reason: str) -> int:
+def _fail(kind: str, reason: str) -> int:
     print(json.dumps({"kind": kind, "reason": reason}), file=sys.stderr)
     return 1
 

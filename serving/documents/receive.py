@@ -61,7 +61,7 @@ class Receiver:
                 fields: dict[str, Any] = {k: v for k, v in form.multi_items() if not isinstance(v, UploadFile)}
                 fields["tags"] = [tag for tag in form.getlist("tags") if isinstance(tag, str)]
                 placeholder = [{"text": "in its file"}]
-                wanted = _validated(api.CreateMemory, {**fields, "documents": placeholder})
+                wanted = _validate(api.CreateMemory, {**fields, "documents": placeholder})
                 return await self._create(router, tenant, wanted, self._files(files))
         if kind == MEDIA_TYPE:
             return await self._import(request, router, tenant)
@@ -103,7 +103,7 @@ class Receiver:
             tenant, wanted.id, wanted.title, wanted.kind, wanted.ratio, len(documents)
         )
         try:
-            stored = [await self._stored(d.store, source_path(reserved.key, d.id)) for d in documents]
+            stored = [await self._store(d.store, source_path(reserved.key, d.id)) for d in documents]
             language = await asyncio.to_thread(detect_language, stored[0].sample)
             return await router.create.remote(
                 reserved.key,
@@ -161,7 +161,7 @@ class Receiver:
     ) -> api.MemoryOut:
         reserved: Reservation = await router.reserve_change.remote(tenant, memory, document, if_match(request))
         try:
-            stored = await self._stored(store, source_path(reserved.key, document))
+            stored = await self._store(store, source_path(reserved.key, document))
             return await router.change.remote(reserved, stored.document)
         except BaseException as error:
             await router.abandon.remote(reserved.key)
@@ -176,7 +176,7 @@ class Receiver:
 
         return [incoming(number, file) for number, file in enumerate(files, start=1)]
 
-    async def _stored(self, store: Callable[[str], StoredText], path: str) -> StoredText:
+    async def _store(self, store: Callable[[str], StoredText], path: str) -> StoredText:
         """Runs `store` in one of the few threads that texts are made and written in."""
         return await asyncio.get_running_loop().run_in_executor(self._converting, store, path)
 
@@ -197,14 +197,14 @@ def _content_type(request: Request) -> str:
 
 async def _json(request: Request, model: type[BaseModel]) -> Any:
     try:
-        return await asyncio.to_thread(lambda body: _validated(model, json.loads(body)), await request.body())
+        return await asyncio.to_thread(lambda body: _validate(model, json.loads(body)), await request.body())
     except UnicodeDecodeError as error:
         raise ProblemError(400, f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise ProblemError(400, f"the body is not JSON: {error}; see /docs for its shape") from None
 
 
-def _validated(model: type[BaseModel], values: Any) -> Any:
+def _validate(model: type[BaseModel], values: Any) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:

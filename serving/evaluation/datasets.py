@@ -59,7 +59,7 @@ def read_examples(path: Path, parts: Sequence[str] = ()) -> list[Example]:
     examples = [example for example in examples if not parts or example.task in parts]
     if not examples:
         raise DatasetError(f"{path} has no questions on a text (code, counting and arithmetic are not asked)")
-    return _numbered(examples)
+    return _number(examples)
 
 
 def _read_file(file: Path) -> Iterator[Example]:
@@ -212,7 +212,7 @@ def _name(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _numbered(examples: Sequence[Example]) -> list[Example]:
+def _number(examples: Sequence[Example]) -> list[Example]:
     """Published files repeat ids; the n-th with the same gets `#n`."""
     seen: Counter[str] = Counter()
     numbered = []

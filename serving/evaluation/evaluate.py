@@ -53,7 +53,7 @@ def ask_all(
             wanted = [(example, method) for example in group for method in methods if run.lacks(example, method)]
             if not wanted:
                 continue
-            memory = _memorized(client, wanted[0][0])
+            memory = _memorize(client, wanted[0][0])
 
             def ask(pair: tuple[Example, Method], memory: Memory = memory) -> None:
                 run.record(answer_row(memory, *pair, max_tokens=max_tokens, cited=cited))
@@ -85,7 +85,7 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder / "storage", ignore_errors=True)
 
 
-def _memorized(client: MemoRAG, example: Example) -> Memory:
+def _memorize(client: MemoRAG, example: Example) -> Memory:
     """The memory of the example's text, made if it is not there."""
     name = f"evaluation-{example.document}"
     try:

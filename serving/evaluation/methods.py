@@ -33,14 +33,14 @@ def answer_row(memory: Memory, example: Example, method: Method, *, max_tokens: 
         if method == "passages":
             passages = memory.passages(_question(example))
             return row | {"passages": _places(passages)}
-        return row | _of(_asked(memory, example, method, max_tokens, cited))
+        return row | _of(_ask(memory, example, method, max_tokens, cited))
     except ServerUnreachable:
         raise
     except MemoRAGError as error:
         return row | {"error": f"{error.status} {error.detail}"}
 
 
-def _asked(memory: Memory, example: Example, method: Method, max_tokens: int, cited: bool) -> Answer:
+def _ask(memory: Memory, example: Example, method: Method, max_tokens: int, cited: bool) -> Answer:
     assert method != "passages"
     if method == "memorag" and not example.question:
         return memory.summarize(max_tokens=max_tokens, language=example.language)

@@ -17,7 +17,7 @@ class Found:
     score: float
 
 
-def ranked(passages: Sequence[Found]) -> list[Found]:
+def rank_passages(passages: Sequence[Found]) -> list[Found]:
     """Best first; answers give them in document order."""
     return sorted(passages, key=lambda passage: (-passage.score, passage.start))
 

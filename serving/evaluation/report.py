@@ -10,7 +10,7 @@ from typing import Any
 from serving.evaluation.bootstrap import difference, interval
 from serving.evaluation.datasets import Example
 from serving.evaluation.methods import Row
-from serving.evaluation.recall import KS, Found, answer_recall, evidence_recall, ranked
+from serving.evaluation.recall import KS, Found, answer_recall, evidence_recall, rank_passages
 from serving.evaluation.scores import exact, score
 
 Values = dict[str, float]  # by example id
@@ -59,7 +59,9 @@ def _figures(examples: Sequence[Example], rows: Mapping[str, Row]) -> dict[str, 
             measures = {example.metric: score} | ({"exact": exact} if example.metric == "f1" else {})
             for name, measure in measures.items():
                 values.setdefault(name, {})[example.id] = measure(example, row["answer"]) if "answer" in row else 0.0
-        best_first = ranked([Found(int(start), int(end), found) for start, end, found in row.get("passages", ())])
+        best_first = rank_passages(
+            [Found(int(start), int(end), found) for start, end, found in row.get("passages", ())]
+        )
         for k in (k for k in KS if k <= deepest):
             for name, recall in (("evidence", evidence_recall), ("answer", answer_recall)):
                 if (share := recall(example, best_first, k)) is not None:

@@ -18,7 +18,7 @@ from serving.evaluation.datasets import Example
 from serving.evaluation.methods import Row
 
 
-class RunError(Exception):
+class EvaluationError(Exception):
     """A folder that cannot be used for this run; the message says why."""
 
 
@@ -26,7 +26,7 @@ class Run:
     """One run's rows on disk. `record` may be called by several threads."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Raises `RunError` where the folder holds a run with other settings."""
+        """Raises `EvaluationError` where the folder holds a run with other settings."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._path = folder / "rows.jsonl"
@@ -70,9 +70,9 @@ def _check(path: Path, settings: Mapping[str, Any]) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); use another folder") from None
+        raise EvaluationError(f"{path} is damaged ({error}); use another folder") from None
     if other := [name for name in {*wanted, *found} if wanted.get(name) != found.get(name)]:
-        raise RunError(
+        raise EvaluationError(
             f"{path.parent} holds a run with another {', '.join(sorted(other))}; use another folder, or delete it"
         )
 

@@ -10,7 +10,7 @@ import re
 import tempfile
 from typing import Any
 
-from generator_worker.citations import without_citations
+from generator_worker.citations import strip_citations
 from serving.evaluation.datasets import Example
 
 _LETTERS = r"(?<![A-Za-z])([A-D](?:[\s,、和&]*[A-D])*)(?![A-Za-z])"
@@ -20,7 +20,7 @@ _FIRST_CHOICE = re.compile(_LETTERS)
 
 def score(example: Example, answer: str) -> float:
     """The example's metric of `answer`."""
-    said = without_citations(answer).strip()
+    said = strip_citations(answer).strip()
     if example.metric == "class":
         return max(_class(said, right, example.classes) for right in example.answers)
     if example.metric == "rouge-l":
@@ -33,14 +33,14 @@ def exact(example: Example, answer: str) -> float:
     """1 where an answer is right word for word, but for case, punctuation and articles (SQuAD)."""
     from transformers.data.metrics.squad_metrics import compute_exact
 
-    said = _spaced(without_citations(answer).strip(), example.language)
-    return float(max((compute_exact(_spaced(right, example.language), said) for right in example.answers), default=0))
+    said = _space(strip_citations(answer).strip(), example.language)
+    return float(max((compute_exact(_space(right, example.language), said) for right in example.answers), default=0))
 
 
 def _f1(said: str, right: str, language: str) -> float:
     from transformers.data.metrics.squad_metrics import compute_f1
 
-    return float(compute_f1(_spaced(right, language), _spaced(said, language)))
+    return float(compute_f1(_space(right, language), _space(said, language)))
 
 
 def _rouge(said: str, example: Example) -> float:
@@ -80,7 +80,7 @@ class _ChineseWords:
         return _words(text)
 
 
-def _spaced(text: str, language: str) -> str:
+def _space(text: str, language: str) -> str:
     return " ".join(_words(text)) if language == "zh" else text
 
 

@@ -49,10 +49,10 @@ class Admission:
         permits = self._permits.setdefault(tenant, _Permits())
         async with permits.lock:  # while one request asks, the others wait for what it brings
             now = self._clock()
-            if not permits.left(now) and not permits.refused_for(now):
+            if not permits.count_left(now) and not permits.refused_for(now):
                 await self._refill(tenant, permits, max(1, per_minute // _BATCHES_PER_MINUTE))
                 now = self._clock()
-            if permits.left(now):
+            if permits.count_left(now):
                 permits.used += 1
                 return
             retry_after_s = permits.refused_for(now)
@@ -77,7 +77,7 @@ class _Permits:
         self.at = float("-inf")  # when
         self.refusal_s = 0.0  # if nothing was granted: seconds from then until it is worth asking again
 
-    def left(self, now: float) -> int:
+    def count_left(self, now: float) -> int:
         return self.granted - self.used if self._age(now) < PERMITS_VALID_S else 0
 
     def refused_for(self, now: float) -> float:

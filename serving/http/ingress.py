@@ -21,7 +21,7 @@ from memory_worker.messages import MemoryKey
 from memory_worker.storage.manifest import FileEntry, Manifest
 from serving import api
 from serving.config import Profile
-from serving.documents.archive import MEDIA_TYPE, packed
+from serving.documents.archive import MEDIA_TYPE, pack
 from serving.documents.receive import Receiver, if_match
 from serving.errors import ProblemError, problem_for
 from serving.http.admission import InFlight
@@ -135,7 +135,7 @@ def _add_memory_routes(app: FastAPI) -> None:
     async def create_memory(request: Request, response: Response, tenant: Tenant) -> api.MemoryOut:
         """Make a memory of documents. Answers at once; follow `/events` until it is ready."""
         made: api.MemoryOut = await _receiver(request).create(request, _router(request), tenant)
-        return _tagged(response, made)
+        return _tag(response, made)
 
     @app.get("/v1/memories")
     async def list_memories(
@@ -151,7 +151,7 @@ def _add_memory_routes(app: FastAPI) -> None:
     @app.get("/v1/memories/{memory}")
     async def get_memory(request: Request, response: Response, tenant: Tenant, memory: MemoryId) -> api.MemoryOut:
         """One memory, with its state and sizes. The ETag is its version, for `If-Match`."""
-        return _tagged(response, await _router(request).get.remote(tenant, memory))
+        return _tag(response, await _router(request).get.remote(tenant, memory))
 
     @app.delete("/v1/memories/{memory}", status_code=204)
     async def delete_memory(request: Request, tenant: Tenant, memory: MemoryId) -> None:
@@ -200,7 +200,7 @@ def _add_document_routes(app: FastAPI) -> None:
 
         With `If-Match`, only if the memory is still at that version. One change at a time: 412 for a second one.
         """
-        return _tagged(response, await _receiver(request).put(request, _router(request), tenant, memory, document))
+        return _tag(response, await _receiver(request).put(request, _router(request), tenant, memory, document))
 
     @app.delete("/v1/memories/{memory}/documents/{document}")
     async def delete_document(
@@ -208,7 +208,7 @@ def _add_document_routes(app: FastAPI) -> None:
     ) -> api.MemoryOut:
         """Delete a document; no question sees it any more. `If-Match` as for PUT."""
         removed = await _router(request).remove_document.remote(tenant, memory, document, if_match(request))
-        return _tagged(response, removed)
+        return _tag(response, removed)
 
 
 def _add_question_routes(app: FastAPI) -> None:
@@ -295,7 +295,7 @@ def _questions(request: Request) -> InFlight:
     return questions
 
 
-def _tagged(response: Response, memory: api.MemoryOut) -> api.MemoryOut:
+def _tag(response: Response, memory: api.MemoryOut) -> api.MemoryOut:
     response.headers["ETag"] = f'"{memory.version}"'
     return memory
 
@@ -343,7 +343,7 @@ async def _events(events: Any, counted: InFlight | None = None) -> EventSourceRe
 async def _archive(request: Request, manifest: Manifest) -> AsyncIterator[bytes]:
     """The archive, whose version stays whole however slowly the client reads."""
     key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
-    pieces = packed(_storage(request), manifest)
+    pieces = pack(_storage(request), manifest)
     held = time.monotonic()
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         if time.monotonic() - held > _HOLD_S:

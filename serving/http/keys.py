@@ -153,7 +153,7 @@ class Authenticator:
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise _problem(401, "this server wants an API key; send the header 'Authorization: Bearer KEY'")
-        entries = await self._known()
+        entries = await self._get_known()
         if entries is None:
             raise _problem(503, "the server cannot read its API keys just now; its operator finds why in its log")
         matched = _KEY.fullmatch(key.strip())
@@ -163,7 +163,7 @@ class Authenticator:
             raise _problem(401, "this API key is unknown or was revoked; ask the server's operator for another")
         return entry.tenant
 
-    async def _known(self) -> dict[str, KeyEntry] | None:
+    async def _get_known(self) -> dict[str, KeyEntry] | None:
         """The keys, from a reading that began at most `refresh_s` ago if storage is quick."""
         elapsed = self._clock() - self._asked
         if self._reading is None and not 0 <= elapsed < self._refresh_s:

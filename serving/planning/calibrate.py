@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.planning.costs import RankRates, memorizing, ranks_of, segment_tokens_of
+from cluster.planning.costs import RankRates, estimate_memorizing, ranks_of, segment_tokens_of
 from cluster.planning.plan import Rates
 from serving.config import Profile, load_profile
 from serving.planning.shapes import read_shape
@@ -55,7 +55,7 @@ def calibrate(
         note("starting a server …")
         server = deploy(profile, storage, "127.0.0.1", 0)
 
-        async def measured() -> None:
+        async def measure() -> None:
             try:
                 note("memorizing the text …")
                 stages = await Stages.of(profile, server.address, storage, text)
@@ -64,7 +64,7 @@ def calibrate(
             finally:
                 server.stop()  # while the loop runs that the handles belong to
 
-        asyncio.run(measured())
+        asyncio.run(measure())
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +87,11 @@ class Stages:
 
         names = ("Memorizer", "Recaller", "Embedder", "Retriever", "Generator")
         handles = {name: serve.get_deployment_handle(name, APPLICATION) for name in names}
-        return await _memorized(profile, address, memories_root(storage), handles, _MEMORY, text)
+        return await _memorize(profile, address, memories_root(storage), handles, _MEMORY, text)
 
     async def of_text(self, memory: str, text: str) -> "Stages":
         """The same server with another text, memorized under that name."""
-        return await _memorized(self.profile, self.address, self.storage_root, self.handles, memory, text)
+        return await _memorize(self.profile, self.address, self.storage_root, self.handles, memory, text)
 
     async def rates(self, profile_name: str, seconds: float, note: Callable[[str], None]) -> Rates:
         """Measures all stages, one after another."""
@@ -156,7 +156,7 @@ class Stages:
         shape = read_shape(described.model, {})
         (document,) = self.manifest.documents
         kind, ratio, head = self.manifest.kind, self.manifest.ratio, len(self.manifest.head_tokens)
-        flops = memorizing(
+        flops = estimate_memorizing(
             shape,
             document.tokens,
             ratio=ratio,
@@ -207,7 +207,7 @@ class Stages:
 
     async def _retriever(self, clues: list[str], seconds: float) -> "Busy":
         """Questions a second: one search for the question and its clues, and the evidence of an answer."""
-        from retrieval_worker.fusion import clue_weights, kept
+        from retrieval_worker.fusion import clue_weights, select_hits
         from retrieval_worker.messages import EvidenceRequest
         from serving.router.manifests import index_of
 
@@ -217,7 +217,7 @@ class Stages:
             question = _question(number)
             queries = [question, *(f"{number} {clue}" for clue in clues)]
             ranked = await retriever.search.remote(index, queries)
-            hits = kept(ranked, clue_weights(ranked, ranked[0].grounding), search)
+            hits = select_hits(ranked, clue_weights(ranked, ranked[0].grounding), search)
             ids = tuple(hit.passage.id for hit in hits)
             await retriever.evidence.remote(EvidenceRequest(index, ids, question, " ".join(queries[1:3])))
 
@@ -273,7 +273,7 @@ class Busy:
         return sum(self.cpu_s.get(name, 0.0) for name in deployments) / self.calls
 
 
-async def _memorized(
+async def _memorize(
     profile: Profile, address: str, root: str, handles: dict[str, Any], memory: str, text: str
 ) -> Stages:
     from memory_worker.storage.store import MemoryStore

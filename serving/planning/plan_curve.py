@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from cluster.planning.plan import Plan
+from cluster.planning.plan import CapacityPlan
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _PLOT_WIDTH, _PLOT_HEIGHT = 640, 400, 64, 48, 440, 290
 _COLOURS = {"memory": "#1f6f8b", "retrieval": "#c06014", "generator": "#5c8d3d", "cpu": "#7a5195", "all": "#333333"}
 
 
-def curve_svg(plans: Sequence[tuple[float, Plan]]) -> str:
+def curve_svg(plans: Sequence[tuple[float, CapacityPlan]]) -> str:
     """`plans` by questions per second, ascending, at least two; both axes are logarithmic."""
     on_gpus = plans[-1][1].gpus > 0
     unit = "GPUs" if on_gpus else "nodes"

@@ -76,10 +76,10 @@ class Jobs:
 
     async def _run(self, job: Job) -> None:
         try:
-            manifest = await self._made(job)
+            manifest = await self._make(job)
             await self._catalog.publish.remote(manifest)
             made = {document.id for document in job.record.documents}
-            self._metrics.memorized(job.key.tenant, sum(d.tokens for d in manifest.documents if d.id in made))
+            self._metrics.count_memorized(job.key.tenant, sum(d.tokens for d in manifest.documents if d.id in made))
             logger.info("%s is ready", job.key.path)
             await self._on_ready(manifest)
         except Exception as error:
@@ -98,7 +98,7 @@ class Jobs:
             if not isinstance(cause_of(error), JobEnded):  # it was cancelled meanwhile, and that is as well
                 raise
 
-    async def _made(self, job: Job) -> Manifest:
+    async def _make(self, job: Job) -> Manifest:
         """The version's manifest, once all that it names is durable. A worker that dies is waited for."""
         for attempt in range(1, _ATTEMPTS + 1):
             report = _Report(self._catalog, self._runner, job)
@@ -131,7 +131,7 @@ class Jobs:
         try:
             async for item in response:
                 if isinstance(item, MemorizeProgress):
-                    await report.memorized(item)
+                    await report.note_memorized(item)
                 else:
                     return item
         finally:
@@ -147,9 +147,9 @@ class Jobs:
         try:
             async for item in response:
                 if isinstance(item, IndexProgress):
-                    await report.indexed(document, item)
+                    await report.note_indexed(document, item)
                 else:
-                    report.indexed_whole(document)
+                    report.note_indexed_whole(document)
                     return item
         finally:
             response.cancel()
@@ -168,16 +168,16 @@ class _Report:
         self._share = 0.0
         self._done = self._total = 0
 
-    async def memorized(self, progress: MemorizeProgress) -> None:
+    async def note_memorized(self, progress: MemorizeProgress) -> None:
         self._done, self._total = progress.done_tokens, progress.total_tokens
         await self._send()
 
-    async def indexed(self, document: JobDocument, progress: IndexProgress) -> None:
+    async def note_indexed(self, document: JobDocument, progress: IndexProgress) -> None:
         share = progress.done_passages / max(1, progress.total_passages)
         self._share = (self._indexed + document.characters * share) / self._characters
         await self._send()
 
-    def indexed_whole(self, document: JobDocument) -> None:
+    def note_indexed_whole(self, document: JobDocument) -> None:
         self._indexed += document.characters
         self._share = self._indexed / self._characters
 

@@ -8,12 +8,12 @@ from memory_worker.storage.manifest import Manifest
 from serving.errors import problem_for
 
 
-def chosen(
+def choose_kind(
     model: MemorizerDescription, kind: MemoryKind | None, ratio: int | None, usual_ratio: int
 ) -> tuple[MemoryKind, int]:
-    """As `MemorizerDescription.chosen`. Raises `ProblemError`."""
+    """As `MemorizerDescription.choose_kind`. Raises `ProblemError`."""
     try:
-        return model.chosen(kind, ratio, usual_ratio)
+        return model.choose_kind(kind, ratio, usual_ratio)
     except Exception as error:
         raise problem_for(error) from error
 

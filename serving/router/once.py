@@ -33,7 +33,7 @@ class KeyedAnswers:
 
     async def kept_answers(self, run: str) -> list[tuple[str, api.Answer]]:
         """The answers of a run that this replica has or is at: keys and answers. Waits for those that it is at."""
-        return await self._once.kept(run)
+        return await self._once.wait_kept(run)
 
     def begun(self, run: str) -> int:
         """How many questions of the run this replica began to answer."""
@@ -51,17 +51,17 @@ class _Once:
             self._make_room()
             self.begun[key[0]] = self.begun.pop(key[0], 0) + 1  # popped: runs are kept in the order of their last
             task = self._tasks[key] = asyncio.create_task(begin())
-            task.add_done_callback(lambda done: self._ended(key, done))
+            task.add_done_callback(lambda done: self._settle(key, done))
         return await asyncio.shield(task)
 
-    async def kept(self, run: str) -> list[tuple[str, api.Answer]]:
+    async def wait_kept(self, run: str) -> list[tuple[str, api.Answer]]:
         tasks = {key: task for key, task in self._tasks.items() if key[0] == run}
         if tasks:
             await asyncio.wait(tasks.values())
-        return [(key[1], task.result()) for key, task in tasks.items() if not _failed(task)]
+        return [(key[1], task.result()) for key, task in tasks.items() if not _has_failed(task)]
 
-    def _ended(self, key: _Key, task: asyncio.Task[api.Answer]) -> None:
-        if _failed(task):
+    def _settle(self, key: _Key, task: asyncio.Task[api.Answer]) -> None:
+        if _has_failed(task):
             self._drop(key, task)
         else:
             asyncio.get_running_loop().call_later(_KEPT_S, self._drop, key, task)
@@ -77,5 +77,5 @@ class _Once:
             del self.begun[next(iter(self.begun))]
 
 
-def _failed(task: asyncio.Task[api.Answer]) -> bool:
+def _has_failed(task: asyncio.Task[api.Answer]) -> bool:
     return task.cancelled() or task.exception() is not None

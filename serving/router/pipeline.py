@@ -20,7 +20,7 @@ from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRe
 from memory_worker.recall.clues import ClueLines
 from memory_worker.storage.manifest import Manifest
 from retrieval_worker.config import SearchConfig
-from retrieval_worker.fusion import clue_weights, kept
+from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
@@ -159,7 +159,7 @@ class Inquiry:
         finally:
             for task in asking:
                 task.cancel()
-            self._spans.ended("recall", self._started, clues=len(self.clues), groups=len(self._groups))
+            self._spans.end_stage("recall", self._started, clues=len(self.clues), groups=len(self._groups))
         self.timings.recall = self._elapsed_ms()
 
     async def _recall_group(
@@ -168,7 +168,7 @@ class Inquiry:
         request = RecallRequest(group, self._question.question, kinds, self._language)
         deadline = min(self._deadline, time.monotonic() + self._pools.recall_deadline_s)
         recaller = self._pools.recaller.options(stream=True, session_id=group.name)
-        async for item in _retried(lambda: recaller.recall.remote(request), deadline):
+        async for item in _retry_stream(lambda: recaller.recall.remote(request), deadline):
             if isinstance(item, RecallUsage):
                 self.usage.recall_prompt_tokens += item.prompt_tokens
                 self.usage.recall_completion_tokens += item.completion_tokens
@@ -179,7 +179,7 @@ class Inquiry:
         """What the generator, which has not seen the text, would search with: for comparison with clues."""
         hyde = self._question.task == "hyde"
         generation: Generation | None = None
-        async for item in self._generated("hyde" if hyde else "rewrite", stream=False):
+        async for item in self._stream_generation("hyde" if hyde else "rewrite", stream=False):
             if isinstance(item, Generation):
                 generation = item
         assert generation is not None, "the generator's stream ends with a Generation"
@@ -205,9 +205,9 @@ class Inquiry:
         began = self._elapsed_ms()
         self._queries.put_nowait(None)
         rankings = await searching
-        self.hits = kept(rankings, self._weights(rankings), self._pools.search)
+        self.hits = select_hits(rankings, self._weights(rankings), self._pools.search)
         self.timings.retrieve = self._elapsed_ms() - began
-        self._spans.ended("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
+        self._spans.end_stage("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
 
     def _weights(self, rankings: list[Ranking]) -> list[float]:
         """Clues count by their grounding, measured by the question's; in a summary by that of the best of them."""
@@ -226,26 +226,26 @@ class Inquiry:
                 queries.append(self._queries.get_nowait())
             more = None not in queries
             if texts := [query for query in queries if query is not None]:
-                found = await self._asked(self._retriever.search, self._index, texts)
+                found = await self._call(self._retriever.search, self._index, texts)
                 rankings += found
         return rankings
 
     async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
         began = self._elapsed_ms()
         ids = tuple(hit.passage.id for hit in self.hits)
-        if missing := self._pools.prepared.missing(self._index, ids):
+        if missing := self._pools.prepared.take_missing(self._index, ids):
             self._tasks.append(asyncio.create_task(self._prepare_evidence(missing)))
         tasks: dict[api.Task, GenerateTask] = {"summarize": "summarize", "full": "full"}
         task = tasks.get(self._question.task, "answer")
         generation: Generation | None = None
-        async for item in self._generated(task, stream=self._question.stream):
+        async for item in self._stream_generation(task, stream=self._question.stream):
             if isinstance(item, Generation):
                 generation = item
             else:
                 yield item
         assert generation is not None, "the generator's stream ends with a Generation"
         self.timings.generate = self._elapsed_ms() - began
-        self._spans.ended("generate", self._started + began / 1000, tokens=generation.completion_tokens)
+        self._spans.end_stage("generate", self._started + began / 1000, tokens=generation.completion_tokens)
         self.usage.prompt_tokens = generation.prompt_tokens
         self.usage.completion_tokens = generation.completion_tokens
         if generation.cut:
@@ -254,7 +254,7 @@ class Inquiry:
         self.hits = [hit for hit in self.hits if replace(source_of(hit), score=0.0) in kept]
         yield await self._answer(generation)
 
-    async def _generated(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
+    async def _stream_generation(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
         """What the Generator makes of the question and the passages; of the whole text for `full`."""
         texts = await self._pools.texts.read(self._manifests) if task == "full" else map(source_of, self.hits)
         request = GenerateRequest(
@@ -269,7 +269,7 @@ class Inquiry:
         )
         generator = self._pools.generator.options(stream=True)
         try:
-            async for item in _retried(lambda: generator.generate.remote(request), self._deadline):
+            async for item in _retry_stream(lambda: generator.generate.remote(request), self._deadline):
                 yield item
         except Exception as error:
             # A boundary: the passages were found and are worth having even without an answer.
@@ -279,7 +279,7 @@ class Inquiry:
             ) from error
 
     async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
-        await self._asked(self._retriever.prepare_evidence, self._index, passages)
+        await self._call(self._retriever.prepare_evidence, self._index, passages)
 
     async def _answer(self, generation: Generation) -> api.Answer:
         evidence = []
@@ -287,8 +287,8 @@ class Inquiry:
             ids = tuple(hit.passage.id for hit in self.hits)
             request = EvidenceRequest(self._index, ids, self._question.question, generation.text)
             began = time.perf_counter()
-            evidence = await self._asked(self._retriever.evidence, request)
-            self._spans.ended("evidence", began, sentences=len(evidence))
+            evidence = await self._call(self._retriever.evidence, request)
+            self._spans.end_stage("evidence", began, sentences=len(evidence))
         return self._finish(
             answer=generation.text,
             citations=[
@@ -315,7 +315,7 @@ class Inquiry:
         )
         pieces: list[str] = []
         recaller = self._pools.recaller.options(stream=True, session_id=request.group.name)
-        async for item in _retried(lambda: recaller.answer.remote(request), self._deadline):
+        async for item in _retry_stream(lambda: recaller.answer.remote(request), self._deadline):
             if isinstance(item, Finished):
                 self.usage.recall_prompt_tokens = item.prompt_tokens
                 self.usage.recall_completion_tokens = item.completion_tokens
@@ -323,7 +323,7 @@ class Inquiry:
                 pieces.append(item.text)
                 yield item
         self.timings.recall = self._elapsed_ms()
-        self._spans.ended("recall", self._started, tokens=self.usage.recall_completion_tokens)
+        self._spans.end_stage("recall", self._started, tokens=self.usage.recall_completion_tokens)
         yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
 
     def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:
@@ -344,7 +344,7 @@ class Inquiry:
             timings_ms=self.timings,
         )
 
-    async def _asked(self, method: Any, *arguments: Any) -> Any:
+    async def _call(self, method: Any, *arguments: Any) -> Any:
         """What a deployment's method returns; a replica that dies is waited for, and its successor asked."""
         while True:
             try:
@@ -360,7 +360,7 @@ class Inquiry:
         return (time.perf_counter() - self._started) * 1000
 
 
-async def _retried(call: Callable[[], Any], deadline: float) -> AsyncIterator[Any]:
+async def _retry_stream(call: Callable[[], Any], deadline: float) -> AsyncIterator[Any]:
     """The items of the stream that `call` starts; started again if its replica dies before the first item.
 
     Raises `TimeoutError` when it has not ended by `deadline` (monotonic seconds). Closing it cancels the stream.

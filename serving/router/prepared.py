@@ -11,7 +11,7 @@ class Prepared:
     def __init__(self) -> None:
         self._known: dict[tuple[Index, int], None] = {}
 
-    def missing(self, index: Index, passages: tuple[int, ...]) -> tuple[int, ...]:
+    def take_missing(self, index: Index, passages: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `passages` not asked for before; they count as prepared from now on."""
         keys = [(index, passage) for passage in passages]
         missing = tuple(passage for key, passage in zip(keys, passages, strict=True) if key not in self._known)

@@ -19,7 +19,7 @@ from serving.config import Profile
 from serving.documents.uploads import memory_id
 from serving.errors import ProblemError, damaged_path, problem_for
 from serving.router.jobs import Jobs
-from serving.router.kinds import chosen, require_same_model
+from serving.router.kinds import choose_kind, require_same_model
 from serving.router.manifests import memory_out, progress_out
 from serving.router.once import KeyedAnswers
 from serving.router.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools
@@ -85,7 +85,7 @@ class Router(KeyedAnswers):
     ) -> Reservation:
         """Where the texts of a new memory are put before `create` begins its job. A name is made if none is given."""
         self._check_documents(documents)
-        await self._chosen(kind, ratio)
+        await self._choose_kind(kind, ratio)
         name = memory if memory is not None else memory_id(title)
         return await _problems(self._catalog.reserve.remote(tenant, name, create=True))
 
@@ -104,7 +104,7 @@ class Router(KeyedAnswers):
             if document not in {entry.id for entry in base.documents}:
                 self._check_documents(len(base.documents) + 1)
             require_same_model(base, await self._memory_model())
-            await self._chosen(base.kind, base.ratio)
+            await self._choose_kind(base.kind, base.ratio)
         except ProblemError:
             await self.abandon(reserved.key)
             raise
@@ -132,7 +132,7 @@ class Router(KeyedAnswers):
         ratio: int | None,
     ) -> api.MemoryOut:
         """Begins to make a memory of texts that are in storage; it is `memorizing` when this returns."""
-        kind, ratio = await self._chosen(kind, ratio)
+        kind, ratio = await self._choose_kind(kind, ratio)
         job = JobRecord(
             documents=tuple(documents),
             memory_kind=kind,
@@ -242,7 +242,7 @@ class Router(KeyedAnswers):
             inquiry = await self._inquiry(tenant, manifests, question)
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
-                    self._metrics.question(tenant, item)
+                    self._metrics.count_question(tenant, item)
                 yield event_out(item)
         except Exception as error:  # noqa: BLE001  the response has begun: the failure travels as its last event
             yield api.Event(name="error", data=(await self._problem(manifests, error)).body())
@@ -254,7 +254,7 @@ class Router(KeyedAnswers):
         try:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
-                    self._metrics.question(tenant, item)
+                    self._metrics.count_question(tenant, item)
                     return item
         except Exception as error:
             raise await self._problem(manifests, error) from error
@@ -328,9 +328,9 @@ class Router(KeyedAnswers):
             self._model = await self._memorizer.describe.remote()
         return self._model
 
-    async def _chosen(self, kind: MemoryKind | None, ratio: int | None) -> tuple[MemoryKind, int]:
+    async def _choose_kind(self, kind: MemoryKind | None, ratio: int | None) -> tuple[MemoryKind, int]:
         """What a memory is made as, for which these are asked."""
-        return chosen(await self._memory_model(), kind, ratio, self._profile.memory.memorize.ratio)
+        return choose_kind(await self._memory_model(), kind, ratio, self._profile.memory.memorize.ratio)
 
     async def _record(self, tenant: str, memory: str) -> MemoryRecord:
         return await _problems(self._catalog.get.remote(tenant, memory))

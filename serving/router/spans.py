@@ -25,7 +25,7 @@ class StageSpans:
             "memorag.task": task,
         }
 
-    def ended(self, stage: str, began: float, **counts: int) -> None:
+    def end_stage(self, stage: str, began: float, **counts: int) -> None:
         """A stage that began then has ended now; `counts` say how much there was of what."""
         now, past = time.time_ns(), time.perf_counter() - began
         attributes = self._attributes | {f"memorag.{name}": count for name, count in counts.items()}

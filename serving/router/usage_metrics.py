@@ -36,11 +36,11 @@ class UsageMetrics:
         self._memorized_tokens = Counter("memorag_memorized_tokens", "tokens of texts made into memories", ("tenant",))
         self._answer_tokens = Counter("memorag_answer_tokens", "tokens of answers", ("tenant",))
 
-    def request(self, tenant: str | None, scope: Mapping[str, Any], status: int) -> None:
+    def count_request(self, tenant: str | None, scope: Mapping[str, Any], status: int) -> None:
         """One HTTP request that was answered; `scope` is its ASGI scope."""
         self._requests.inc(tags={"tenant": tenant or UNKNOWN, "route": route_of(scope), "status": str(status)})
 
-    def question(self, tenant: str, answer: Answer) -> None:
+    def count_question(self, tenant: str, answer: Answer) -> None:
         """One question that was answered to its end."""
         timings = answer.timings_ms
         self._question_seconds.observe(timings.total / 1000, tags={"tenant": tenant, "task": answer.task})
@@ -53,7 +53,7 @@ class UsageMetrics:
             self._degraded.inc(tags={"tenant": tenant, "lacking": lacking})
         _add(self._answer_tokens, answer.usage.completion_tokens, tenant)
 
-    def memorized(self, tenant: str, tokens: int) -> None:
+    def count_memorized(self, tenant: str, tokens: int) -> None:
         """One job that is done."""
         _add(self._memorized_tokens, tokens, tenant)
 
@@ -72,7 +72,7 @@ class CountedRequests:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.request(scope.get("state", {}).get("tenant"), scope, message["status"])
+                self._metrics.count_request(scope.get("state", {}).get("tenant"), scope, message["status"])
             await send(message)
 
         await self._app(scope, receive, counted)

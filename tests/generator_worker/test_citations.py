@@ -1,6 +1,6 @@
 import pytest
 
-from generator_worker.citations import resolve_citations, without_citations
+from generator_worker.citations import resolve_citations, strip_citations
 from generator_worker.messages import Citation, Source
 
 SOURCES = (
@@ -30,4 +30,4 @@ def test_numbers_in_brackets_become_their_passages(text, numbers):
 
 
 def test_a_text_without_its_citations():
-    assert without_citations("Darcy [1] proposes[2, 3].【4】 In [room] 5.") == "Darcy  proposes. In [room] 5."
+    assert strip_citations("Darcy [1] proposes[2, 3].【4】 In [room] 5.") == "Darcy  proposes. In [room] 5."

@@ -30,7 +30,7 @@ def test_scores_are_lucenes_formula():
 @pytest.mark.parametrize("texts", [[], [""], ["…", "!"]])
 def test_passages_without_words(texts):
     assert np.array_equal(Bm25(texts).scores("gate"), np.zeros(len(texts)))
-    assert Bm25(texts).grounding("gate") == 0
+    assert Bm25(texts).measure_grounding("gate") == 0
 
 
 def test_grounding_is_what_one_passage_holds_of_the_words():
@@ -40,13 +40,15 @@ def test_grounding_is_what_one_passage_holds_of_the_words():
     def idf(passages: int) -> float:
         return math.log(1 + (4 - passages + 0.5) / (passages + 0.5))
 
-    assert bm25.grounding("The keeper's gates, the gate!") == pytest.approx(
+    assert bm25.measure_grounding("The keeper's gates, the gate!") == pytest.approx(
         (idf(3) + 2 * idf(1)) / (idf(3) + 2 * idf(1) + idf(0))  # the s of the genitive is a word that is nowhere
     )
-    assert bm25.grounding("keeper of the gate") == pytest.approx(1)
-    assert bm25.grounding("bread and wine") == pytest.approx(idf(1) / (2 * idf(1) + idf(0))), "in two passages, not one"
-    assert bm25.grounding("dragon") == 0 and bm25.grounding("?!") == 0
-    assert Bm25(["城门在三月打开。"]).grounding("城门打开") == pytest.approx(
+    assert bm25.measure_grounding("keeper of the gate") == pytest.approx(1)
+    assert bm25.measure_grounding("bread and wine") == pytest.approx(idf(1) / (2 * idf(1) + idf(0))), (
+        "in two passages, not one"
+    )
+    assert bm25.measure_grounding("dragon") == 0 and bm25.measure_grounding("?!") == 0
+    assert Bm25(["城门在三月打开。"]).measure_grounding("城门打开") == pytest.approx(
         2 * math.log(4 / 3) / (2 * math.log(4 / 3) + math.log(4))
     )
 

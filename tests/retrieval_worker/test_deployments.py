@@ -13,7 +13,7 @@ from cluster.pools.pools import PoolConfig
 from cluster.storage.durable import DamagedFile, Storage, StorageGone
 from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig, SearchConfig
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
-from retrieval_worker.fusion import clue_weights, kept
+from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import (
     DocumentText,
     Embeddings,
@@ -295,7 +295,7 @@ async def test_a_novel(retriever, storage, record_property):
     question = "Who is the clergyman that proposes to Elizabeth?"
     clues = ["Mr. Collins made his proposal of marriage to Elizabeth.", "the rector of Hunsford"]
     rankings = await retriever.search.remote(index, [question, *clues])
-    hits = kept(rankings, clue_weights(rankings, rankings[0].grounding), SearchConfig())
+    hits = select_hits(rankings, clue_weights(rankings, rankings[0].grounding), SearchConfig())
     assert any("Collins" in hit.passage.text for hit in hits)
     assert all(text[hit.passage.start : hit.passage.end] == hit.passage.text for hit in hits)
     began = time.perf_counter()

@@ -3,7 +3,7 @@
 import pytest
 
 from retrieval_worker.config import SearchConfig
-from retrieval_worker.fusion import clue_weights, fit, fuse, kept
+from retrieval_worker.fusion import clue_weights, fit, fuse, select_hits
 from retrieval_worker.messages import Hit, Passage, Ranking
 
 
@@ -68,8 +68,10 @@ def test_where_even_the_question_shares_no_word_all_clues_count():
 def test_the_questions_best_passage_is_kept_whatever_clues_find():
     rankings = [Ranking((hit(9), hit(1)), 0.5), *[Ranking((hit(3), hit(4), hit(1)), 1.0)] * 4]
     search = SearchConfig(passages=2)
-    assert ids(kept(rankings, [1.0] * 5, search)) == [3, 9] and ids(kept(rankings[:1], [1.0], search)) == [1, 9]
-    assert kept([], [], search) == [] and kept([Ranking((), 0.0)], [1.0], search) == []
+    assert ids(select_hits(rankings, [1.0] * 5, search)) == [3, 9] and ids(
+        select_hits(rankings[:1], [1.0], search)
+    ) == [1, 9]
+    assert select_hits([], [], search) == [] and select_hits([Ranking((), 0.0)], [1.0], search) == []
 
 
 def test_fit_takes_the_best_that_fit_and_restores_document_order():

@@ -72,9 +72,9 @@ def test_sparse_grounding_is_the_share_of_the_querys_weights_that_one_passage_ha
     index = SparseWeights.build([SparseRows.of(weights[:100]), SparseRows.of(weights[100:])])
     for query in queries:
         held = [sum(v for t, v in query.items() if t in row) for row in weights]
-        assert index.grounding("", query) == pytest.approx(max(held) / sum(query.values()), rel=1e-5)
-    assert index.grounding("", weights[7]) == pytest.approx(1) and index.grounding("", weights[7]) <= 1
-    assert index.grounding("", {}) == 0 and index.grounding("", {10**6: 1.0}) == 0
+        assert index.measure_grounding("", query) == pytest.approx(max(held) / sum(query.values()), rel=1e-5)
+    assert index.measure_grounding("", weights[7]) == pytest.approx(1) and index.measure_grounding("", weights[7]) <= 1
+    assert index.measure_grounding("", {}) == 0 and index.measure_grounding("", {10**6: 1.0}) == 0
 
 
 TEXTS = ["The gate opened.", "A keeper opens gates, a gate and a gate.", "Bread costs two coins.", "Nothing of that."]
@@ -102,9 +102,11 @@ def test_what_has_no_words_in_common_is_found_by_similarity_alone():
     query = Embeddings(made_vectors(4).dense[2:3].astype(np.float32), None)
     assert index.search("?", query, 0, 2)[0][0] == 2
     words_only = PassageIndex.build([made_vectors(4)], TEXTS, described(), IndexConfig(dense_weight=0))
-    assert index.grounding("?", query, 0) == 0 and index.grounding("Bread costs coins.", query, 0) == pytest.approx(1)
+    assert index.measure_grounding("?", query, 0) == 0 and index.measure_grounding(
+        "Bread costs coins.", query, 0
+    ) == pytest.approx(1)
     similarity_only = PassageIndex.build([made_vectors(4)], TEXTS, described(), IndexConfig(dense_weight=1))
-    assert similarity_only.grounding("?", query, 0) == 1, "cannot tell"
+    assert similarity_only.measure_grounding("?", query, 0) == 1, "cannot tell"
     assert words_only.search("?", query, 0, 2) == [] and [i for i, _ in words_only.search("coins", query, 0, 2)] == [2]
 
 
@@ -114,7 +116,7 @@ def test_empty_index(sparse, parts):
     index = PassageIndex.build([made_vectors(0, sparse)] * parts, (), described(sparse), IndexConfig())
     query = Embeddings(unit(1), [{3: 1.0}] if sparse else None)
     assert index.count == 0 and index.search("gate", query, 0, 5) == []
-    assert index.grounding("gate", query, 0) == 0
+    assert index.measure_grounding("gate", query, 0) == 0
 
 
 @pytest.mark.parametrize("hits", [1, 3, 50, 5000])

@@ -58,7 +58,7 @@ class Exchange:
 
     def spread(self, work: Sequence[float], kept: Sequence[int], device: torch.device) -> Spread:
         """Of a group whose windows take `work` of any unit and keep `kept` slots: the same on every rank."""
-        shares = shared_out(work, self.ranks)
+        shares = share_out(work, self.ranks)
         most = max(sum(kept[index] for index in share) for share in shares)
         places: dict[int, Tensor] = {}
         for rank, share in enumerate(shares):
@@ -89,7 +89,7 @@ class Exchange:
         self._group.abort()
 
 
-def shared_out(work: Sequence[float], ranks: int) -> list[list[int]]:
+def share_out(work: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices of `work` by rank, each ascending: the largest first, always to the rank that has least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
@@ -100,7 +100,7 @@ def shared_out(work: Sequence[float], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def exchanged_bytes(most: Sequence[int], *, ranks: int, layers: int, slot_bytes: int) -> int:
+def count_exchanged_bytes(most: Sequence[int], *, ranks: int, layers: int, slot_bytes: int) -> int:
     """What one rank sends for groups whose `Spread.most` are these: the formula of the module's head.
 
     `slot_bytes` are those of one slot in one layer, keys and values.

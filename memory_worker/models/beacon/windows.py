@@ -89,10 +89,10 @@ class Rows:
         starts = [sum(window.rows for window in windows[:index]) for index in range(len(windows))]
         return cls(
             tuple((start, window.rows) for start, window in zip(starts, windows, strict=True)),
-            _joined([start + window.beacon_rows() for start, window in zip(starts, windows, strict=True)]),
-            _joined([start + window.kept_rows() for start, window in zip(starts, windows, strict=True)]),
-            _joined([text.tokens[window.start : window.end] for text, window in members]),
-            _joined([torch.arange(window.slot, window.slot + window.rows) for window in windows]),
+            _join([start + window.beacon_rows() for start, window in zip(starts, windows, strict=True)]),
+            _join([start + window.kept_rows() for start, window in zip(starts, windows, strict=True)]),
+            _join([text.tokens[window.start : window.end] for text, window in members]),
+            _join([torch.arange(window.slot, window.slot + window.rows) for window in windows]),
         )
 
     @property
@@ -102,8 +102,8 @@ class Rows:
 
 def slots_of(members: Group) -> Tensor:
     """The slots that `members` become, in their texts: int64, on the CPU."""
-    return _joined([torch.arange(window.slot, window.slot + window.kept) for _, window in members])
+    return _join([torch.arange(window.slot, window.slot + window.kept) for _, window in members])
 
 
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
+def _join(pieces: Sequence[Tensor]) -> Tensor:
     return torch.cat([_NONE, *pieces])

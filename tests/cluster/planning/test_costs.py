@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memorize
-from cluster.planning.costs import GIST_WINDOW, ModelShape, RankRates, memorizing, window_flops
+from cluster.planning.costs import GIST_WINDOW, ModelShape, RankRates, estimate_memorizing, window_flops
 
 QWEN2_7B = ModelShape(
     layers=28,
@@ -46,15 +46,17 @@ def test_flops_are_those_that_the_benchmark_counts(tokens: int) -> None:
     shape = ModelShape(m.LAYERS, m.HIDDEN, m.HEADS, m.KV_HEADS, m.HEAD_DIM, m.MLP, m.VOCABULARY, True, m.WINDOW)
     rates = RankRates(flops=1e12, link=1e9, latency_s=0.0)
     whole = 10**6 * m.WINDOW
-    counted = memorizing(shape, tokens, ratio=m.RATIO, segment_tokens=whole, ranks=1, group_windows=4, rates=rates)
-    assert counted.flops == pytest.approx(sum(m.counted_flops(tokens)))
+    counted = estimate_memorizing(
+        shape, tokens, ratio=m.RATIO, segment_tokens=whole, ranks=1, group_windows=4, rates=rates
+    )
+    assert counted.flops == pytest.approx(sum(m.count_flops(tokens)))
     assert counted.seconds == pytest.approx(counted.flops / 1e12) and counted.received_bytes == 0
     assert counted.slots == math.ceil(tokens / m.RATIO)
 
 
 def test_the_exchange_is_each_ranks_slots_to_each_other_rank() -> None:
     tokens, ranks = 64 * 2048, 4
-    found = memorizing(
+    found = estimate_memorizing(
         QWEN2_7B, tokens, ratio=16, segment_tokens=tokens, ranks=ranks, group_windows=8, rates=WITHIN_NODE
     )
     assert found.passes == 2
@@ -68,7 +70,7 @@ def test_the_documents_table_is_what_is_computed(segment_tokens: int) -> None:
     for tokens in (10**6, 10**7):
         alone = 0.0
         for ranks, rates in ((1, WITHIN_NODE), (8, WITHIN_NODE), (64, ACROSS_NODES)):
-            x = memorizing(
+            x = estimate_memorizing(
                 QWEN2_7B,
                 tokens,
                 ratio=16,
@@ -93,7 +95,7 @@ def test_a_full_memory_costs_what_reading_its_text_does() -> None:
     read = window_flops(QWEN2_7B, 2048, 1, 500, "full")
     weights = 2 * 2048 * QWEN2_7B.matrix_parameters
     assert read - weights == 4 * 28 * 28 * 128 * (2048 * 500 + 2048 * 2049 / 2)
-    found = memorizing(
+    found = estimate_memorizing(
         QWEN2_7B, 10_000, ratio=1, segment_tokens=8192, ranks=1, group_windows=8, rates=WITHIN_NODE, kind="full"
     )
     assert found.slots == 10_000
@@ -104,7 +106,7 @@ def test_a_full_memory_costs_what_reading_its_text_does() -> None:
 
 def test_a_gist_is_written_behind_its_window_and_then_read() -> None:
     gist = GIST_WINDOW // 16
-    found = memorizing(
+    found = estimate_memorizing(
         QWEN2_7B, 3 * GIST_WINDOW, ratio=16, segment_tokens=3 * GIST_WINDOW, ranks=1, group_windows=8,
         rates=WITHIN_NODE, kind="gist",
     )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 from ray.serve.config import AutoscalingConfig
 
 from cluster.config import EngineConfig
-from cluster.pools.placement import Need, Node, PoolUnplaceable, require_placeable
+from cluster.pools.placement import Node, PoolUnplaceable, ReplicaNeed, require_placeable
 from cluster.pools.pools import PoolConfig, ScalingConfig
 
 GPU_NODE = Node("10.0.0.2", {"CPU": 32, "GPU": 8, "accelerator_type:H100": 1, "memory_pool": 8})
@@ -55,15 +55,17 @@ def test_ranks_of_an_engine_share_what_the_pool_gives_a_replica():
 def test_pools_that_fit_are_placeable():
     h100 = PoolConfig(gpus_per_replica=2, accelerator_type="H100", resources={"memory_pool": 1}, max_replicas=9)
     wide = PoolConfig(gpus_per_replica=4)
-    needs = [Need.of("Recaller", "memory", h100), Need.of("Generator", "generator", wide, ranks=4)]
-    front = Need.of("Ingress", "cpu", PoolConfig(node_labels={"ray.io/node-group": "front"}))
+    needs = [ReplicaNeed.of("Recaller", "memory", h100), ReplicaNeed.of("Generator", "generator", wide, ranks=4)]
+    front = ReplicaNeed.of("Ingress", "cpu", PoolConfig(node_labels={"ray.io/node-group": "front"}))
     require_placeable([*needs, front], [CPU_NODE, GPU_NODE])
-    require_placeable([Need.of("Generator", "generator", PoolConfig(gpus_per_replica=99, min_replicas=0))], [CPU_NODE])
+    require_placeable(
+        [ReplicaNeed.of("Generator", "generator", PoolConfig(gpus_per_replica=99, min_replicas=0))], [CPU_NODE]
+    )
 
 
 def test_an_engine_of_several_ranks_may_be_on_several_nodes():
     node = Node("a", {"CPU": 8, "GPU": 2})
-    need = Need.of("Generator", "generator", PoolConfig(gpus_per_replica=4), ranks=4)
+    need = ReplicaNeed.of("Generator", "generator", PoolConfig(gpus_per_replica=4), ranks=4)
     require_placeable([need], [node, node])
     with pytest.raises(PoolUnplaceable, match=r"together: they need 4 GPU for generator \(Generator × 4\).*have 2"):
         require_placeable([need], [node])
@@ -82,5 +84,5 @@ def test_an_engine_of_several_ranks_may_be_on_several_nodes():
 )
 def test_a_pool_that_cannot_be_placed_says_what_is_missing(pool, words):
     with pytest.raises(PoolUnplaceable, match=words) as raised:
-        require_placeable([Need.of("Recaller", "memory", pool)], [CPU_NODE, GPU_NODE])
+        require_placeable([ReplicaNeed.of("Recaller", "memory", pool)], [CPU_NODE, GPU_NODE])
     assert "10.0.0.1 (16 CPU, ray.io/node-group=front)" in str(raised.value)

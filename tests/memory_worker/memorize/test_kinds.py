@@ -235,10 +235,10 @@ async def test_a_model_without_beacon_weights_makes_gists_unless_told_otherwise(
     memorizer = Memorizer(config_for(stock), store.storage.root)
     described = await memorizer.describe()
     assert described.kind == "gist" and set(described.kinds) == {"full", "gist"}
-    assert described.chosen(None, None, 4) == ("gist", 4)
-    assert described.chosen("full", None, 4) == ("full", 1)
+    assert described.choose_kind(None, None, 4) == ("gist", 4)
+    assert described.choose_kind("full", None, 4) == ("full", 1)
     with pytest.raises(UnsupportedKind, match="which has no beacon weights: use one of full, gist"):
-        described.chosen("beacon", None, 4)
+        described.choose_kind("beacon", None, 4)
     request = request_for(store, "impossible", "beacon", {"dot": "."})
     with pytest.raises(UnsupportedKind):
         await steps_until(memorizer, request)
@@ -252,7 +252,7 @@ async def test_a_model_with_beacon_weights_makes_beacons_unless_told_otherwise(
     described = await memorizer.describe()
     assert described.kind == "beacon" and set(described.kinds) == set(KINDS)
     full = await Memorizer(config_for(model, kind="full"), store.storage.root).describe()
-    assert full.chosen(None, None, 4) == ("full", 1)
+    assert full.choose_kind(None, None, 4) == ("full", 1)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from memory_worker.memorize.memorizer import Memorizer, memorizer_application
 from memory_worker.memorize.ranks import rank_share, replica_options
 from memory_worker.messages import MemorizeProgress, MemoryKey
 from memory_worker.models.beacon import BeaconModel, Slots
-from memory_worker.models.beacon.exchange import exchanged_bytes, shared_out
+from memory_worker.models.beacon.exchange import count_exchanged_bytes, share_out
 from memory_worker.storage.store import MemoryStore
 from serving.errors import is_unavailable
 from tests.support import ranking
@@ -78,13 +78,13 @@ def test_ranks_make_the_memory_of_one(tmp_path: Path, ranks: int) -> None:
 
 
 def test_windows_are_shared_out_by_their_work() -> None:
-    even = shared_out([1.0 + 0.01 * number for number in range(16)], 4)
+    even = share_out([1.0 + 0.01 * number for number in range(16)], 4)
     assert sorted(index for share in even for index in share) == list(range(16))
     loads = [sum(1.0 + 0.01 * number for number in share) for share in even]
     assert [len(share) for share in even] == [4] * 4 and max(loads) < 1.02 * min(loads)
-    assert shared_out([5.0, 1.0, 1.0, 1.0], 2) == [[0], [1, 2, 3]]
-    assert shared_out([1.0], 3) == [[0], [], []]
-    assert exchanged_bytes([16, 4], ranks=4, layers=2, slot_bytes=100) == 3 * 2 * 20 * 100
+    assert share_out([5.0, 1.0, 1.0, 1.0], 2) == [[0], [1, 2, 3]]
+    assert share_out([1.0], 3) == [[0], [], []]
+    assert count_exchanged_bytes([16, 4], ranks=4, layers=2, slot_bytes=100) == 3 * 2 * 20 * 100
 
 
 @pytest.mark.parametrize(("gpus", "tensor_parallel"), [(0, 1), (1, 1), (4, 4)])

@@ -199,7 +199,7 @@ async def test_a_memorizer_makes_gists_and_full_memories_and_goes_on_to_the_same
     described = await memorizer.describe()
     assert described.kind == "gist" and set(described.kinds) == {"full", "gist"}
     with pytest.raises(UnsupportedKind):
-        described.chosen("beacon", None, 4)
+        described.choose_kind("beacon", None, 4)
     for kind in described.kinds:
         whole, request = (request_for(store, kind, kind, {"story": STORY, "note": NOTE}) for _ in range(2))
         *_, result = await steps_until(memorizer, whole)

@@ -51,7 +51,7 @@ def test_what_fits_one_prompt_is_one_group() -> None:
     groups = segment_groups([version("a", [[10, 20], [30]]), version("b", [[7]], head=3)], 72)
     assert groups == (SegmentGroup((SegmentRange(key("a"), 0, 3), SegmentRange(key("b"), 0, 1)), 72),)
     assert memories_of(groups[0]) == "a, b"
-    assert SegmentGroup.named(groups[0].name, 72) == groups[0]
+    assert SegmentGroup.parse(groups[0].name, 72) == groups[0]
 
 
 def test_a_group_begins_with_the_head_of_its_first_range() -> None:
@@ -102,4 +102,4 @@ def test_every_segment_once_in_order_within_the_bound_and_no_group_too_many() ->
             if number + 1 < len(groups):
                 following = groups[number + 1].ranges[0]
                 assert group.slots + by_key[following.key].segments[following.first].slots > bound
-            assert SegmentGroup.named(group.name, group.slots) == group
+            assert SegmentGroup.parse(group.name, group.slots) == group

@@ -15,7 +15,7 @@ from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.recall.loading import Expected, LoadFailed, MemoryLoader, SlotRange
 from memory_worker.storage.manifest import MemoryShape
-from memory_worker.training import RunConfig, RunError, load_run
+from memory_worker.training import RunConfig, TrainingError, load_run
 from memory_worker.training.config import DataConfig, StageConfig
 from memory_worker.training.data import Example, Source
 from memory_worker.training.loop import Loop, Stopped
@@ -107,7 +107,7 @@ def test_the_result_is_served_and_its_memory_refused_by_the_model_it_began_from(
     memory = trained.compress(range(3, 40), ratio=4)
     assert torch.isfinite(memory.keys).all() and len(memory) == 10
     shape = MemoryShape(layers=trained.layers, kv_heads=trained.kv_heads, head_dim=trained.head_dim, dtype="float32")
-    group = SegmentGroup.named("public/town/1:0-1", len(memory))
+    group = SegmentGroup.parse("public/town/1:0-1", len(memory))
     kept = KeptMemory(group, trained.fingerprint, shape, (), (len(memory),))
     expected = Expected(trained.layers, trained.kv_heads, trained.head_dim, untrained.fingerprint)
     loader = MemoryLoader(
@@ -248,7 +248,7 @@ def test_the_shipped_runs_are_valid_and_their_phrases_are_the_prompts_own():
 
 
 def test_what_cannot_be_trained_is_said(tmp_path, finished):
-    with pytest.raises(RunError, match="cannot be read as YAML"):
+    with pytest.raises(TrainingError, match="cannot be read as YAML"):
         load_run(tmp_path / "none.yaml")
     data = finished.stages[0].data[0]
     for changed, words in (
@@ -257,7 +257,7 @@ def test_what_cannot_be_trained_is_said(tmp_path, finished):
         ({"files": (), "generator": "examples.nothing:at_all"}, "module:function"),
     ):
         stage = finished.stages[0].model_copy(update={"data": (data.model_copy(update=changed),)})
-        with pytest.raises(RunError, match=words):
+        with pytest.raises(TrainingError, match=words):
             Loop(finished.model_copy(update={"stages": (stage,), "output": str(tmp_path / "run")})).train()
     with pytest.raises(ValueError, match="muon needs whole matrices"):
         RunConfig.model_validate({**finished.model_dump(), "optimizer": "muon", "workers": 2})

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from memory_worker.models.beacon import BeaconModel
-from memory_worker.training import RunError
+from memory_worker.training import TrainingError
 from memory_worker.training.grow import grow
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch, TrainedModel
@@ -87,7 +87,7 @@ def test_a_grown_model_says_the_same_and_can_learn_with_what_is_new(tmp_path):
     large(batch)[0].backward()
     top = large.model.layers[3]
     assert top.self_attn.o_proj.weight.grad.abs().max() > 0 and top.mlp.down_proj.weight.grad.abs().max() > 0
-    with pytest.raises(RunError, match="growing only adds"):
+    with pytest.raises(TrainingError, match="growing only adds"):
         grow(config, small.state_dict(), {"hidden": 32}, seed=0)
-    with pytest.raises(RunError, match="grow both alike"):
+    with pytest.raises(TrainingError, match="grow both alike"):
         grow(config, small.state_dict(), {"heads": 8}, seed=0)

@@ -10,11 +10,11 @@ import pytest
 
 from serving import api
 from serving.batch.answer import BatchError, BatchReport
-from serving.batch.answers import ANSWERS, Answers, answered, failed
+from serving.batch.answers import ANSWERS, Answers, make_answer_row, make_failure_row
 from serving.batch.memorize import memory_id
 from serving.batch.progress import Rate
-from serving.batch.questions import BatchQuestion, _check_columns, _conformed, questions_in, questions_of
-from serving.batch.run import _checked
+from serving.batch.questions import BatchQuestion, _check_columns, _conform, questions_in, questions_of
+from serving.batch.run import _check
 from serving.errors import ProblemError
 from serving.router.once import KeyedAnswers
 
@@ -46,7 +46,9 @@ def rows(folder) -> list[dict]:
 def test_rows_come_back_as_they_were_answered(tmp_path):
     first, second = QUESTIONS[:2]
     answers = Answers(str(tmp_path / "out"), "default", rows_per_part=100)
-    answers.record([answered(first, answer_to(first)), failed(second, ProblemError(404, "no such memory"))])
+    answers.record(
+        [make_answer_row(first, answer_to(first)), make_failure_row(second, ProblemError(404, "no such memory"))]
+    )
     assert not list((tmp_path / "out").glob("part-*"))
     answers.fold()
     table = pq.read_table(tmp_path / "out")
@@ -72,7 +74,7 @@ def test_cut_short_anywhere_no_row_is_lost_or_doubled(tmp_path):
     done = []
     for start in range(0, 10, 2):
         batch = QUESTIONS[start : start + 2]
-        answers.record([answered(question, answer_to(question)) for question in batch])
+        answers.record([make_answer_row(question, answer_to(question)) for question in batch])
         done.append({question.key for question in QUESTIONS[: start + 2]})
     answers.fold()
     for state in states:
@@ -81,7 +83,7 @@ def test_cut_short_anywhere_no_row_is_lost_or_doubled(tmp_path):
         assert again.keys in done, "exactly what was recorded when the state was taken"
         assert again.run == answers.run
         left = [question for question in QUESTIONS if question.key not in again.keys]
-        again.record([answered(question, answer_to(question)) for question in left])
+        again.record([make_answer_row(question, answer_to(question)) for question in left])
         again.fold()
         assert sorted(row["id"] for row in rows(state)) == sorted(question.id for question in QUESTIONS)
     assert len(states) == 8 and len(rows(tmp_path / "out")) == 10 and answers.parts == 3
@@ -101,8 +103,8 @@ def test_a_folder_of_something_else_or_of_another_tenant_is_left_alone(tmp_path)
 def test_failed_rows_can_be_asked_again(tmp_path):
     answers = Answers(str(tmp_path), "default", rows_per_part=2)
     good, *bad = QUESTIONS[:4]
-    answers.record([failed(question, ProblemError(503, "not now")) for question in bad])
-    answers.record([answered(good, answer_to(good))])
+    answers.record([make_failure_row(question, ProblemError(503, "not now")) for question in bad])
+    answers.record([make_answer_row(good, answer_to(good))])
     assert answers.drop_failed() == 3
     assert Answers(str(tmp_path), "default", 2).keys == {good.key}
     assert [row["id"] for row in rows(tmp_path)] == ["q0"]
@@ -176,15 +178,15 @@ def test_rows_that_are_no_questions():
         (BatchQuestion("q", "m", "What?", language="fr"), "language"),
     ):
         with pytest.raises(ProblemError, match=words) as raised:
-            _checked(row)
+            _check(row)
         assert raised.value.status == 422
-    assert _checked(BatchQuestion("q", "m", "What?", "rag", 7, "zh")).max_tokens == 7
-    assert _checked(BatchQuestion("q", "m", "", "summarize")).task == "summarize"
+    assert _check(BatchQuestion("q", "m", "What?", "rag", 7, "zh")).max_tokens == 7
+    assert _check(BatchQuestion("q", "m", "", "summarize")).task == "summarize"
 
 
 def test_columns_are_cast_filled_and_checked():
     table = pa.table({"id": [1, 2], "memory": ["a", None], "question": ["x", "y"], "max_tokens": [5.0, None]})
-    first, second = questions_in(_conformed(table))
+    first, second = questions_in(_conform(table))
     assert first == BatchQuestion("1", "a", "x", None, 5) and second == BatchQuestion("2", "", "y")
     assert first.key != second.key == BatchQuestion("2", "", "y").key
     assert _check_columns(["id", "memory", "question", "gold"]) == ["gold"]

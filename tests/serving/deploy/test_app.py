@@ -4,11 +4,11 @@ import pytest
 
 from memory_worker.models import embedded
 from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
-from serving.deploy.app import limits_of, memories_root, needs_of, require_safe, with_models
+from serving.deploy.app import limits_of, memories_root, needs_of, require_safe, resolve_models
 
 
 def test_the_embedded_model_is_found_and_known_to_be_narrow():
-    profile = with_models(load_profile("embedded"))
+    profile = resolve_models(load_profile("embedded"))
     assert profile.memory.engine.model == profile.generator.engine.model == str(embedded.FOLDER)
     assert limits_of(profile) == ("embedded-model",)
     assert profile.memory.engine.max_model_len == load_profile("embedded").memory.engine.max_model_len
@@ -16,13 +16,13 @@ def test_the_embedded_model_is_found_and_known_to_be_narrow():
 
 def test_other_models_are_left_as_they_are():
     profile = load_profile("laptop")
-    assert with_models(profile) is profile and limits_of(profile) == ()
+    assert resolve_models(profile) is profile and limits_of(profile) == ()
 
 
 def test_a_model_folder_that_is_not_there_is_named(tmp_path):
     text = f"memory: {{engine: {{model: {tmp_path}/none}}}}\ngenerator: {{engine: {{model: b}}}}"
     with pytest.raises(ProfileError, match="none is not there"):
-        with_models(parse_profile(text, "mine"))
+        resolve_models(parse_profile(text, "mine"))
 
 
 def test_where_things_are_kept(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from cluster.storage.durable import DamagedFile, Storage
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.store import seal
-from serving.documents.archive import Archive, packed
+from serving.documents.archive import Archive, pack
 from serving.errors import ProblemError
 from tests.support import manifests as made
 
@@ -22,7 +22,7 @@ def storage(tmp_path) -> Storage:
 
 @pytest.fixture
 def data(storage: Storage) -> bytes:
-    return b"".join(packed(storage, made.memory(storage)))
+    return b"".join(pack(storage, made.memory(storage)))
 
 
 def rewritten(data: bytes, change) -> bytes:
@@ -66,7 +66,7 @@ def test_what_is_unpacked_is_what_was_packed(storage: Storage, data: bytes, tmp_
 def test_equal_files_are_packed_once(storage: Storage) -> None:
     manifest = made.memory(storage, documents=("a",))
     twin = manifest.documents[0].model_copy(update={"id": "twin"})
-    both = b"".join(packed(storage, manifest.model_copy(update={"documents": (manifest.documents[0], twin)})))
+    both = b"".join(pack(storage, manifest.model_copy(update={"documents": (manifest.documents[0], twin)})))
     with tarfile.open(fileobj=io.BytesIO(both)) as tar:
         assert len(tar.getnames()) == len(set(tar.getnames())) == 1 + len({file.digest for file in manifest.files})
 
@@ -74,7 +74,7 @@ def test_equal_files_are_packed_once(storage: Storage) -> None:
 def test_a_damaged_file_ends_the_archive_before_it_is_one(storage: Storage) -> None:
     manifest = made.memory(storage)
     storage.write(manifest.documents[1].source.path, b"another text")
-    pieces = packed(storage, manifest)
+    pieces = pack(storage, manifest)
     with pytest.raises(DamagedFile, match=r"source/b\.txt"):
         list(pieces)
 
@@ -143,7 +143,7 @@ def test_links_folders_and_devices_are_refused(storage: Storage, data: bytes, ki
 def test_document_ids_cannot_be_paths(storage: Storage, id: str, tmp_path) -> None:
     manifest = made.memory(storage, documents=("a",))
     named = manifest.documents[0].model_copy(update={"id": id})
-    data = b"".join(packed(storage, manifest.model_copy(update={"documents": (named,)})))
+    data = b"".join(pack(storage, manifest.model_copy(update={"documents": (named,)})))
     assert "is not a document id" in refusal(data, tmp_path)
     assert not list(tmp_path.rglob("escaped*"))
 
@@ -151,7 +151,7 @@ def test_document_ids_cannot_be_paths(storage: Storage, id: str, tmp_path) -> No
 def test_a_document_cannot_be_there_twice_or_none_be(storage: Storage, tmp_path) -> None:
     manifest = made.memory(storage, documents=("a",))
     for documents in ((), manifest.documents * 2):
-        data = b"".join(packed(storage, manifest.model_copy(update={"documents": documents})))
+        data = b"".join(pack(storage, manifest.model_copy(update={"documents": documents})))
         assert "names a document twice, or none" in refusal(data, tmp_path)
 
 

@@ -13,7 +13,7 @@ from memory_worker.errors import JobUnderWay
 from memory_worker.messages import MemoryKey, Reservation
 from serving import api
 from serving.config import LimitsConfig
-from serving.documents.archive import MEDIA_TYPE, packed
+from serving.documents.archive import MEDIA_TYPE, pack
 from serving.documents.receive import Receiver, if_match
 from serving.errors import ProblemError, problem_for
 from serving.http.problems import add_error_handlers
@@ -123,7 +123,7 @@ async def test_files(http: httpx.AsyncClient, router: Router) -> None:
 
 async def test_an_archive(http: httpx.AsyncClient, router: Router, tmp_path) -> None:
     elsewhere = Storage(str(tmp_path / "elsewhere"))
-    data = b"".join(packed(elsewhere, manifest := made.memory(elsewhere)))
+    data = b"".join(pack(elsewhere, manifest := made.memory(elsewhere)))
     headers = {"content-type": MEDIA_TYPE}
     assert (await http.post("/memories?id=other", content=data, headers=headers)).status_code == 200
     assert (await http.post("/memories", content=data, headers=headers)).status_code == 200

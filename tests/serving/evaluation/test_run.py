@@ -15,7 +15,7 @@ from serving.client.errors import ServerUnreachable
 from serving.evaluation.evaluate import ask_all, forget, sample
 from serving.evaluation.plot import report_svg
 from serving.evaluation.report import report
-from serving.evaluation.run import Run, RunError, fingerprint
+from serving.evaluation.run import EvaluationError, Run, fingerprint
 from tests.support.examples_of_questions import TEXT, example
 
 EXAMPLES = [
@@ -142,10 +142,10 @@ def test_a_server_that_goes_away_ends_the_run_and_not_what_was_answered(server, 
 def test_a_folder_has_one_run(tmp_path):
     Run(tmp_path, {"questions": "x", "max_tokens": 8})
     Run(tmp_path, {"questions": "x", "max_tokens": 8})
-    with pytest.raises(RunError, match="another max_tokens; use another folder"):
+    with pytest.raises(EvaluationError, match="another max_tokens; use another folder"):
         Run(tmp_path, {"questions": "x", "max_tokens": 9})
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(EvaluationError, match="damaged"):
         Run(tmp_path, {"questions": "x", "max_tokens": 8})
 
 

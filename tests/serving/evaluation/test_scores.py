@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.evaluation.recall import Found, answer_recall, evidence_recall, ranked
+from serving.evaluation.recall import Found, answer_recall, evidence_recall, rank_passages
 from serving.evaluation.scores import exact, score
 from tests.support.examples_of_questions import TEXT, example
 
@@ -61,7 +61,7 @@ def test_contains_and_class():
 def test_recall_of_evidence_is_the_share_of_spans_touched():
     asked = example(evidence=((0, 25), (26, 48)))
     found = [Found(49, 67, 0.1), Found(20, 30, 0.9), Found(0, 10, 0.5)]
-    best_first = ranked(found)
+    best_first = rank_passages(found)
     assert [p.start for p in best_first] == [20, 0, 49]
     assert evidence_recall(asked, best_first, 1) == 1.0, "it touches both"
     assert evidence_recall(asked, [Found(0, 10, 1.0)], 1) == 0.5 and evidence_recall(asked, [], 5) == 0.0

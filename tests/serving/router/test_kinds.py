@@ -6,7 +6,7 @@ from cluster.storage.durable import Storage
 from memory_worker.messages import KindDescription, MemorizerDescription
 from memory_worker.models.fingerprint import KINDS, fingerprint_of
 from serving.errors import ProblemError
-from serving.router.kinds import chosen, require_same_model
+from serving.router.kinds import choose_kind, require_same_model
 from tests.support import manifests as made
 
 STOCK = MemorizerDescription(
@@ -29,7 +29,7 @@ STOCK = MemorizerDescription(
     ],
 )
 def test_what_is_left_out_is_chosen(kind, ratio, right) -> None:
-    assert chosen(STOCK, kind, ratio, 4) == right
+    assert choose_kind(STOCK, kind, ratio, 4) == right
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_is_left_out_is_chosen(kind, ratio, right) -> None:
 )
 def test_what_cannot_be_made_is_said(kind, ratio, words) -> None:
     with pytest.raises(ProblemError, match=words) as raised:
-        chosen(STOCK, kind, ratio, 4)
+        choose_kind(STOCK, kind, ratio, 4)
     assert raised.value.status == 422
 
 

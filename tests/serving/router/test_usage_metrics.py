@@ -34,7 +34,7 @@ def test_requests_are_counted_by_tenant_route_and_status(monkeypatch: pytest.Mon
     app, seen = FastAPI(), []
     app.add_middleware(CountedRequests)
     monkeypatch.setattr(
-        UsageMetrics, "request", lambda _, tenant, scope, status: seen.append((tenant, route_of(scope), status))
+        UsageMetrics, "count_request", lambda _, tenant, scope, status: seen.append((tenant, route_of(scope), status))
     )
 
     @app.get("/v1/memories/{memory}")
@@ -51,10 +51,10 @@ def test_requests_are_counted_by_tenant_route_and_status(monkeypatch: pytest.Mon
 
 def test_reporting_without_ray_is_dropped() -> None:
     for metrics in (UsageMetrics(), UsageMetrics()):
-        metrics.request(None, {"method": "GET"}, 401)
-        metrics.question("a", answer(0))
-        metrics.memorized("a", 0)
-        metrics.memorized("a", 10)
+        metrics.count_request(None, {"method": "GET"}, 401)
+        metrics.count_question("a", answer(0))
+        metrics.count_memorized("a", 0)
+        metrics.count_memorized("a", 10)
 
 
 def test_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +63,9 @@ def test_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             getattr(metrics, name), "_record", lambda value, tags, name=name: seen.append((value, tags))
         )
-    metrics.request("a", {"method": "GET"}, 200)
-    metrics.question("a", answer(7))
-    metrics.memorized("b", 9)
+    metrics.count_request("a", {"method": "GET"}, 200)
+    metrics.count_question("a", answer(7))
+    metrics.count_memorized("b", 9)
     assert seen == [
         (1.0, {"tenant": "a", "route": UNKNOWN, "status": "200"}),
         (1.5, {"tenant": "a", "task": "memorag"}),
