@@ -4,7 +4,7 @@ EXTRA   ?= cpu
 STORAGE ?= .memorag
 PORT    ?= 8000
 BIN     := .venv/bin
-PINNED  := cluster/requirements/$(EXTRA).txt
+LISTS   := cluster/requirements
 READY   := .venv/installed-$(EXTRA)
 PACKAGES := cluster memory_worker retrieval_worker generator_worker serving
 EXAMPLE := examples/chronicle.txt
@@ -14,13 +14,21 @@ SEED    ?= 0
 WORKERS ?= 2
 SOAK    := .memorag-soak
 
-.PHONY: install up down test lint soak bench docs
+.PHONY: install lock hooks up down test lint soak bench docs
 
 install: $(READY)
 
-$(READY): pyproject.toml $(PINNED) cluster/requirements/dev.txt cluster/requirements/install.sh
-	@PYTHON="$(PYTHON)" sh cluster/requirements/install.sh $(EXTRA)
+$(READY): pyproject.toml $(LISTS)/$(EXTRA).lock $(LISTS)/dev.lock $(LISTS)/install.sh
+	@PYTHON="$(PYTHON)" sh $(LISTS)/install.sh $(EXTRA)
 	@touch $@
+
+# After a change of a version in cpu.txt, gpu.txt or dev.txt: the digests of the files that they name.
+lock: install
+	@for list in cpu gpu dev; do $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate $(LISTS)/$$list.txt -o $(LISTS)/$$list.lock || exit 1; done
+
+hooks: install
+	@$(BIN)/pre-commit install
 
 up: install
 	@$(BIN)/memorag up --profile embedded --storage $(STORAGE) --port $(PORT)
