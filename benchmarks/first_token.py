@@ -16,17 +16,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.support.recalling import IN_PROCESS
+from benchmarks.support.recall_engine import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
 
 from benchmarks.report import report
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import connector_config, engine, group, ray_of_its_own, request, store_slots
 from memory_worker.messages import MemoryKey
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import connector_config, engine, group, ray_of_its_own, request, store_slots
 
 RATIOS = (2, 4, 8, 16)
 HEAD, QUESTION, REPEATS = 32, 24, 5

@@ -23,12 +23,8 @@ from typing import Any
 import ray
 
 from benchmarks.report import report
-from memory_worker.keeper.keeper import local_keeper
-from memory_worker.messages import MemoryKey
-from memory_worker.models.beacon import BeaconModel
-from memory_worker.storage.store import MemoryStore
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import (
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import (
     IN_PROCESS,
     NAMESPACE,
     connector_config,
@@ -39,6 +35,10 @@ from tests.support.recalling import (
     request,
     store_slots,
 )
+from memory_worker.keeper.keeper import local_keeper
+from memory_worker.messages import MemoryKey
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.storage.store import MemoryStore
 
 HEAD, QUESTION, MEMORIES = 32, 24, 4
 RATIO = 8

@@ -27,10 +27,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.report import report
+from benchmarks.support.stored_memories import store_memory, whole
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.manifest import Manifest, MemoryShape
 from memory_worker.storage.store import MemoryStore
-from tests.support.stored_memories import store_memory, whole
 
 SHAPE = MemoryShape(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16")
 MEMORIES, DOCUMENTS, QUESTIONS = 6, 8, 16

@@ -108,9 +108,9 @@ def _measure_alone(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
+    from benchmarks.support.random_model import ensure_random_model
     from memory_worker.storage.manifest import MemoryShape
     from memory_worker.storage.store import MemoryStore, segment_path
-    from tests.support.random_model import ensure_random_model
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_random_model(folder / "embedded"))
     text = EXAMPLE.read_text(encoding="utf-8")

@@ -22,6 +22,8 @@ import torch
 from ray import serve
 
 from benchmarks.report import report
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemoryConfig, RecallConfig
@@ -31,8 +33,6 @@ from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.recall.clues import ClueLines
 from memory_worker.recall.recaller import recaller_application
 from memory_worker.storage.store import MemoryStore
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 
 SLOTS, RATIO, CONCURRENT = 2000, 8, 16
 REFERENCE_QUESTIONS = 4  # of each turn's

@@ -26,11 +26,11 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
+from benchmarks.support.own_ray import own_ray
 from serving.config import load_profile
 from serving.deploy.application import Arguments, application
 from tests.support import known_metrics
 from tests.support.known_metrics import ROOT
-from tests.support.own_ray import own_ray
 
 DEPLOY = ROOT / "cluster" / "deploy"
 SCHEMA = ROOT.parent / "shared" / "data" / "schemas" / "rayservice-v1.schema.json.xz"

@@ -8,12 +8,12 @@ import pytest
 import ray
 from ray import serve
 
+from benchmarks.support.own_ray import own_ray
+from benchmarks.support.random_model import ensure_random_model
 from cluster.engine import EngineServer, _core_ids, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
-from tests.support.own_ray import own_ray
-from tests.support.random_model import ensure_random_model
 from tests.support.tiny_engine import tiny_engine
 
 

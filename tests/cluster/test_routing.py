@@ -12,9 +12,9 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from benchmarks.support.own_ray import own_ray
 from cluster.routing import MemoryRouter, ReportsRank
-from tests.cluster.test_memory_routing import MEMORIES, homes
-from tests.support.own_ray import own_ray
+from tests.support.memory_homes import MEMORIES, homes
 
 
 @ray.remote(num_cpus=0)

@@ -14,6 +14,8 @@ import psutil
 import pytest
 from ray import serve
 
+from benchmarks.support.own_ray import own_ray
+from benchmarks.support.random_model import ensure_random_model
 from cluster.messages import TextDelta
 from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig, RemoteConfig
@@ -21,8 +23,6 @@ from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
 from generator_worker.messages import GenerateRequest, Generation, Source
 from generator_worker.remote import RemoteGenerator
-from tests.support.own_ray import own_ray
-from tests.support.random_model import ensure_random_model
 from tests.support.tiny_engine import tiny_engine
 from tests.support.watched_generator import WatchedGenerator
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.support.random_model import ensure_random_model
 from generator_worker.errors import QuestionTooLong
 from generator_worker.messages import GenerateRequest, Source
 from generator_worker.prompts import build_prompt
-from tests.support.random_model import ensure_random_model
 
 ENGLISH = GenerateRequest(
     task="answer",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ray import serve
 
+from benchmarks.support.own_ray import own_ray
 from cluster.pools.pools import PoolConfig
 from cluster.storage.durable import DamagedFile, Storage, StorageGone
 from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig, SearchConfig
@@ -26,7 +27,6 @@ from retrieval_worker.messages import (
     Ranking,
 )
 from retrieval_worker.retriever import Retriever, retrieval_applications
-from tests.support.own_ray import own_ray
 from tests.support.passage_files import described
 
 BOOK = Path(__file__).parents[2].parent / "shared" / "data" / "books" / "pride-and-prejudice.txt"

@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.kills import PARTS, kill_part, kill_server, start_again
+from tests.support.processes import PARTS, kill_part, kill_server, start_again
 
 CLIENTS = 16
 DEADLINE_S = 180.0  # for one request, retries included, and for one recovery: both from when the server runs

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.recalling import IN_PROCESS
+from benchmarks.support.recall_engine import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
@@ -18,6 +18,15 @@ import ray
 import torch
 from transformers import DynamicCache
 
+from benchmarks.support.recall_engine import (
+    NAMESPACE,
+    Reference,
+    connector_config,
+    engine,
+    ray_of_its_own,
+    recalled,
+    request,
+)
 from memory_worker.keeper.keeper import local_keeper
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import SegmentGroup
@@ -27,15 +36,6 @@ from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
 from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, TWIN, config_for, memorized
-from tests.support.recalling import (
-    NAMESPACE,
-    Reference,
-    connector_config,
-    engine,
-    ray_of_its_own,
-    recalled,
-    request,
-)
 
 NEW_TOKENS = 24
 GROUP_SLOTS = 2600

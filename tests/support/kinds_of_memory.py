@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
@@ -14,7 +15,6 @@ from memory_worker.messages import DocumentSource, MemorizeRequest, MemorizeResu
 from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.storage.store import MemoryStore
 from tests.support.memorizing import steps_until
-from tests.support.random_model import ensure_random_model
 
 RATIOS: dict[MemoryKind, int] = {"beacon": 8, "full": 1, "gist": 32}
 

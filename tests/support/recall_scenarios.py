@@ -11,18 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.recalling import IN_PROCESS
+from benchmarks.support.recall_engine import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
 import torch
 from safetensors.torch import load_file
 
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
-from memory_worker.models.beacon import BeaconModel
-from memory_worker.storage.store import MemoryStore
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import (
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import (
     Reference,
     Slots,
     connector_config,
@@ -33,6 +30,9 @@ from tests.support.recalling import (
     request,
     store_slots,
 )
+from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.models.beacon import BeaconModel
+from memory_worker.storage.store import MemoryStore
 
 GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens"
 NEW_TOKENS = 24

@@ -15,7 +15,7 @@ def seen_by(name: str, folder: Path, *arguments: Path) -> dict[str, Any]:
 
     Temporary files go to `folder`, too: vLLM leaves its sockets behind.
     """
-    command = [sys.executable, "-m", f"tests.memory_worker.{name}", str(folder), *map(str, arguments)]
+    command = [sys.executable, "-m", f"tests.support.{name}", str(folder), *map(str, arguments)]
     environment = os.environ | {"TMPDIR": str(folder)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     reports = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]

@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.recalling import IN_PROCESS
+from benchmarks.support.recall_engine import IN_PROCESS
 
 os.environ.update(IN_PROCESS)
 
+from benchmarks.support.recall_engine import Reference, connector_config, engine, ray_of_its_own
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.storage.store import MemoryStore
 from tests.support.kind_scenarios import asked, plain
 from tests.support.kinds_of_memory import NOTE, TWIN, config_for, memorized
-from tests.support.recalling import Reference, connector_config, engine, ray_of_its_own
 
 
 def main(storage: Path, *checkpoints: Path) -> None:

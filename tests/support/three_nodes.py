@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from ray.cluster_utils import Cluster
 
-from tests.system.conftest import CLUSTER_PID, ROOT, Server
+from tests.support.server import CLUSTER_PID, ROOT, Server
 
 # Which pools are on a node, and which deployments that are.
 NODES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.system.conftest import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, SHARED, Server, memorize, read_events
+from tests.support.server import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, SHARED, Server, memorize, read_events
 
 NOVEL = SHARED / "data" / "books" / "pride-and-prejudice.txt"
 CHINESE = (

@@ -10,8 +10,8 @@ import pytest
 
 from examples.chronicles import document
 from memory_worker.storage.store import open_manifest, seal
-from tests.system.conftest import Server, check_problem, memorize
-from tests.system.test_documents import check_exact
+from tests.support.documents import check_exact
+from tests.support.server import Server, check_problem, memorize
 
 TAR = {"content-type": "application/x-tar"}
 CHRONICLES = {name: document(seed, 40, "test") for seed, name in enumerate(("one", "two"))}  # no clue is a toss-up

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.system.conftest import Server, check_problem
+from tests.support.server import Server, check_problem
 
 TEXT = [{"text": "A sentence to memorize."}]
 BAD_CREATIONS = {

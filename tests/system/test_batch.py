@@ -6,9 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.system.conftest import MEMORAG, ROOT, Server, memorize
+from tests.support.processes import title_of
+from tests.support.server import MEMORAG, ROOT, Server, memorize
+from tests.support.waiting import wait_until
 
 QUESTIONS = 120
 
@@ -43,13 +44,6 @@ def start(server: Server, *arguments: str | Path) -> subprocess.Popen:
     return subprocess.Popen([MEMORAG, *arguments], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def recorded(output: Path) -> int:
     """Files that hold answers at this moment; each has at least one row."""
     return len(list(output.rglob("*.parquet")))
@@ -65,13 +59,6 @@ def run_process(server: Server) -> psutil.Process | None:
     return next((p for p in server.processes() if "BatchRun" in title_of(p)), None)
 
 
-def title_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is a zombie
-        return ""
-
-
 def test_killed_half_way_nothing_is_lost_or_asked_twice(server, memories, tmp_path):
     questions, output = tmp_path / "questions.jsonl", tmp_path / "answers"
     rows = [
@@ -82,13 +69,13 @@ def test_killed_half_way_nothing_is_lost_or_asked_twice(server, memories, tmp_pa
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["batch", questions, output, "--concurrency", "4", "--rows-per-part", "50"]
     client = start(server, *command)
-    eventually(lambda: recorded(output) >= 5, 120)
+    wait_until(lambda: recorded(output) >= 5)
     client.kill()
     client.wait()
     left = run_process(server)
     assert left is not None, "the run goes on without its client"
     seen = recorded(output)
-    eventually(lambda: recorded(output) > seen, 60)
+    wait_until(lambda: recorded(output) > seen)
     left.send_signal(signal.SIGKILL)
     psutil.wait_procs([left], timeout=20)
     assert 5 < len(ids(output)) < QUESTIONS - 4, "it was killed half way"
@@ -100,7 +87,7 @@ def test_killed_half_way_nothing_is_lost_or_asked_twice(server, memories, tmp_pa
     assert Counter(table["id"].to_pylist()) == Counter(row["id"] for row in rows)
     assert all(table["answer"].is_valid().to_pylist()) and table["error"].null_count == QUESTIONS
     assert len(list(output.glob("part-*.parquet"))) == report["parts"] == 3
-    eventually(lambda: run_process(server) is None, 30)
+    wait_until(lambda: run_process(server) is None)
 
 
 def test_what_fails_is_a_row(server, memories, tmp_path):
@@ -162,7 +149,7 @@ def test_a_folder_of_files_is_memorized_and_a_killed_run_goes_on(server, tmp_pat
         with server.client() as http:
             return {m["id"] for m in http.get("/v1/memories", params={"tag": "bulk"}).json()["memories"]}
 
-    eventually(lambda: len(made()) >= 2, 120)
+    wait_until(lambda: len(made()) >= 2)
     client.kill()
     client.wait()
     done = server.memorag(*map(str, command), "--json", check=False)

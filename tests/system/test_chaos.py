@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.support.chaos import Chaos
-from tests.support.kills import PARTS
-from tests.system.conftest import Server
+from tests.support.processes import PARTS
+from tests.support.server import Server
 
 
 @pytest.mark.timeout(1800)  # eleven kills, and each part takes as long as it needs to start

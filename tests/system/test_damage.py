@@ -3,14 +3,13 @@
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from tests.system.conftest import Server, check_problem, memorize
-from tests.system.test_documents import check_exact, text
+from tests.support.damage import flip, forget
+from tests.support.documents import check_exact, text
+from tests.support.server import Server, check_problem, memorize
 
 TEXTS = {name: text(name, "first", 30) for name in ("one", "two")}
 QUESTION = {"question": "Who lit the lamp of two?", "max_tokens": 4}
@@ -24,27 +23,6 @@ def memory(server: Server) -> Iterator[dict]:
     yield memorize(server, [{"id": name, "text": words} for name, words in TEXTS.items()], id=id)
     with server.client() as client:
         client.delete(f"/v1/memories/{id}")
-
-
-def forget(server: Server) -> None:
-    """Empties the nodes' caches, which hold slots by their digest: the actors are killed, and come back."""
-    keepers = [
-        process
-        for process in server.processes()
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MemoryKeeper")
-    ]
-    for keeper in keepers:
-        keeper.kill()
-    psutil.wait_procs(keepers)
-
-
-def flip(server: Server, path: str) -> Path:
-    """Changes one byte in the middle of a stored file."""
-    file = server.storage / "memories" / path
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    return file
 
 
 def ask(client: httpx.Client, memory: dict) -> httpx.Response:

@@ -10,25 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.serving.documents.test_convert import docx
-from tests.system.conftest import Server, check_problem, follow, memorize
-
-
-def text(name: str, edition: str, sentences: int = 12) -> str:
-    """A text that no other document or edition has a sentence of."""
-    return " ".join(
-        f"In the {edition} edition of {name}, keeper number {i} lit the lamp of {name}." for i in range(sentences)
-    )
-
-
-def put(client: httpx.Client, memory: str, document: str, words: str, **headers) -> httpx.Response:
-    return client.put(f"/v1/memories/{memory}/documents/{document}", json={"text": words}, headers=headers)
-
-
-def check_exact(quoted: list[dict], texts: dict[str, dict[str, str]]) -> None:
-    """Each is what stands at those offsets; `texts` are by memory and document."""
-    for part in quoted:
-        assert texts[part["memory"]][part["document"]][part["start"] : part["end"]] == part["text"], part
+from tests.support.documents import check_exact, docx, put, text
+from tests.support.server import Server, check_problem, follow, memorize
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.system.conftest import EXAMPLE, Server
+from tests.support.server import EXAMPLE, Server
 
 TOWN = EXAMPLE["text"]
 

@@ -9,12 +9,10 @@ import pytest
 import yaml
 
 from examples.chronicles import document
+from tests.support.damage import flip, forget
+from tests.support.documents import check_exact, put, text
 from tests.support.kinds_of_memory import RATIOS, stock_model
-from tests.system.conftest import ROOT, Server, check_problem, follow, memorize
-from tests.system.test_damage import ask as ask_damaged
-from tests.system.test_damage import flip, forget
-from tests.system.test_documents import check_exact, put, text
-from tests.system.test_recovery import up
+from tests.support.server import ROOT, Server, check_problem, follow, memorize, up
 
 TAG = "kinds"
 CHRONICLE = document(7, 60)  # what the embedded model reads whole, and recalls clues of
@@ -80,6 +78,7 @@ def test_a_damaged_segment_is_made_again_the_same(server: Server, kind: str):
     forget(server)
     id = f"hurt-{kind}-{uuid.uuid4().hex[:8]}"
     memory = memorize(server, [{"id": "d", "text": WORDS[kind]}], id=id, kind=kind, ratio=RATIOS[kind])
+    question = {"question": QUESTIONS[kind], "max_tokens": 4}
 
     def files(version: str) -> list[dict]:
         (document,) = server.manifest(id, version)["documents"]
@@ -88,12 +87,12 @@ def test_a_damaged_segment_is_made_again_the_same(server: Server, kind: str):
     with server.client() as client:
         flip(server, files(memory["version"])[0]["path"])
         forget(server)
-        asked = ask_damaged(client, memory)
+        asked = client.post(f"/v1/memories/{id}/answer", json=question)
         assert asked.status_code == 200 and "recall" in asked.json()["degraded"]
         *_, (name, mended) = follow(client, id)
         assert name == "ready" and mended["version"] != memory["version"] and mended["kind"] == kind
         assert [f["digest"] for f in files(mended["version"])] == [f["digest"] for f in files(memory["version"])]
-        assert ask_damaged(client, memory).json()["degraded"] == ["embedded-model"]
+        assert client.post(f"/v1/memories/{id}/answer", json=question).json()["degraded"] == ["embedded-model"]
         client.delete(f"/v1/memories/{id}")
 
 

@@ -11,7 +11,7 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.system.conftest import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, Server
+from tests.support.server import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, Server
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

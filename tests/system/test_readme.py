@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.system.conftest import MEMORAG, ROOT, Server
+from tests.support.server import MEMORAG, ROOT, Server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

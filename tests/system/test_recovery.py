@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from tests.support.chaos import text
-from tests.support.kills import kill_server
-from tests.system.conftest import ROOT, Server, follow, memorize
+from tests.support.processes import kill_server
+from tests.support.server import ROOT, Server, follow, memorize, up
 
 pytestmark = pytest.mark.timeout(1200)  # it is started twice, on a machine that may be busy
 
@@ -64,14 +64,6 @@ def recovered(tmp_path_factory) -> Iterator[Recovered]:
         yield Recovered(server, {memory["id"]: memory["version"] for memory in made}, checkpoint, folder, written)
     finally:
         server.memorag("down")
-
-
-def up(storage: Path, profile: Path) -> str:
-    """Starts the server as a user does, on a free port; its address."""
-    started = Server("", storage).memorag("up", "--profile", str(profile), "--port", "0", check=False)
-    log = storage / "server.log"
-    assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
-    return json.loads((storage / "server.json").read_text())["address"]
 
 
 def wait_for_files(checkpoint: Path, count: int) -> None:

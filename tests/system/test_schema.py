@@ -14,7 +14,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi import checks
 
-from tests.system.conftest import Server, check_problem, memorize
+from tests.support.server import Server, check_problem, memorize
 
 CASES_EACH = 130  # of each operation, valid and invalid
 TARGET = "generated"  # the memory that some of the requests are about

@@ -17,7 +17,7 @@ import yaml
 
 from serving.deploy.local_ray import new_ray_folder
 from serving.deploy.traces import remove_traces
-from tests.system.conftest import ROOT, Server, memorize
+from tests.support.server import ROOT, Server, memorize
 
 BIN = Path(sys.executable).parent
 READY_S = 600.0  # on a machine that may be busy; 90 s on an idle one

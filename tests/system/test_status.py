@@ -2,7 +2,7 @@
 
 import json
 
-from tests.system.conftest import Server
+from tests.support.server import Server
 
 DEPLOYMENTS = {"Ingress", "Router", "Memorizer", "Recaller", "Embedder", "Retriever", "Generator"}
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.system.conftest import ROOT, Server, check_problem, follow
-from tests.system.test_documents import check_exact, text
+from tests.support.documents import check_exact, text
+from tests.support.server import ROOT, Server, check_problem, follow
 
 CLIENTS = 16
 QUOTAS = {

@@ -12,8 +12,8 @@ import httpx
 import pytest
 import ray
 
+from tests.support.server import Server, memorize
 from tests.support.three_nodes import NODES, three_nodes, write_profile
-from tests.system.conftest import Server, memorize
 
 pytestmark = pytest.mark.timeout(900)
 

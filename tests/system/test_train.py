@@ -9,9 +9,10 @@ import psutil
 import yaml
 
 from memory_worker.models.beacon import BeaconModel
+from tests.support.processes import title_of
+from tests.support.server import MEMORAG, ROOT
 from tests.support.training_runs import tiny_run
-from tests.system.conftest import MEMORAG, ROOT
-from tests.system.test_batch import eventually, title_of
+from tests.support.waiting import wait_until
 
 
 def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
@@ -27,7 +28,7 @@ def test_a_run_of_two_workers_outlives_one_of_them(tmp_path):
             [MEMORAG, "train", str(file), "--json"], stdout=printed, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
         )
         try:
-            eventually(lambda: progress.is_file() and len(lines(progress)) >= 2, 240)
+            wait_until(lambda: progress.is_file() and len(lines(progress)) >= 2)
             killed = worker_of(training.pid)
             killed.kill()
             assert training.wait(240) == 0, (tmp_path / "printed").read_text()

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import ray
 
+from benchmarks.support.own_ray import own_ray
+from benchmarks.support.stored_memories import store_memory
 from memory_worker.catalog.actor import catalog
 from memory_worker.catalog.quotas import Quota, QuotasConfig
 from memory_worker.config import CatalogConfig
@@ -31,8 +33,6 @@ from memory_worker.messages import Job, MemoryKey, MemoryRecord
 from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore, source_path
 from tests.support.killed_actors import kill_and_await_restart
-from tests.support.own_ray import own_ray
-from tests.support.stored_memories import store_memory
 
 
 @pytest.fixture(scope="module")

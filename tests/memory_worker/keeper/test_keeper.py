@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from benchmarks.support.stored_memories import HEAD_SLOTS, SHAPE, Seeded, random_slots, store_memory, whole
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound, MixedMemories
 from memory_worker.keeper.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
@@ -22,7 +23,6 @@ from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
 from tests.support.killed_actors import kill_and_await_restart
-from tests.support.stored_memories import HEAD_SLOTS, SHAPE, Seeded, random_slots, store_memory, whole
 
 SLOT = SHAPE.slot_bytes
 HEAD = HEAD_SLOTS * SLOT

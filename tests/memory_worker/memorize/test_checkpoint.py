@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.support.random_model import ensure_random_model
 from memory_worker.memorize import checkpoint
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
 from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.support.memorizing import SEGMENT_TOKENS, TEXTS, config_for, files_of, steps_until, stored_request
-from tests.support.random_model import ensure_random_model
 
 ROOT = Path(__file__).parents[3]
 

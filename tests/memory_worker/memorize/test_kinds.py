@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import Reference
 from cluster.planning.costs import GIST_WINDOW, MemoryKind
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import UnfitRatio, UnsupportedKind
@@ -19,8 +21,6 @@ from memory_worker.models.prompts import gist_frame
 from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, config_for, request_for, stock_model
 from tests.support.memorizing import files_of, steps_until
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import Reference
 from tests.support.scenarios import seen_by
 
 TEXTS = {"story": STORY, "note": NOTE, "dot": "."}

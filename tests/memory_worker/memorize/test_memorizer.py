@@ -12,6 +12,9 @@ import torch
 from pydantic import ValidationError
 from ray import serve
 
+from benchmarks.support.own_ray import own_ray
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.stored_memories import whole
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from cluster.storage.durable import DamagedFile
@@ -31,9 +34,6 @@ from memory_worker.models.beacon import BeaconModel, Slots
 from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore, checkpoint_path
-from tests.support.own_ray import own_ray
-from tests.support.random_model import ensure_random_model
-from tests.support.stored_memories import whole
 
 TEXTS = {
     "sea": "The lighthouse keeper counted nineteen ships before the fog came down.\n" * 60,

@@ -20,6 +20,8 @@ from ray import serve
 from ray.util import placement_group_table
 from safetensors.torch import load_file
 
+from benchmarks.support.own_ray import own_ray
+from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemorizeConfig, MemoryConfig
@@ -34,8 +36,6 @@ from serving.errors import is_unavailable
 from tests.support import ranking
 from tests.support.beacon_reference import write_checkpoint
 from tests.support.memorizing import config_for, files_of, steps_until, stored_request
-from tests.support.own_ray import own_ray
-from tests.support.random_model import ensure_random_model
 
 TOLERANCE = 1e-4
 MESSAGE = 320  # bytes that gloo writes around what it is given, at most

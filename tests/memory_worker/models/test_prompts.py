@@ -4,11 +4,11 @@ from typing import get_args
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.support.random_model import ensure_random_model
 from memory_worker.config import INSTRUCTION_TOKENS
 from memory_worker.messages import ClueKind, Language
 from memory_worker.models.embedded import FOLDER
 from memory_worker.models.prompts import head_tokens, question_tokens
-from tests.support.random_model import ensure_random_model
 
 KINDS = (*get_args(ClueKind), "answer")
 

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import Reference
 from memory_worker.errors import UnsupportedKind
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.memorize.ranks import load_model
@@ -19,8 +21,6 @@ from memory_worker.models.stock import StockModel
 from memory_worker.storage.store import MemoryStore
 from tests.support.kinds_of_memory import NOTE, STORY, config_for, request_for
 from tests.support.memorizing import files_of, steps_until
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import Reference
 from tests.support.scenarios import seen_by
 from tests.support.stock_models import MADE, REFUSED, write_model
 

@@ -4,12 +4,12 @@ import random
 
 import pytest
 
+from benchmarks.support.stored_memories import SHAPE
 from cluster.planning.costs import MemoryKind
 from memory_worker.errors import MemoryTooLarge
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.recall.groups import memories_of, segment_groups
 from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, SegmentEntry, now
-from tests.support.stored_memories import SHAPE
 
 NOTHING = FileEntry(path="t/m/v/x", size=0, digest="0" * 64)
 

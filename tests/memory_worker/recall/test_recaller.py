@@ -11,6 +11,8 @@ import ray
 import torch
 from ray import serve
 
+from benchmarks.support.random_model import ensure_random_model
+from benchmarks.support.recall_engine import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 from cluster.config import EngineConfig
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
@@ -31,8 +33,6 @@ from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.recall.clues import ClueLines
 from memory_worker.recall.recaller import recaller_application
 from memory_worker.storage.store import MemoryStore
-from tests.support.random_model import ensure_random_model
-from tests.support.recalling import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 
 KEY = MemoryKey("tests", "book", "v000001-00000000")
 RECALL = RecallConfig(max_clue_tokens=96, max_clues=3)

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, configuration, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from benchmarks.support.stored_memories import in_little_memory
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound
 from memory_worker.messages import MemoryKey
@@ -33,7 +34,6 @@ from memory_worker.storage.manifest import (
 )
 from memory_worker.storage.segments import Segment, SegmentWriter
 from memory_worker.storage.store import MemoryStore
-from tests.support.stored_memories import in_little_memory
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "memorag-hypothesis")  # not in the source tree
 examples = settings(

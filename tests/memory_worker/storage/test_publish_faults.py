@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support.stored_memories import store_memory
 from cluster.storage.durable import DamagedFile, StorageFull
 from memory_worker.catalog.restore import restore
 from memory_worker.errors import MemoryProblem
@@ -13,7 +14,6 @@ from memory_worker.messages import MemoryKey, MemoryRecord
 from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore
 from tests.support.faults import Mode, every_point
-from tests.support.stored_memories import store_memory
 
 FIRST = MemoryKey("acme", "book", "v000001-00000001")
 SECOND = MemoryKey("acme", "book", "v000002-00000002")

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from benchmarks.support.stored_memories import SHAPE, in_little_memory, random_slots
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory
 from memory_worker.storage.manifest import MemoryShape
 from memory_worker.storage.segments import Segment, SegmentWriter, as_torch
 from memory_worker.storage.store import MemoryStore
-from tests.support.stored_memories import SHAPE, in_little_memory, random_slots
 
 
 def segment_bytes(shape: MemoryShape, slots: int, *, window_slots: int = 16) -> bytes:

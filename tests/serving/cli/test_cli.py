@@ -11,7 +11,7 @@ import pytest
 
 from serving.cli.show import Output
 from serving.client.client import Event
-from tests.serving.client.test_client import ANSWER, PASSAGE
+from tests.support.answers import ANSWER, PASSAGE
 
 MEMORAG = Path(sys.executable).with_name("memorag")
 COMMANDS = ["up", "down", "status", "memorize", "ask", "summarize", "memories", "evaluate", "doctor"]

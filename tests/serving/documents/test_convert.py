@@ -1,11 +1,9 @@
 """Files become text: what each kind gives, and what is refused with what advice."""
 
-import io
 import json
 import os
 import re
 import tempfile
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -22,51 +20,9 @@ from serving.documents.convert import (
     read_document,
     read_document_file,
 )
+from tests.support.documents import docx, pdf
 
 CHINESE = "城门在暴风雨之前被打开了两次。守门人记得每一个进来的人，也记得他们带来的消息。"
-
-
-def docx(*paragraphs: str) -> bytes:
-    """The smallest Word file with these paragraphs."""
-    body = "".join(f"<w:p><w:r><w:t>{paragraph}</w:t></w:r></w:p>" for paragraph in paragraphs)
-    namespace = "http://schemas.openxmlformats.org"
-    files = {
-        "[Content_Types].xml": f'<Types xmlns="{namespace}/package/2006/content-types">'
-        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-        '<Override PartName="/word/document.xml" ContentType="application/vnd.openxmlformats-officedocument.'
-        'wordprocessingml.document.main+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{namespace}/package/2006/relationships"><Relationship Id="r1" '
-        f'Type="{namespace}/officeDocument/2006/relationships/officeDocument" Target="word/document.xml"/>'
-        "</Relationships>",
-        "word/document.xml": f'<w:document xmlns:w="{namespace}/wordprocessingml/2006/main"><w:body>{body}</w:body>'
-        "</w:document>",
-    }
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, content in files.items():
-            archive.writestr(path, '<?xml version="1.0" encoding="UTF-8"?>' + content)
-    return buffer.getvalue()
-
-
-def pdf(line: str | None) -> bytes:
-    """The smallest one-page PDF: with one line of text, or with only a grey box, as a scan would be."""
-    content = f"BT /F1 24 Tf 72 700 Td ({line}) Tj ET" if line else "0.5 g 72 72 200 200 re f"
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
-        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
-        "/Resources << /Font << /F1 5 0 R >> >> >>",
-        f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
-        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    out, offsets = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, 1):
-        offsets.append(len(out))
-        out += f"{number} 0 obj\n{body}\nendobj\n".encode()
-    table = "".join(f"{offset:010d} 00000 n \n" for offset in offsets)
-    size = len(objects) + 1
-    trailer = f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer << /Size {size} /Root 1 0 R >>\nstartxref\n"
-    return out + f"{trailer}{len(out)}\n%%EOF\n".encode()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "A.TXT", "b.md", "folder/c.markdown"])

@@ -1,4 +1,4 @@
-"""Killing a part of a running server, or all of it, with SIGKILL: for the tests of what survives that."""
+"""Processes of a running server: found by what they say they are, and killed, one or all, with SIGKILL."""
 
 import signal
 import subprocess
@@ -46,6 +46,13 @@ def start_again(state: dict[str, Any], storage: Path) -> None:
         [*command, "--port", port, "--storage", storage], capture_output=True, text=True, timeout=600
     )
     assert started.returncode == 0, started.stderr
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is a zombie
+        return ""
 
 
 def _is(process: psutil.Process, part: str) -> bool:

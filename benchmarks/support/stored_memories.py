@@ -5,6 +5,7 @@ import resource
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def store_memory(
     """
     entries = []
     for name, given in documents.items():
-        seeded = [given] if isinstance(given[0], int) else given
+        seeded: Any = [given] if isinstance(given[0], int) else given
         passages = store.storage.write(passages_path(key, name), b"passages")
         entries.append(
             DocumentEntry(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.random_model import ensure_random_model
+from benchmarks.support.random_model import ensure_random_model
 
-_MAKE = "import sys; from tests.support.random_model import ensure_random_model as make; print(make(sys.argv[1]))"
-ROOT = Path(__file__).parents[1]
+_MAKE = "import sys; from benchmarks.support.random_model import ensure_random_model as make; print(make(sys.argv[1]))"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

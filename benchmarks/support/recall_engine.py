@@ -1,7 +1,6 @@
-"""For the tests and benchmarks of recall: stored memories, an engine in this process, and transformers to compare with.
+"""Recalling without a server: stored memories, an engine in this process, and transformers to compare with.
 
-An engine in one process needs variables that hold for the whole process, so tests run it in one of their own
-(`tests/support/recall_scenarios.py`).
+An engine in one process needs variables that hold for the whole process (`IN_PROCESS`).
 """
 
 import gc
@@ -14,11 +13,11 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.support.own_ray import own_ray
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.recall.recaller import recall_engine_kwargs
 from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.storage.store import MemoryStore, head_path, segment_path
-from tests.support.own_ray import own_ray
 
 NAMESPACE = "recalling"
 PLACEHOLDER = 0
@@ -169,7 +168,8 @@ class Reference:
     @torch.no_grad()
     def continued(self, cache: Any, question: list[int], max_tokens: int, end: int | None = None) -> list[int]:
         """The greedy tokens after `question`, until `end` where one is given; `cache` grows by them."""
-        tokens, new = torch.tensor([question]), []
+        tokens = torch.tensor([question])
+        new: list[int] = []
         while len(new) < max_tokens:
             logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             new.append(int(logits[0, -1].argmax()))
