@@ -12,6 +12,10 @@ MemoryKind = Literal["beacon", "full", "gist"]
 GIST_WINDOW = 4096  # tokens that are condensed to one gist
 
 
+class PlanError(ValueError):
+    """What is to be planned cannot be; the message says why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """A decoder, as its config.json has it."""
@@ -29,10 +33,10 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, dtype_bytes: int = 2) -> "ModelShape":
-        """From the content of a config.json. Raises `ValueError` naming what it lacks."""
+        """From the content of a config.json. Raises `PlanError` naming what it lacks."""
         wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
         if missing := [name for name in wanted if not config.get(name)]:
-            raise ValueError(f"the model's config lacks {', '.join(missing)}: it is not a decoder that can be planned")
+            raise PlanError(f"the model's config lacks {', '.join(missing)}: it is not a decoder that can be planned")
         heads = config["num_attention_heads"]
         return cls(
             layers=config["num_hidden_layers"],

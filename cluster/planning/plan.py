@@ -1,6 +1,7 @@
-"""How large a cluster must be for so many memories and questions: arithmetic on shapes and measured rates.
+"""How large a cluster must be for so many memories and questions: arithmetic on shapes and rates.
 
-`memorag plan` gives it a profile's sizes and the rates of `memorag calibrate`, and shows what comes out. Each pool has
+`memorag plan` gives it a profile's sizes and rates, measured by `memorag calibrate` or estimated (`estimates`), and
+shows what comes out. Each pool has
 several **needs**, each in units of what it is made of (replicas, or nodes for their object store); the largest sets
 the pool's size. Of all needs, the one that fills what was given to it most is what binds first when load grows.
 """
@@ -24,12 +25,15 @@ from cluster.planning.costs import (
 
 
 class Rates(Settings):
-    """What one replica of each deployment was measured to do: a file that `memorag calibrate` writes."""
+    """What one replica of each deployment does: a file that `memorag calibrate` writes, or an estimate."""
 
     profile: str = Field(description="profile that was measured")
     machine: str = Field(description="what it ran on")
     memorize_kind: MemoryKind = Field("beacon", description="kind of memory that was made")
     memorize_flops: float = Field(gt=0, description="counted FLOP/s of one rank of a Memorizer")
+    link_bytes_per_s: float | None = Field(
+        None, gt=0, description="bytes/s that one rank receives from the others; none takes the exchange for nothing"
+    )
     recall_questions_per_s: float = Field(gt=0, description="questions whose clues one Recaller recalls a second")
     recall_s: float = Field(gt=0, description="seconds until the clues of one question are there, asked alone")
     embed_passages_per_s: float = Field(gt=0, description="passages one Embedder embeds a second")
@@ -191,7 +195,7 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> CapacityPlan:
 
 
 def memorize_seconds(tokens: int, ratio: int, sizes: Sizes, rates: Rates, kind: MemoryKind = "beacon") -> float:
-    """One text on one Memorizer, by counted FLOPs; what ranks exchange is left out, which is little beside them."""
+    """One text on one Memorizer, by counted FLOPs and what its ranks exchange."""
     return estimate_memorizing(
         sizes.memory,
         tokens,
@@ -199,10 +203,10 @@ def memorize_seconds(tokens: int, ratio: int, sizes: Sizes, rates: Rates, kind: 
         segment_tokens=segment_tokens_of(sizes.memory, kind, ratio, sizes.segment_slots - rates.head_slots),
         ranks=ranks_of(kind, sizes.ranks),
         group_windows=sizes.group_windows,
-        rates=RankRates(rates.memorize_flops, math.inf, 0.0),
+        rates=RankRates(rates.memorize_flops, rates.link_bytes_per_s or math.inf, 0.0),
         head_slots=rates.head_slots,
         kind=kind,
-    ).compute_s
+    ).seconds
 
 
 def shared_questions_per_s(rates: Rates, cores: int, answer_tokens: float | None = None) -> float:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memory_worker.models.beacon.rope import Rope, rotate_by
+from memory_worker.training.config import TrainingError
 from memory_worker.training.layout import Layout
 
 BEACON_MARK = "beacon_"  # in the names of the weights that beacons have and stock decoders do not
@@ -88,7 +89,7 @@ class TrainedModel(nn.Module):
             weights.append(counted.sum())
             hits.append((counted * (logits.detach().argmax(-1) == right)).sum())
         if not losses:
-            raise ValueError("no token of this batch is a target: give its texts or its answers a weight above 0")
+            raise TrainingError("no token of this batch is a target: give its texts or its answers a weight above 0")
         return torch.stack(losses).sum(), torch.stack(weights).sum(), torch.stack(hits).sum()
 
     def hidden(self, batch: Batch) -> Tensor:

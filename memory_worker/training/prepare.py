@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from memory_worker.training.config import TrainingError
+
 Task = Literal["cloze", "evidence", "surrogate"]
 TASKS: tuple[Task, ...] = ("cloze", "evidence", "surrogate")
 
@@ -44,7 +46,7 @@ def prepare(
     counts = Counter(word.casefold() for word in _WORD.findall(text))
     candidates = [(start, end) for start, end in _sentences(text) if _is_telling(text[start:end], counts)]
     if not candidates:
-        raise ValueError(f"{title} has no sentence that can be asked about: give a text of whole sentences")
+        raise TrainingError(f"{title} has no sentence that can be asked about: give a text of whole sentences")
     chosen = sorted(draw.sample(candidates, min(most, len(candidates))))
     makers = {"cloze": _cloze, "evidence": _evidence, "surrogate": _surrogate}
     questions = []

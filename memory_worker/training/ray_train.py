@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memory_worker.training.config import RunConfig
+from memory_worker.training.config import RunConfig, TrainingError
 
 _RESTARTS = 3
 _LOOK_EVERY_S = 1.0
@@ -17,10 +17,10 @@ _LOOK_EVERY_S = 1.0
 def train_on_ray(run: RunConfig, on_progress: Callable[[Mapping[str, Any]], None] | None = None) -> Path:
     """Trains with `run.workers` Ray Train workers; returns the result's folder, `<output>/model`.
 
-    Ray must be there. `run.output` must be a folder that this process and every worker's node see. Raises Ray's
-    `TrainingFailedError`, with the worker's error in it, when the run cannot go on.
+    Ray must be there. `run.output` must be a folder that this process and every worker's node see. Raises
+    `TrainingError`, with the worker's error in it, when the run cannot go on.
     """
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRun
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -38,7 +38,10 @@ def train_on_ray(run: RunConfig, on_progress: Callable[[Mapping[str, Any]], None
         ),
     )
     with _followed(output / "progress.jsonl", on_progress):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingError(str(error)) from error
     return output / "model"
 
 

@@ -1,25 +1,21 @@
 """`memorag batch`, and `memorag memorize --recursive`: many questions, many files."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.show import Json, Output
+from serving.cli.options import STORAGE, Json, Storage
+from serving.cli.show import Output
 
 if TYPE_CHECKING:
     from cluster.planning.costs import MemoryKind
     from serving.batch.answer import BatchReport
     from serving.client.client import MemoRAG
 
-# As in serving.cli.main, which imports this module.
-Storage = Annotated[
-    Path,
-    typer.Option(help="Folder of the server on this machine.", envvar="MEMORAG_STORAGE", show_default="~/.memorag"),
-]
 _SHOWN_FAILURES = 20
 
 
@@ -36,7 +32,7 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what has an error in OUT.")] = False,
     rows_per_part: Annotated[int, typer.Option(min=1, help="Rows of one file in OUT.")] = 1000,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to go on asking a server that says: not now.")] = 300,
-    storage: Storage = Path("~/.memorag"),
+    storage: Storage = STORAGE,
     ray_address: Annotated[
         str | None, typer.Option(help="Address of the server's Ray cluster; otherwise that of --storage.")
     ] = None,
@@ -46,7 +42,7 @@ def batch(
     from serving.batch.answer import answer_all
 
     out = Output(as_json)
-    with _errors(out):
+    with out.interruptible("interrupted; the run goes on: give the same command to watch it"):
         with redirect_stdout(sys.stderr):  # where Ray has something to say
             report = answer_all(
                 questions,
@@ -113,15 +109,3 @@ def _summary(report: "BatchReport", output: str) -> str:
     if report.state == "stopped":
         lines.append("give the same command to go on")
     return "\n".join(lines)
-
-
-@contextmanager
-def _errors(out: Output) -> Iterator[None]:
-    """Expected errors as one message and exit code 1."""
-    from serving.batch.answer import BatchError
-    from serving.config import ProfileError
-    from serving.deploy.daemon import DaemonError
-
-    interrupted = "interrupted; the run goes on: give the same command to watch it"
-    with out.errors(BatchError, ProfileError, DaemonError, OSError, interrupted=interrupted):
-        yield

@@ -1,14 +1,15 @@
 """`memorag evaluate`: questions with known answers, by several methods, scored and compared."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.show import Json, Output
+from serving.cli.options import Json
+from serving.cli.show import Output
 
 if TYPE_CHECKING:
     from serving.evaluation.datasets import Example
@@ -51,7 +52,7 @@ def evaluate(
     Killed, it goes on where it stopped: give the same command again.
     """
     out = Output(as_json)
-    with _errors(out):
+    with out.interruptible("interrupted; give the same command to go on"):
         from serving.batch.progress import counting
         from serving.client.client import MemoRAG
         from serving.config import load_profile
@@ -139,17 +140,3 @@ def _costs(costs: Mapping[str, Any]) -> dict[str, str]:
         name: "" if costs[name] is None else f"{costs[name]:,.{digits}f}"
         for name, digits in (("asked", 0), ("failed", 0), ("clues", 1), ("ms_median", 0), ("ms_p95", 0), ("tokens", 0))
     }
-
-
-@contextmanager
-def _errors(out: Output) -> Iterator[None]:
-    """Expected errors as one message and exit code 1."""
-    from serving.client.errors import MemoRAGError
-    from serving.config import ProfileError
-    from serving.deploy.daemon import DaemonError
-    from serving.evaluation.datasets import DatasetError
-    from serving.evaluation.run import EvaluationError
-
-    expected = (MemoRAGError, ProfileError, DaemonError, DatasetError, EvaluationError, OSError)
-    with out.errors(*expected, interrupted="interrupted; give the same command to go on"):
-        yield

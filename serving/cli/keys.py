@@ -1,22 +1,23 @@
 """`memorag keys`: make, list and revoke API keys of a storage root, whether or not a server runs on it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.show import Json, Output
+from serving.cli.options import Json
+from serving.cli.show import Commands, Output
 
 if TYPE_CHECKING:
     from serving.http.keys import KeyEntry, KeyFile
 
 app = typer.Typer(
-    help="Make, list and revoke API keys. A running server sees a change within seconds.", no_args_is_help=True
+    cls=Commands,
+    help="Make, list and revoke API keys. A running server sees a change within seconds.",
+    no_args_is_help=True,
 )
 
-# As in serving.cli.main, which imports this module; but a storage root here may also be a URI.
+# Unlike elsewhere it may be a URI: keys belong to the storage, whether or not a server runs on it.
 Storage = Annotated[
     str, typer.Option(help="Folder or URI of the server's storage.", envvar="MEMORAG_STORAGE", show_default=True)
 ]
@@ -32,26 +33,24 @@ def create(
 ) -> None:
     """Make a key, and show it: the only time that it can be seen."""
     out = Output(as_json)
-    with _errors(out):
-        key = _key_file(storage).create(tenant, note)
-        out.result({"id": key.split("_")[1], "tenant": tenant, "note": note, "key": key}, key)
-        out.note("this key is shown only now: keep it where only its user can read it")
+    key = _key_file(storage).create(tenant, note)
+    out.result({"id": key.split("_")[1], "tenant": tenant, "note": note, "key": key}, key)
+    out.note("this key is shown only now: keep it where only its user can read it")
 
 
 @app.command("list")
 def list_keys(storage: Storage = _STORAGE, as_json: Json = False) -> None:
     """List the keys there are: ids, tenants, when they were made, notes."""
     out = Output(as_json)
-    with _errors(out):
-        entries = _key_file(storage).entries()
-        if as_json:
-            out.result({"keys": [_describe(entry) for entry in entries]}, "")
-        elif not entries:
-            out.note("no keys yet; make one with: memorag keys create TENANT")
-        else:
-            width = max(len(entry.tenant) for entry in entries)
-            lines = (f"{e.id}  {e.tenant:<{width}}  {e.created[:19]}  {e.note}".rstrip() for e in entries)
-            out.result(None, "\n".join(lines))
+    entries = _key_file(storage).entries()
+    if as_json:
+        out.result({"keys": [_describe(entry) for entry in entries]}, "")
+    elif not entries:
+        out.note("no keys yet; make one with: memorag keys create TENANT")
+    else:
+        width = max(len(entry.tenant) for entry in entries)
+        lines = (f"{e.id}  {e.tenant:<{width}}  {e.created[:19]}  {e.note}".rstrip() for e in entries)
+        out.result(None, "\n".join(lines))
 
 
 @app.command()
@@ -62,9 +61,8 @@ def revoke(
 ) -> None:
     """Revoke a key: requests with it are refused within seconds."""
     out = Output(as_json)
-    with _errors(out):
-        entry = _key_file(storage).revoke(id)
-        out.result({"revoked": _describe(entry)}, f"revoked {entry.id} of {entry.tenant}")
+    entry = _key_file(storage).revoke(id)
+    out.result({"revoked": _describe(entry)}, f"revoked {entry.id} of {entry.tenant}")
 
 
 def _key_file(root: str) -> "KeyFile":
@@ -77,13 +75,3 @@ def _key_file(root: str) -> "KeyFile":
 
 def _describe(entry: "KeyEntry") -> dict[str, Any]:
     return entry.model_dump(exclude={"sha256"})
-
-
-@contextmanager
-def _errors(out: Output) -> Iterator[None]:
-    """Expected errors as one message and exit code 1."""
-    from memory_worker.errors import InvalidId
-    from serving.http.keys import KeyFileDamaged, UnknownKey
-
-    with out.errors(InvalidId, KeyFileDamaged, UnknownKey, OSError):
-        yield

@@ -17,8 +17,9 @@ from cluster.planning.costs import MemoryKind
 from serving.cli.batch import batch, memorize_folder
 from serving.cli.evaluate import evaluate
 from serving.cli.keys import app as keys_app
+from serving.cli.options import STORAGE, Json, ProfileName, Storage, Url
 from serving.cli.plan import calibrate, plan
-from serving.cli.show import DEGRADED, Json, Output
+from serving.cli.show import DEGRADED, Commands, Output
 from serving.cli.status import status
 from serving.cli.train import app as train_app
 
@@ -26,15 +27,18 @@ if TYPE_CHECKING:
     from serving.client.client import MemoRAG, Memory
 
 app = typer.Typer(
+    cls=Commands,
     help="MemoRAG serving: texts become memories, and questions are answered from them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-memories_app = typer.Typer(help="List the memories of a server; show or delete one.")
+memories_app = typer.Typer(cls=Commands, help="List the memories of a server; show or delete one.")
 app.add_typer(memories_app, name="memories")
-documents_app = typer.Typer(help="Add, replace and delete the documents of a memory.", no_args_is_help=True)
+documents_app = typer.Typer(
+    cls=Commands, help="Add, replace and delete the documents of a memory.", no_args_is_help=True
+)
 app.add_typer(documents_app, name="documents")
 app.add_typer(keys_app, name="keys")
 app.add_typer(train_app, name="train")
@@ -45,14 +49,6 @@ app.command()(evaluate)
 app.command()(plan)
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
-Storage = Annotated[
-    Path,
-    typer.Option(help="Folder of the server on this machine.", envvar="MEMORAG_STORAGE", show_default="~/.memorag"),
-]
-Url = Annotated[
-    str | None,
-    typer.Option(help="Address of the server; otherwise that of --storage.", envvar="MEMORAG_URL"),
-]
 MemoryId = Annotated[str, typer.Argument(metavar="ID", help="The memory's id.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of the answer at most.")]
 LanguageOption = Annotated[Literal["en", "zh"] | None, typer.Option(help="Language of the prompts; else the text's.")]
@@ -60,14 +56,13 @@ Stream = Annotated[
     bool | None, typer.Option("--stream/--no-stream", help="Show parts as they come; default on a terminal.")
 ]
 Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
-_STORAGE = Path("~/.memorag")
 
 
 @app.command()
 def up(
-    profile: Annotated[str, typer.Option(help="Name of a profile, or a YAML file.")] = "embedded",
+    profile: ProfileName = "embedded",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until interrupted.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the server to be ready.")] = 600.0,
@@ -75,42 +70,40 @@ def up(
 ) -> None:
     """Start a server on this machine; return when it is ready, with its address."""
     out = Output(as_json)
-    with _errors(out):
-        from serving.config import load_profile
-        from serving.deploy import daemon
+    from serving.config import load_profile
+    from serving.deploy import daemon
 
-        load_profile(profile)  # a mistake in it is said here, not in the server's log
-        folder = storage.expanduser().resolve()
-        profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
-        options = daemon.ServerOptions(profile, str(folder), host, port)
-        if foreground:
-            daemon.require_free_port(host, port)
-            daemon.run_server(options, on_ready=lambda address: out.result({"address": address}, address))
-            return
-        begun = time.monotonic()
-        with out.waiting("starting the server") as wait:
-            state, started = daemon.start(options, timeout_s=timeout, on_wait=wait)
-        if started:
-            out.note(f"ready in {time.monotonic() - begun:.0f} s; log: {folder / 'server.log'}")
-        else:
-            out.note(f"{folder} is already served, with profile {state.profile}")
-        if state.profile == "embedded":
-            out.note(DEGRADED["embedded-model"])
-        facts = {"address": state.address, "profile": state.profile, "pid": state.pid, "storage": str(folder)}
-        out.result(facts | {"started": started}, str(state.address))
+    load_profile(profile)  # a mistake in it is said here, not in the server's log
+    folder = storage.expanduser().resolve()
+    profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
+    options = daemon.ServerOptions(profile, str(folder), host, port)
+    if foreground:
+        daemon.require_free_port(host, port)
+        daemon.run_server(options, on_ready=lambda address: out.result({"address": address}, address))
+        return
+    begun = time.monotonic()
+    with out.waiting("starting the server") as wait:
+        state, started = daemon.start(options, timeout_s=timeout, on_wait=wait)
+    if started:
+        out.note(f"ready in {time.monotonic() - begun:.0f} s; log: {folder / 'server.log'}")
+    else:
+        out.note(f"{folder} is already served, with profile {state.profile}")
+    if state.profile == "embedded":
+        out.note(DEGRADED["embedded-model"])
+    facts = {"address": state.address, "profile": state.profile, "pid": state.pid, "storage": str(folder)}
+    out.result(facts | {"started": started}, str(state.address))
 
 
 @app.command()
-def down(storage: Storage = _STORAGE, as_json: Json = False) -> None:
+def down(storage: Storage = STORAGE, as_json: Json = False) -> None:
     """End the server of a storage folder, with all its processes and temporary files. Memories stay."""
     out = Output(as_json)
-    with _errors(out):
-        from serving.deploy import daemon
+    from serving.deploy import daemon
 
-        folder = storage.expanduser().resolve()
-        with out.waiting("stopping the server"):
-            stopped = daemon.stop(folder)
-        out.result({"stopped": stopped}, "stopped" if stopped else f"no server was running on {folder}")
+    folder = storage.expanduser().resolve()
+    with out.waiting("stopping the server"):
+        stopped = daemon.stop(folder)
+    out.result({"stopped": stopped}, "stopped" if stopped else f"no server was running on {folder}")
 
 
 @app.command()
@@ -128,7 +121,7 @@ def memorize(
     ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; otherwise the profile's.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="A memory of each file below a folder.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="With --recursive: files under way at most.")] = 4,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -138,7 +131,7 @@ def memorize(
         raise typer.BadParameter("--recursive makes many memories, with ids and titles of their files' names")
     if not recursive and (folder := next((path for path in files if path.is_dir()), None)):
         raise typer.BadParameter(f"{folder} is a folder; with --recursive, each file below it becomes a memory")
-    with _errors(out), _client(storage, url) as client:
+    with _client(storage, url) as client:
         if recursive:
             memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), kind=kind, ratio=ratio)
             return
@@ -157,13 +150,13 @@ def ask(
     max_tokens: MaxTokens = None,
     language: LanguageOption = None,
     stream: Stream = None,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a memory, with clues, passages, evidence and timings."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         if _streams(out, stream):
             out.stream(memory.ask(question, task, max_tokens=max_tokens, language=language, stream=True))
         else:
@@ -176,13 +169,13 @@ def summarize(
     max_tokens: MaxTokens = None,
     language: LanguageOption = None,
     stream: Stream = None,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Summarize a memory."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         if _streams(out, stream):
             out.stream(memory.summarize(max_tokens=max_tokens, language=language, stream=True))
         else:
@@ -190,37 +183,37 @@ def summarize(
 
 
 @memories_app.callback(invoke_without_command=True)
-def memories(context: typer.Context, storage: Storage = _STORAGE, url: Url = None, as_json: Json = False) -> None:
+def memories(context: typer.Context, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
     """List the memories of a server."""
     if context.invoked_subcommand:
         return
     out = Output(as_json)
-    with _errors(out), _client(storage, url) as client:
+    with _client(storage, url) as client:
         out.memories([memory.info for memory in client.memories()])
 
 
 @memories_app.command("show")
-def memories_show(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, as_json: Json = False) -> None:
+def memories_show(id: MemoryId, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
     """Show one memory."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         out.memory(memory.info)
 
 
 @memories_app.command("cancel")
-def memories_cancel(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, as_json: Json = False) -> None:
+def memories_cancel(id: MemoryId, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
     """Cancel what is being made of a memory."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         memory.cancel()
         out.result({"cancelled": id}, f"cancelled the job of {id}")
 
 
 @memories_app.command("delete")
-def memories_delete(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, as_json: Json = False) -> None:
+def memories_delete(id: MemoryId, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
     """Delete one memory."""
     out = Output(as_json)
-    with _errors(out), _client(storage, url) as client:
+    with _client(storage, url) as client:
         client.delete(id)
         out.result({"deleted": id}, f"deleted {id}")
 
@@ -229,13 +222,13 @@ def memories_delete(id: MemoryId, storage: Storage = _STORAGE, url: Url = None, 
 def export_memory(
     id: MemoryId,
     file: Annotated[Path, typer.Argument(dir_okay=False, help="Archive to write.")],
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Write a memory to one file, which any server with the same memory model imports."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         with out.waiting(f"exporting {id}"):
             memory.export(file)
         size = file.stat().st_size
@@ -246,13 +239,13 @@ def export_memory(
 def import_memory(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Archive that export wrote.")],
     id: Annotated[str | None, typer.Option(help="Id of the memory; otherwise that in the archive.")] = None,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Make a memory of an archive."""
     out = Output(as_json)
-    with _errors(out), _client(storage, url) as client:
+    with _client(storage, url) as client:
         with out.waiting(f"importing {file}"):
             memory = client.import_archive(file, id)
         out.memory(memory.info)
@@ -264,13 +257,13 @@ def documents_put(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="txt, md, html, pdf or docx.")],
     document: Annotated[str | None, typer.Option("--as", help="Id of the document; otherwise the file's name.")] = None,
     if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Add a document to a memory, or replace it, and wait until questions see it."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         progress = out.progress_lines() if not out.on_terminal else True
         memory.documents.put(document or file.name, path=file, if_match=if_match, progress=progress)
         out.memory(memory.info)
@@ -281,69 +274,51 @@ def documents_delete(
     id: MemoryId,
     document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="Id of the document.")],
     if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Delete a document from a memory; no question sees it any more."""
     out = Output(as_json)
-    with _errors(out), _memory(storage, url, id) as memory:
+    with _memory(storage, url, id) as memory:
         out.memory(memory.documents.delete(document, if_match=if_match).info)
 
 
 @app.command()
 def reload(
     profile: Annotated[str | None, typer.Option(help="Profile to take up; otherwise its own again.")] = None,
-    storage: Storage = _STORAGE,
+    storage: Storage = STORAGE,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the new replicas.")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Have a running server take up a changed profile, replica by replica, without losing a request."""
     out = Output(as_json)
-    with _errors(out):
-        from serving.config import load_profile
-        from serving.deploy import daemon
+    from serving.config import load_profile
+    from serving.deploy import daemon
 
-        if profile:
-            load_profile(profile)
-            profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
-        with out.waiting("reloading"):
-            state = daemon.reload(storage.expanduser().resolve(), profile, timeout_s=timeout)
-        out.result({"profile": state.profile, "address": state.address}, f"reloaded with profile {state.profile}")
+    if profile:
+        load_profile(profile)
+        profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
+    with out.waiting("reloading"):
+        state = daemon.reload(storage.expanduser().resolve(), profile, timeout_s=timeout)
+    out.result({"profile": state.profile, "address": state.address}, f"reloaded with profile {state.profile}")
 
 
 @app.command()
-def doctor(storage: Storage = _STORAGE, port: int = 8000, as_json: Json = False) -> None:
+def doctor(storage: Storage = STORAGE, port: int = 8000, as_json: Json = False) -> None:
     """Check this machine and installation; say how to mend what is wrong."""
     out = Output(as_json)
-    with _errors(out):
-        from serving.deploy.doctor import examine
+    from serving.deploy.doctor import examine
 
-        checks = examine(storage.expanduser().resolve(), port)
-        out.checks(checks)
-        if any(check.state == "fail" for check in checks):
-            raise typer.Exit(1)
+    checks = examine(storage.expanduser().resolve(), port)
+    out.checks(checks)
+    if any(check.state == "fail" for check in checks):
+        raise typer.Exit(1)
 
 
 def main() -> None:
     """The console script."""
     app(prog_name="memorag")
-
-
-@contextmanager
-def _errors(out: Output) -> Iterator[None]:
-    """Expected errors as one message and exit code 1."""
-    from serving.client.errors import MemoRAGError
-    from serving.deploy.daemon import DaemonError
-
-    try:
-        with out.errors(MemoRAGError, DaemonError, OSError):
-            yield
-    except ValueError as error:  # ProfileError, which takes a moment to import
-        if type(error).__name__ != "ProfileError":
-            raise
-        out.error(str(error))
-        raise typer.Exit(1) from None
 
 
 @contextmanager

@@ -1,52 +1,62 @@
 """`memorag plan` and `memorag calibrate`: how large a cluster must be, from shapes and measured rates."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.planning.costs import MemoryKind
-from serving.cli.show import Json, Output
+from cluster.planning.costs import MemoryKind, PlanError
+from serving.cli.options import Json, ProfileName
+from serving.cli.show import Output
 
 if TYPE_CHECKING:
-    from cluster.planning.plan import CapacityPlan, Rates, Replica, Sizes
-    from cluster.pools.pools import PoolConfig
-    from serving.config import Profile
+    from cluster.planning.plan import CapacityPlan, Rates
 
+_ESTIMATE = (
+    "ESTIMATE: nothing was measured. Rates are the peaks of data sheets times shares that are assumed to be reached",
+    "(--json names each). Plan for twice as much, and measure on such a machine: memorag calibrate TEXT rates.json",
+    "",
+)
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the questions per second that are planned for
 
 
 def calibrate(
     text: Annotated[Path, typer.Argument(help="A text such as yours: it is memorized and asked.", exists=True)],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File for the rates, as JSON.")],
-    profile: Annotated[str, typer.Option(help="Name of a profile, or a YAML file.")] = "embedded",
+    profile: ProfileName = "embedded",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each stage is measured.")] = 10.0,
     as_json: Json = False,
 ) -> None:
     """Measure what each deployment does on this machine: starts a server of its own, and ends it."""
+    from serving.planning.calibrate import Calibrated
+    from serving.planning.calibrate import calibrate as measure
+
     out = Output(as_json)
-    with _errors(out):
-        from serving.planning.calibrate import Calibrated
-        from serving.planning.calibrate import calibrate as measure
 
-        def write(found: Calibrated) -> None:
-            output.write_text(found.rates.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            out.facts(found.rates.model_dump())
+    def write(found: Calibrated) -> None:
+        output.write_text(found.rates.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        out.facts(found.rates.model_dump())
 
-        measure(profile, text.read_text(encoding="utf-8"), seconds=seconds, note=out.note, then=write)
+    measure(profile, text.read_text(encoding="utf-8"), seconds=seconds, note=out.note, then=write)
 
 
 def plan(
-    rates: Annotated[Path, typer.Option(help="What 'memorag calibrate' wrote on a machine of the cluster's kind.")],
     memories: Annotated[int, typer.Option(min=1, help="Memories in all.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one memory.")],
     questions_per_second: Annotated[float, typer.Option(min=0.001, help="Questions asked of all of them.")],
-    profile: Annotated[str, typer.Option(help="Name of a profile, or a YAML file.")] = "embedded",
+    rates: Annotated[
+        Path | None,
+        typer.Option(
+            help="What 'memorag calibrate' wrote on such a machine; without it, data sheets are counted with."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Estimate with this GPU's data sheet: a100-80, h100, h200, l4, mi300x, ….")
+    ] = None,
+    profile: ProfileName = "embedded",
     kind: Annotated[
-        MemoryKind | None, typer.Option(help="Kind of memory; else the profile's, or the calibrated one.")
+        MemoryKind | None, typer.Option(help="Kind of memory; else the profile's, the calibrated one, or its model's.")
     ] = None,
     ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; else the profile's.")] = None,
     hours: Annotated[float, typer.Option(min=0.001, help="Hours in which all memories are to be made.")] = 24.0,
@@ -54,7 +64,9 @@ def plan(
     answer_tokens: Annotated[float | None, typer.Option(min=1, help="Of an answer; else as calibrated.")] = None,
     node_gpus: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
     node_cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs of one node.")] = 16,
-    gpu_gb: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in 10^9 bytes.")] = 80.0,
+    gpu_gb: Annotated[
+        float | None, typer.Option(min=1, help="Memory of one GPU, in 10^9 bytes; else its data sheet's.")
+    ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(metavar="MODEL=FILE", help="config.json of a model that cannot be read or fetched here."),
@@ -63,91 +75,63 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """GPUs, nodes, object store and storage that so many memories and questions take, and what binds first."""
+    from cluster.planning.estimates import Assumptions
+    from cluster.planning.plan import Demand, curve
+    from cluster.planning.plan import plan as planned
+    from serving.config import load_profile
+    from serving.planning.plan_curve import curve_svg
+    from serving.planning.sizes import Node, estimate_rates, kind_of, sizes_of
+
+    if rates and gpu:
+        raise typer.BadParameter("--rates are measured and --gpu is for an estimate without them: give one of the two")
     out = Output(as_json)
-    with _errors(out):
-        from cluster.planning.plan import Demand, Rates, curve
-        from cluster.planning.plan import plan as planned
-        from serving.config import load_profile
-        from serving.planning.plan_curve import curve_svg
-
-        settings = load_profile(profile)
-        measured = Rates.model_validate_json(rates.read_text(encoding="utf-8"))
-        files = dict(_shape_option(value) for value in shape or ())
-        node = Node(node_gpus, node_cpus, gpu_gb * 1e9)
-        sizes = sizes_of(settings, node, files)
-        made = kind or settings.memory.memorize.kind or measured.memorize_kind
-        demand = Demand(
-            memories,
-            tokens,
-            questions_per_second,
-            1 if made == "full" else ratio or settings.memory.memorize.ratio,
-            made,
-            hours=hours,
-            hot=hot,
-            answer_tokens=answer_tokens,
-        )
-        found = planned(demand, sizes, measured)
-        if measured.profile != profile:
-            out.note(f"the rates are those of the profile {measured.profile!r} on {measured.machine}")
-        if measured.memorize_kind != made:
-            out.note(f"memorizing was measured on {measured.memorize_kind} memories: what {made} takes is a guess")
-        if svg:
-            loads = [questions_per_second * share for share in _CURVE]
-            svg.write_text(curve_svg(curve(demand, sizes, measured, loads)), encoding="utf-8")
-        out.result(_as_json(found), _render(found, measured))
-
-
-class Node:
-    """One node of the cluster."""
-
-    def __init__(self, gpus: int, cpus: int, gpu_bytes: float) -> None:
-        self.gpus, self.cpus, self.gpu_bytes = gpus, cpus, gpu_bytes
-
-    def replica(self, pool: "PoolConfig", ranks: int = 1) -> "Replica":
-        """One replica on `pool`, or one of its `ranks`."""
-        from cluster.planning.plan import Replica
-
-        gpus, cpus = pool.gpus_per_replica / ranks, pool.cpus_per_replica
-        fitting = self.gpus / gpus if gpus else self.cpus / cpus
-        return Replica(gpus, cpus, max(1, int(fitting + 1e-9)))
-
-
-def sizes_of(profile: "Profile", node: Node, files: "dict[str, Path]") -> "Sizes":
-    """The profile in numbers; `files` are config.json of models by name. Raises `ValueError`."""
-    from cluster.planning.plan import Sizes
-    from serving.planning.shapes import read_shape
-
-    memory, pools = profile.memory, profile.pools
-    engine, generator = memory.engine, profile.generator.engine
-    shape = read_shape(engine.model, files)
-    if pools.memory.gpus_per_replica:
-        kv = pools.memory.gpus_per_replica * node.gpu_bytes * engine.gpu_memory_utilization - shape.weight_bytes
-    else:
-        kv = float(engine.cpu_kv_cache_gib * 2**30)
-    if kv <= 0:
-        raise ValueError(
-            f"the memory model's weights ({shape.weight_bytes / 1e9:.1f} GB) leave no room for a KV cache: raise "
-            "pools.memory.gpus_per_replica, memory.engine.gpu_memory_utilization or --gpu-gb"
-        )
-    return Sizes(
-        memory=shape,
-        memorizer=node.replica(pools.memory, engine.ranks),
-        ranks=memory.memorize.ranks,
-        group_windows=memory.memorize.group_windows or 8,
-        segment_slots=memory.group_slots,
-        recaller=node.replica(pools.memory),
-        kv_bytes=kv,
-        keeper_bytes=float(memory.keeper.budget_bytes),
-        retrieval=node.replica(pools.retrieval),
-        generator=node.replica(pools.generator) if generator else None,
-        router=node.replica(pools.cpu),
+    settings, files = load_profile(profile), dict(_shape_option(value) for value in shape or ())
+    node = Node(node_gpus, node_cpus, gpu, gpu_gb and gpu_gb * 1e9)
+    sizes = sizes_of(settings, node, files)
+    measured = _read_rates(rates) if rates else None
+    made = (
+        kind
+        or settings.memory.memorize.kind
+        or (measured.memorize_kind if measured else kind_of(settings.memory.engine.model, files))
     )
+    tokens_a_slot = 1 if made == "full" else ratio or settings.memory.memorize.ratio
+    used = measured or estimate_rates(
+        settings, profile, node, files, Assumptions(), kind=made, tokens=tokens, ratio=tokens_a_slot
+    )
+    demand = Demand(
+        memories, tokens, questions_per_second, tokens_a_slot, made, hours=hours, hot=hot, answer_tokens=answer_tokens
+    )
+    found = planned(demand, sizes, used)
+    if used.profile != profile:
+        out.note(f"the rates are those of the profile {used.profile!r} on {used.machine}")
+    if used.memorize_kind != made:
+        out.note(f"memorizing was measured on {used.memorize_kind} memories: what {made} takes is a guess")
+    if svg:
+        loads = [questions_per_second * share for share in _CURVE]
+        svg.write_text(curve_svg(curve(demand, sizes, used, loads)), encoding="utf-8")
+    basis: dict[str, Any] = {"estimate": measured is None, "rates": used.model_dump()}
+    if measured is None:
+        basis["assumptions"] = Assumptions().model_dump()
+    out.result(basis | _as_json(found), _render(found, used, estimate=measured is None))
+
+
+def _read_rates(file: Path) -> "Rates":
+    from pydantic import ValidationError
+
+    from cluster.planning.plan import Rates
+
+    try:
+        return Rates.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise PlanError(f"{file} holds no rates ({what}): write it with 'memorag calibrate'") from None
 
 
 def _shape_option(value: str) -> tuple[str, Path]:
     model, _, file = value.rpartition("=")
     if not model or not Path(file).is_file():
-        raise ValueError(f"--shape takes MODEL=FILE, where FILE is that model's config.json; got {value!r}")
+        raise PlanError(f"--shape takes MODEL=FILE, where FILE is that model's config.json; got {value!r}")
     return model, Path(file)
 
 
@@ -161,9 +145,10 @@ def _as_json(found: "CapacityPlan") -> dict[str, Any]:
     return asdict(found) | {"pools": pools, "gpus": found.gpus, "nodes": found.nodes, "binds_first": binds}
 
 
-def _render(found: "CapacityPlan", rates: "Rates") -> str:
+def _render(found: "CapacityPlan", rates: "Rates", *, estimate: bool) -> str:
     demand = found.demand
-    lines = [
+    lines = list(_ESTIMATE) if estimate else []
+    lines += [
         f"{demand.memories:,} {demand.kind} memories of {demand.tokens:,} tokens at ratio {demand.ratio}, "
         f"{demand.questions_per_s:g} questions a second; rates of {rates.machine}",
         f"one memory: {found.slots:,} slots, {_bytes(found.memory_bytes)}, memorized in {found.memorize_s:,.1f} s",
@@ -190,13 +175,3 @@ def _bytes(count: float) -> str:
             return f"{count:,.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
-
-
-@contextmanager
-def _errors(out: Output) -> Iterator[None]:
-    """Expected errors become one line and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        out.error(str(error))
-        raise typer.Exit(1) from None

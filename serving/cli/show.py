@@ -5,17 +5,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from serving.client.client import Event
     from serving.deploy.doctor import Check
-
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]  # every command's
 
 _SHOWN_PASSAGES = 5
 _PASSAGE_CHARACTERS = 300
@@ -29,6 +28,28 @@ DEGRADED = {
     "recall": "no clues could be recalled in time: this is plain retrieval with the question alone",
 }
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "ready": "green", "memorizing": "yellow", "failed": "red"}
+
+
+# Errors that say what to do, by name: the classes take long to import, and one that was raised is there anyway.
+_EXPECTED = {
+    "ExpectedError", "OSError", "MemoRAGError", "ProfileError", "DaemonError", "NotAttached", "BatchError",
+    "DatasetError", "EvaluationError", "PlanError", "TrainingError", "InvalidId", "KeyFileDamaged", "UnknownKey",
+}  # fmt: skip
+
+
+class Commands(TyperGroup):
+    """A family of commands. An expected error in any of them is one message and exit code 1; a bug shows its stack."""
+
+    def invoke(self, ctx: Any) -> Any:
+        out = Output(as_json=False)
+        with out.interruptible("interrupted"):
+            try:
+                return super().invoke(ctx)
+            except Exception as error:
+                if not _EXPECTED & {each.__name__ for each in type(error).__mro__}:
+                    raise
+                out.error(str(error))
+                raise typer.Exit(1) from None
 
 
 class Output:
@@ -57,15 +78,12 @@ class Output:
         self._err.print(Text("error: ", style="bold red"), Text(line), sep="")
 
     @contextmanager
-    def errors(self, *expected: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-        """Expected errors as one message and exit code 1; an interrupt as 130, with what that means."""
+    def interruptible(self, meaning: str) -> Iterator[None]:
+        """An interrupt of the block is exit code 130, with what that means."""
         try:
             yield
-        except expected as error:
-            self.error(str(error))
-            raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            self.error(interrupted)
+            self.error(meaning)
             raise typer.Exit(130) from None
 
     @contextmanager

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from serving.cli.options import STORAGE, Json, Storage
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -21,31 +22,26 @@ _EVERY_S = 2.0
 
 
 def status(
-    storage: Annotated[
-        Path, typer.Option(envvar="MEMORAG_STORAGE", help="Folder that holds the server's memories and its log.")
-    ] = Path("~/.memorag"),
+    storage: Storage = STORAGE,
     live: Annotated[
         bool, typer.Option("--live", help="Pools, replicas, memories and rates, until Ctrl-C; once where piped.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether the server of a storage folder runs, where, since when, and what it holds."""
-    from serving.client.errors import MemoRAGError
     from serving.deploy import daemon
-    from serving.deploy.attach import NotAttached
 
     out = Output(as_json)
-    with out.errors(daemon.DaemonError, MemoRAGError, NotAttached, OSError):
-        folder = storage.expanduser().resolve()
-        state = daemon.state_of(folder)
-        if state is None or state.process() is None:
-            hint = "it was killed; 'memorag down' removes what it left" if state else "start one with 'memorag up'"
-            out.result({"running": False, "storage": str(folder)}, f"no server runs on {folder}; {hint}")
-            raise typer.Exit(1)
-        if live:
-            _live(out, folder, state)
-        else:
-            out.facts(_facts(folder, state))
+    folder = storage.expanduser().resolve()
+    state = daemon.state_of(folder)
+    if state is None or state.process() is None:
+        hint = "it was killed; 'memorag down' removes what it left" if state else "start one with 'memorag up'"
+        out.result({"running": False, "storage": str(folder)}, f"no server runs on {folder}; {hint}")
+        raise typer.Exit(1)
+    if live:
+        _live(out, folder, state)
+    else:
+        out.facts(_facts(folder, state))
 
 
 def _facts(folder: Path, state: "ServerState") -> dict[str, Any]:

@@ -3,21 +3,20 @@
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
-from serving.cli.show import Json, Output
+from serving.cli.options import Json
+from serving.cli.show import Commands, Output
 
 if TYPE_CHECKING:
     from memory_worker.training import RunConfig
 
 
-class _RunFirst(TyperGroup):
+class _RunFirst(Commands):
     """`memorag train RUN.yaml` is `memorag train run RUN.yaml`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,23 +48,22 @@ def run(
 ) -> None:
     """Train, or go on where the run was stopped; return when its last stage is done, with the checkpoint's folder."""
     out = Output(as_json)
-    with _errors(out):
-        from memory_worker.training import load_run
+    from memory_worker.training import load_run
 
-        settings = load_run(file)
-        if output is not None:
-            settings = settings.model_copy(update={"output": str(output.absolute())})
-        if seed is not None:
-            settings = settings.model_copy(update={"seed": seed})
+    settings = load_run(file)
+    if output is not None:
+        settings = settings.model_copy(update={"output": str(output.absolute())})
+    if seed is not None:
+        settings = settings.model_copy(update={"seed": seed})
 
-        def show(line: Mapping[str, Any]) -> None:
-            out.note(
-                f"{line['stage']} step {line['step']:,}  loss {line['loss']:.3f}  right {line['accuracy']:.1%}  "
-                f"{line['tokens'] / 1e6:.2f} M tokens  {line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s"
-            )
+    def show(line: Mapping[str, Any]) -> None:
+        out.note(
+            f"{line['stage']} step {line['step']:,}  loss {line['loss']:.3f}  right {line['accuracy']:.1%}  "
+            f"{line['tokens'] / 1e6:.2f} M tokens  {line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s"
+        )
 
-        result = _here(settings, show) if in_process else _on_ray(settings, ray, show)
-        out.result({"model": str(result), "curve": str(Path(settings.output) / "loss.svg")}, str(result))
+    result = _here(settings, show, out) if in_process else _on_ray(settings, ray, show)
+    out.result({"model": str(result), "curve": str(Path(settings.output) / "loss.svg")}, str(result))
 
 
 @app.command()
@@ -82,17 +80,16 @@ def prepare(
 ) -> None:
     """Turn documents into training tasks: cloze spans, evidence recall, surrogate questions."""
     out = Output(as_json)
-    with _errors(out):
-        from memory_worker.training.prepare import prepare as prepared
+    from memory_worker.training.prepare import prepare as prepared
 
-        documents = [
-            prepared(path.read_text("utf-8"), id=path.stem, title=path.name, language=language, most=most, seed=seed)
-            for path in files
-        ]
-        out_file.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), "utf-8")
-        questions = sum(len(document["questions"]) for document in documents)
-        facts = {"file": str(out_file), "documents": len(documents), "questions": questions}
-        out.result(facts, f"{questions:,} questions on {len(documents):,} documents in {out_file}")
+    documents = [
+        prepared(path.read_text("utf-8"), id=path.stem, title=path.name, language=language, most=most, seed=seed)
+        for path in files
+    ]
+    out_file.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), "utf-8")
+    questions = sum(len(document["questions"]) for document in documents)
+    facts = {"file": str(out_file), "documents": len(documents), "questions": questions}
+    out.result(facts, f"{questions:,} questions on {len(documents):,} documents in {out_file}")
 
 
 @app.command()
@@ -106,16 +103,15 @@ def average(
 ) -> None:
     """Write the mean of models that were trained from one beginning with different seeds: better than each."""
     out = Output(as_json)
-    with _errors(out):
-        from memory_worker.training.average import average as averaged
+    from memory_worker.training.average import average as averaged
 
-        averaged(models, out_folder)
-        out.result({"model": str(out_folder)}, str(out_folder))
+    averaged(models, out_folder)
+    out.result({"model": str(out_folder)}, str(out_folder))
 
 
-def _here(settings: "RunConfig", show: Any) -> Path:
+def _here(settings: "RunConfig", show: Any, out: Output) -> Path:
     from memory_worker.training import TrainingError
-    from memory_worker.training.loop import Loop
+    from memory_worker.training.loop import Loop, Stopped
 
     if settings.workers > 1 or settings.gpus:
         raise TrainingError("--in-process is one worker on the CPU: leave it out, or set workers: 1, gpus: false")
@@ -124,6 +120,9 @@ def _here(settings: "RunConfig", show: Any) -> Path:
     before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return Loop(settings, on_progress=show, stop=lambda: bool(asked)).train()
+    except Stopped as error:
+        out.note(str(error))
+        raise typer.Exit(130) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -150,22 +149,3 @@ def _on_ray(settings: "RunConfig", address: str | None, show: Any) -> Path:
             stop_ray(folder)
         else:
             ray.shutdown()
-
-
-@contextmanager
-def _errors(out: Output) -> Iterator[None]:
-    """Expected errors as one message and exit code 1; a run that was asked to stop ends with 130."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        out.error(str(error))
-        raise typer.Exit(1) from None
-    except Exception as error:
-        name = type(error).__name__
-        if name == "Stopped":
-            out.note(str(error))
-            raise typer.Exit(130) from None
-        if name != "TrainingFailedError" and not name.endswith("GroupError"):
-            raise
-        out.error(str(error))
-        raise typer.Exit(1) from None

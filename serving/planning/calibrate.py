@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.planning.costs import RankRates, estimate_memorizing, ranks_of, segment_tokens_of
+from cluster.planning.costs import PlanError, RankRates, estimate_memorizing, ranks_of, segment_tokens_of
 from cluster.planning.plan import Rates
 from serving.config import Profile, load_profile
-from serving.planning.shapes import read_shape
+from serving.planning.sizes import read_shape
 
 if TYPE_CHECKING:
     from memory_worker.storage.manifest import Manifest
@@ -46,7 +46,7 @@ def calibrate(
     """Starts a server of that profile, memorizes `text`, measures each stage for about `seconds`, and calls `then`
     while the server still runs.
 
-    Raises `ValueError` for a text of less than eight windows of its memory: it would measure overheads.
+    Raises `PlanError` for a text of less than eight windows of its memory: it would measure overheads.
     """
     from serving.deploy.app import deploy
 
@@ -80,7 +80,7 @@ class Stages:
 
     @classmethod
     async def of(cls, profile: Profile, address: str, storage: str, text: str) -> "Stages":
-        """Memorizes `text` on the server. Raises `ValueError` where it is too short to measure with."""
+        """Memorizes `text` on the server. Raises `PlanError` where it is too short to measure with."""
         from ray import serve
 
         from serving.deploy.app import APPLICATION, memories_root
@@ -289,7 +289,7 @@ async def _memorize(
     described = await handles["Memorizer"].describe.remote()
     tokens, least = sum(document.tokens for document in manifest.documents), 8 * described.kinds[manifest.kind].window
     if tokens < least:
-        raise ValueError(
+        raise PlanError(
             f"the text has {tokens:,} tokens, less than eight windows of its memory ({least:,}): give a longer one"
         )
     return Stages(profile, address, root, handles, manifest, text)

@@ -9,9 +9,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.planning.costs import ModelShape
+from cluster.planning.costs import ModelShape, PlanError
+from cluster.planning.estimates import (
+    Assumptions,
+    Engine,
+    Processor,
+    estimate_memorize_flops,
+    estimate_writing,
+    find_gpu,
+    known_gpus,
+)
 from cluster.planning.plan import Demand, Rates, Replica, Sizes, curve, plan, shared_questions_per_s
+from serving import config
 from serving.cli.main import app
+from serving.config import load_profile, profile_names
+from serving.planning.sizes import Node, read_shape, sizes_of
 
 SHAPE = ModelShape(
     layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, mlp=768, vocabulary=4096, tied=True, window=512
@@ -119,6 +131,98 @@ def test_a_cluster_never_shrinks_with_load() -> None:
     assert gpus == sorted(gpus) and gpus[-1] > 5 * gpus[0]
 
 
+def test_data_sheets_are_whole_and_found_by_either_name() -> None:
+    assert {"a100-40", "a100-80", "h100", "h200", "b200", "l4", "l40s", "a10g", "rtx4090", "mi300x"} <= {*known_gpus()}
+    assert find_gpu("H100") == find_gpu("h100") and find_gpu("A100-80G").memory_gb == 80
+    assert all(gpu.memory_gb and gpu.source for gpu in known_gpus().values())
+    with pytest.raises(PlanError, match="did you mean a100-40 or a100-80"):
+        find_gpu("a100")
+
+
+def test_estimates_follow_what_binds_the_work() -> None:
+    """Writing follows the memory's bandwidth, reading the FLOP/s; a shared GPU does its share of both."""
+    assumed, h100, h200 = Assumptions(step_s=0.0), find_gpu("h100"), find_gpu("h200")
+    model = replace(SHAPE, layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, mlp=18944, vocabulary=152064)
+
+    def written(gpu: Processor, prompt: float = 0.0) -> float:
+        return estimate_writing(Engine(model, gpu), assumed, tokens=200, prompt=prompt, context=1000)
+
+    assert written(h200) / written(h100) == pytest.approx(4800 / 3350)
+    assert written(h100.times(0.5)) == pytest.approx(written(h100) / 2)
+    read = model.weight_bytes + assumed.requests_in_flight * 1000 * model.slot_bytes
+    assert written(h100) == pytest.approx(assumed.requests_in_flight * 0.6 * 3.35e12 / read)
+    assert written(h100, prompt=1e9) == pytest.approx(200 * 0.4 * 989e12 / (2e9 * model.matrix_parameters), rel=1e-2)
+    kinds = {kind: estimate_memorize_flops(Engine(model, h100), assumed, kind, 16, 8) for kind in ("beacon", "gist")}
+    assert kinds["beacon"] == 0.4 * 989e12 > 2 * kinds["gist"], "a gist is written token by token"
+
+
+PLANNED = ("--memories", "10000", "--tokens", "200000", "--questions-per-second", "50", "--json")
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
+    """`memorag plan` on a machine that reaches no hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_without_rates_a_plan_is_an_estimate(profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    code, shown, error = planned(monkeypatch, tmp_path, "--profile", profile, *PLANNED)
+    assert code == 0, error
+    found = json.loads(shown, parse_constant=refuse)
+    assert found["estimate"] is True and found["assumptions"]["memorize_share"] == 0.4
+    assert found["nodes"] >= 3 and (found["gpus"] > 0) == (profile in ("cluster", "single-gpu"))
+    assert ("h100" in found["rates"]["machine"]) == (found["gpus"] > 0)
+    code, shown, _ = planned(monkeypatch, tmp_path, "--profile", profile, *PLANNED[:-1])
+    assert code == 0 and shown.startswith("ESTIMATE: nothing was measured")
+
+
+def test_a_faster_gpu_makes_a_smaller_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpus = {}
+    for name in ("l40s", "a100-80", "h100", "b200"):
+        code, shown, error = planned(monkeypatch, tmp_path, "--profile", "cluster", "--gpu", name, *PLANNED)
+        assert code == 0, error
+        gpus[name] = json.loads(shown)["gpus"]
+    assert gpus["l40s"] > gpus["a100-80"] > gpus["h100"] > gpus["b200"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--profile", "cluster", "--gpu", "l4"), 1, "do not fit the 43.2 GB that its engine has of 2 l4"),
+        (("--profile", "single-gpu", "--gpu", "l4"), 1, "leave no room for a KV cache: raise memory.engine"),
+        (("--profile", "cluster", "--gpu", "h10"), 1, "did you mean h100"),
+        (("--gpu", "h100", "--rates", "rates.json"), 2, "give one of the two"),
+        (("--rates", "rates.json"), 1, "holds no rates (profile: Field required): write it with 'memorag calibrate'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    arguments: tuple[str, ...], code: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rates.json").write_text("{}", encoding="utf-8")
+    found, shown, error = planned(monkeypatch, tmp_path, *arguments, *PLANNED)
+    assert found == code and not shown
+    assert says in " ".join(error.replace("│", " ").split())
+
+
+def test_vllms_share_is_of_the_whole_gpu(tmp_path: Path) -> None:
+    """The profile `single-gpu` was refused always: 0.35 was taken of the 0.3 GPUs of a replica."""
+    profile = load_profile("single-gpu")
+    shape = read_shape(profile.memory.engine.model, {})
+    sizes = sizes_of(profile, Node(8, 16, gpu_bytes=80e9), {})
+    assert sizes.kv_bytes == pytest.approx(0.35 * 80e9 - shape.weight_bytes)
+    assert sizes.recaller.per_node == 24, "a share is of one GPU: three fit it, and none lies across two"
+    code, shown, error = run(tmp_path, "--profile", "single-gpu", "--json")
+    assert code == 0, error
+    assert json.loads(shown)["estimate"] is False
+
+
 def run(tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
     rates = tmp_path / "rates.json"
     rates.write_text(RATES.model_dump_json(), encoding="utf-8")
@@ -142,11 +246,14 @@ def test_the_command_shows_pools_and_what_binds_first(tmp_path: Path) -> None:
 def test_a_model_that_is_not_here_needs_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    code, _, error = run(tmp_path, "--profile", "cluster")
-    model = "TommyChien/memorag-qwen2-7b-inst"
+    model = "nobody/memory-model"
+    profile = tmp_path / "own.yaml"
+    shipped = (Path(config.__file__).parent / "profiles" / "cluster.yaml").read_text(encoding="utf-8")
+    profile.write_text(shipped.replace("TommyChien/memorag-qwen2-7b-inst", model), encoding="utf-8")
+    code, _, error = run(tmp_path, "--profile", str(profile))
     assert code == 1 and f"--shape {model}=FILE" in error
     file = tmp_path / "config.json"
-    config = {
+    content = {
         "num_hidden_layers": 28,
         "hidden_size": 3584,
         "num_attention_heads": 28,
@@ -154,8 +261,8 @@ def test_a_model_that_is_not_here_needs_its_shape(tmp_path: Path, monkeypatch: p
         "intermediate_size": 18944,
         "vocab_size": 152064,
     }
-    file.write_text(json.dumps(config), encoding="utf-8")
-    code, shown, error = run(tmp_path, "--profile", "cluster", "--shape", f"{model}={file}", "--json")
+    file.write_text(json.dumps(content), encoding="utf-8")
+    code, shown, error = run(tmp_path, "--profile", str(profile), "--shape", f"{model}={file}", "--json")
     assert code == 0 and "the rates are those of the profile 'embedded'" in error
     assert json.loads(shown)["memory_bytes"] == (100_000 // 16 + 64) * 57_344
     code, _, error = run(tmp_path, "--shape", "nonsense")
