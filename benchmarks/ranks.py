@@ -7,9 +7,9 @@ ranks take turns, `ROUNDS` times, and the least disturbed of each counts. One th
 of ranks: on a machine with a core for each, two ranks can at best be twice as fast. CPU seconds are those of the
 busiest rank, all its threads: what it would take if nothing else ran and nobody were waited for.
 
-Bytes are those one rank sends: `predicted` from `exchanged_bytes`, `counted` at the all-gather, `written` what the
-kernel says that the process wrote meanwhile, which has gloo's own messages in it. `difference` is the largest between
-any number that one rank and two ranks made.
+Bytes are those one rank sends: `predicted` from `count_exchanged_bytes`, `counted` at the all-gather, `written` what
+the kernel says that the process wrote meanwhile, which has gloo's own messages in it. `difference` is the largest
+between any number that one rank and two ranks made.
 
 What the first rank does alone is measured beside it, by CPU second: reading a text into tokens with the embedded
 tokenizer, and writing slots as segment files (digest included, waiting for the disk not). Those bound many ranks.

@@ -17,9 +17,9 @@ folder = Path(tempfile.mkdtemp(prefix="dry-", dir="/tmp"))
 start_ray(RayConfig(logical_cpus=2, object_store_bytes=100 * 2**20, metrics=False), folder)
 from ray.serve._private.build_app import build_app
 from memory_worker.catalog.quotas import Quota
-from serving.deploy.app import build, with_models
+from serving.deploy.app import build, resolve_models
 for name in sys.argv[1:]:
-    profile = with_models(load_profile(name))
+    profile = resolve_models(load_profile(name))
     graph = build_app(build(profile, str(folder / "memories")), name=name)
     for deployment in graph.deployments:
         options = deployment.ray_actor_options or {}
