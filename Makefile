@@ -14,7 +14,7 @@ SEED    ?= 0
 WORKERS ?= 2
 SOAK    := .memorag-soak
 
-.PHONY: install lock hooks up down test lint soak bench docs
+.PHONY: install lock hooks up down test test-long test-all browser lint soak bench docs
 
 install: $(READY)
 
@@ -44,8 +44,20 @@ lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
+# Two workers, whatever the machine has: one for the tests on a server, one for those on Ray, and both for the others.
+RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
+
+test: lint browser
+	@$(RUN_TESTS) -m "not long"
+
+test-long: install browser
+	@$(RUN_TESTS) -m long
+
+test-all: lint browser
+	@$(RUN_TESTS)
+
+browser:
+	@sh tests/support/install_browser.sh
 
 soak: install
 	@trap '$(BIN)/memorag down --storage $(SOAK)' EXIT; trap 'exit 1' INT TERM; \

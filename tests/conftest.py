@@ -1,37 +1,78 @@
-"""What may run beside what: `make test` runs two workers, each taking whole groups of tests."""
+"""What may run beside what, and the Ray that all tests of parts share."""
+
+from collections.abc import Iterator
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-# Tests that start Ray, engines or servers wait for those with a limit, and each of them fills the machine: they run one
-# after another, and all others beside them. The session's server, too, is then started by one worker only.
-_FILLS_THE_MACHINE = (
+# Tests that start Ray, engines or servers: two groups, each run by one worker, one test after another. What a group
+# starts is started once and shared by all its modules; all other tests run beside them.
+_ON_THE_SERVER = (
+    "tests/memory_worker/keeper/test_keeper.py",  # has a Ray of two nodes, and a process is connected to one
+    "tests/system/",
+)
+_ON_RAY = (
     "tests/cluster/test_deploy.py",
     "tests/cluster/test_engine.py",
     "tests/cluster/test_routing.py",
     "tests/generator_worker/test_generator.py",
     "tests/memory_worker/catalog/test_catalog.py",
-    "tests/memory_worker/recall/test_connector_parity.py",
     "tests/memory_worker/keeper/test_keeper.py",
     "tests/memory_worker/memorize/test_kinds.py",
     "tests/memory_worker/memorize/test_memorizer.py",
     "tests/memory_worker/memorize/test_ranks.py",
-    "tests/memory_worker/recall/test_recaller.py",
     "tests/memory_worker/models/test_stock.py",
+    "tests/memory_worker/recall/test_connector_parity.py",
+    "tests/memory_worker/recall/test_recaller.py",
     "tests/retrieval_worker/test_deployments.py",
     "tests/serving/deploy/test_dry_run.py",
-    "tests/system/",
 )
+
+KEY_NAME = "GENERATOR_TEST_KEY"  # environment variable of the key that the generator's tests have
 
 
 class Groups(LoadScopeScheduling):
-    """All that fill the machine are one group; of the others each module is, so that its fixtures are made once."""
+    """Of the tests that are in neither group each module is one, so that its fixtures are made once."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "machine" if nodeid.startswith(_FILLS_THE_MACHINE) else nodeid.partition("::")[0]
+        if nodeid.startswith(_ON_THE_SERVER):
+            return "server"
+        return "ray" if nodeid.startswith(_ON_RAY) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
     """Named groups (`xdist_group`) would say the same, but xdist 3.8 writes them into ids, which pytest 9.2 ignores."""
     return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The two groups come first, so that both workers begin with one; a server whose API keys are on comes last."""
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        group = 0 if item.nodeid.startswith(_ON_THE_SERVER) else 1 if item.nodeid.startswith(_ON_RAY) else 2
+        return group, "keyed" in getattr(item, "fixturenames", ())
+
+    items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    from ray import serve
+
+    from benchmarks.support.recall_engine import ray_of_its_own
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_NAME, "correct horse")  # what Ray starts has the environment of now
+        with ray_of_its_own():
+            serve.start(proxy_location="Disabled")
+            yield
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_session: None) -> Iterator[None]:
+    """This process is connected to a Ray with Serve and eight logical CPUs, and nothing else runs there."""
+    from benchmarks.support.own_ray import empty_ray
+
+    yield
+    empty_ray()

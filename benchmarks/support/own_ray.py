@@ -1,9 +1,9 @@
-"""A Ray that nothing else on this machine finds, for the tests of one module."""
+"""A Ray that nothing else on this machine finds, for tests and benchmarks."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -34,3 +34,13 @@ def own_ray(**options: Any) -> Iterator[None]:
             serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty_ray() -> None:
+    """Ends all applications and named actors of this process's Ray but Serve itself, for whoever uses it next."""
+    for name in list(serve.status().applications):
+        serve.delete(name)
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if not actor["name"].startswith("SERVE_"):
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(actor["name"], actor["namespace"]))

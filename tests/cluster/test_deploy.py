@@ -26,7 +26,6 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from benchmarks.support.own_ray import own_ray
 from serving.config import load_profile
 from serving.deploy.application import Arguments, application
 from tests.support import known_metrics
@@ -112,12 +111,12 @@ def rendered(name: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def demands(tmp_path_factory) -> dict[str, tuple[int, int, list[dict[str, float]]]]:
+def demands(tmp_path_factory, local_ray) -> dict[str, tuple[int, int, list[dict[str, float]]]]:
     """Of each deployment that `serve-cluster.yaml` builds: fewest and most replicas, and what one takes."""
     arguments = read("serve-cluster.yaml")["applications"][0]["args"]
     arguments["storage"] = str(tmp_path_factory.mktemp("storage"))
-    with own_ray():  # an engine's settings are checked in a Ray task
-        built = build_app(call_user_app_builder_with_args_if_necessary(application, arguments), name="memorag")
+    # An engine's settings are checked in a Ray task.
+    built = build_app(call_user_app_builder_with_args_if_necessary(application, arguments), name="memorag")
     found = {}
     for deployment in built.deployments:
         scaling, replica = deployment._deployment_config.autoscaling_config, deployment._replica_config

@@ -12,9 +12,9 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from benchmarks.support.own_ray import own_ray
 from cluster.routing import MemoryRouter, ReportsRank
 from tests.support.memory_homes import MEMORIES, homes
+from tests.support.waiting import until
 
 
 @ray.remote(num_cpus=0)
@@ -102,11 +102,9 @@ def wanted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def caller(wanted):
-    with own_ray(num_cpus=4, namespace="routing"):
-        serve.start(proxy_location="Disabled")
-        _gate = Gate.options(name="gate").remote()  # type: ignore[attr-defined]  # lives as long as this reference
-        yield serve.run(application(wanted), name="routing", route_prefix=None)
+def caller(wanted, local_ray):
+    _gate = Gate.options(name="gate", namespace="routing").remote()  # type: ignore[attr-defined]  # lives while this does
+    yield serve.run(application(wanted), name="routing", route_prefix=None)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +120,6 @@ def gate(caller):
 async def asked(replicas, memories) -> list[tuple[int, int]]:
     """Where questions on the memories, asked one after another, are answered."""
     return [await replicas.options(session_id=memory).who.remote() for memory in memories]
-
-
-async def until(condition) -> None:
-    """Waits for what happens in other processes, which tell it only when asked."""
-    async with asyncio.timeout(90):
-        while not await condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
 
 
 async def held(replicas, gate, memories, ongoing: int) -> tuple[list[int], list[asyncio.Task]]:
@@ -168,8 +159,7 @@ async def test_memories_are_pinned_by_rank(replicas):
 async def test_handles_agree_and_calls_of_one_request_do_not_change_places(caller, replicas):
     memories = [next(m for m in MEMORIES if homes(range(4), [m]) == [rank]) for rank in (2, 0, 3, 1)]
     assert await caller.ask.remote(memories) == await asked(replicas, memories)
-    async with asyncio.timeout(60):
-        answered = await caller.ask.remote(MEMORIES[:50])
+    answered = await caller.ask.remote(MEMORIES[:50])
     assert {rank for rank, _ in answered} == {0, 1, 2, 3}
 
 

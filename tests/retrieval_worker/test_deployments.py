@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from ray import serve
 
-from benchmarks.support.own_ray import own_ray
 from cluster.pools.pools import PoolConfig
 from cluster.storage.durable import DamagedFile, Storage, StorageGone
 from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, RetrievalConfig, SearchConfig
@@ -46,11 +45,9 @@ def storage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def retriever(storage, tmp_path_factory):
-    with own_ray():
-        serve.start(http_options={"location": "NoServer"})
-        _, application = retrieval_applications(CONFIG, PoolConfig(), storage_root=storage.root)
-        yield serve.run(application, name="retrieval", route_prefix=None)
+def retriever(storage, local_ray):
+    _, application = retrieval_applications(CONFIG, PoolConfig(), storage_root=storage.root)
+    return serve.run(application, name="retrieval", route_prefix=None)
 
 
 async def add(retriever, storage, version: str, name: str, text: str) -> tuple[IndexPart, int, list[IndexProgress]]:
@@ -286,6 +283,7 @@ async def test_vectors_that_are_not_finite_are_not_written(storage):
 
 
 @pytest.mark.skipif(not BOOK.exists(), reason="the novel is not beside this checkout")
+@pytest.mark.long
 async def test_a_novel(retriever, storage, record_property):
     text = BOOK.read_bytes().decode()
     began = time.perf_counter()

@@ -9,22 +9,22 @@ from typing import Any
 
 import psutil
 
+from tests.support.waiting import PATIENCE_S, wait_until
+
 PARTS = (
     "Memorizer", "Recaller", "Embedder", "Retriever", "Generator", "Router", "Ingress", "Catalog", "MemoryKeeper",
     "Recaller's engine", "Generator's engine",
 )  # fmt: skip
 
 
-def kill_part(state: dict[str, Any], part: str, timeout_s: float) -> float:
+def kill_part(state: dict[str, Any], part: str) -> float:
     """Kills a process of a part of the server of this `server.json`, once there is one; when that was (monotonic)."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        for process in psutil.Process(state["pid"]).children(recursive=True):
-            if _is(process, part):
-                process.send_signal(signal.SIGKILL)
-                return time.monotonic()
-        time.sleep(0.1)
-    raise AssertionError(f"{part} has no process to kill")
+
+    def found() -> list[psutil.Process]:
+        return [each for each in psutil.Process(state["pid"]).children(recursive=True) if _is(each, part)]
+
+    wait_until(found)[0].send_signal(signal.SIGKILL)
+    return time.monotonic()
 
 
 def kill_server(state: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ def kill_server(state: dict[str, Any]) -> None:
     for process in family:
         if process.is_running():
             process.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not alive, f"not dead: {alive}"
 
 
@@ -42,9 +42,7 @@ def start_again(state: dict[str, Any], storage: Path) -> None:
     """The command that a person would type after the server of this `server.json` was killed; on the same port."""
     port = state["address"].rpartition(":")[2]
     command = [Path(sys.executable).with_name("memorag"), "up", "--profile", state["profile"]]
-    started = subprocess.run(
-        [*command, "--port", port, "--storage", storage], capture_output=True, text=True, timeout=600
-    )
+    started = subprocess.run([*command, "--port", port, "--storage", storage], capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
 
 

@@ -17,7 +17,7 @@ def seen_by(name: str, folder: Path, *arguments: Path) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", f"tests.support.{name}", str(folder), *map(str, arguments)]
     environment = os.environ | {"TMPDIR": str(folder)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     reports = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]
     assert reports, done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, Any] = json.loads(reports[0].removeprefix("SEEN "))

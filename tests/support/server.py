@@ -11,6 +11,7 @@ import httpx
 import psutil
 
 from examples.chronicles import document
+from tests.support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = document(7, 150, "test")  # examples/chronicle.txt, which `make up` memorizes, with its questions
@@ -28,7 +29,7 @@ class Server:
     storage: Path
 
     def client(self, **options) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120, **options)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
 
     def manifest(self, memory: str, version: str, tenant: str = "default") -> dict:
         """The manifest of a version, as it lies on the disk."""
@@ -53,7 +54,7 @@ class Server:
         environment = os.environ | {"MEMORAG_STORAGE": str(self.storage), "NO_COLOR": "1"}
         environment.pop("MEMORAG_URL", None)
         return subprocess.run(
-            [MEMORAG, *arguments], capture_output=True, text=True, env=environment, check=check, cwd=ROOT, timeout=300
+            [MEMORAG, *arguments], capture_output=True, text=True, env=environment, check=check, cwd=ROOT
         )
 
 
@@ -96,7 +97,7 @@ def check_problem(response: httpx.Response, status: int, words: str = "") -> Non
 def make(target: str, storage: Path) -> subprocess.CompletedProcess:
     """Runs a target of the Makefile as a user would, on a free port and this storage."""
     command = ["make", target, f"STORAGE={storage}", "PORT=0", f"PYTHON={sys.executable}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def up(storage: Path, profile: Path) -> str:
@@ -105,3 +106,8 @@ def up(storage: Path, profile: Path) -> str:
     log = storage / "server.log"
     assert started.returncode == 0, started.stderr + (log.read_text()[-5000:] if log.exists() else "")
     return json.loads((storage / "server.json").read_text())["address"]
+
+
+def segment_files(segments: list[dict]) -> dict[str, str]:
+    """Paths and digests, in order."""
+    return {file["path"]: file["digest"] for segment in segments for file in segment["files"]}

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 # How long nothing may move. Not a measure of speed: what a quiet machine does in ten seconds may take minutes beside
@@ -25,10 +25,10 @@ def wait_until(condition: Callable[[], T], progress: Callable[[], object] = lamb
     return found
 
 
-async def until(condition: Callable[[], T], progress: Callable[[], object] = lambda: None) -> T:
-    """As `wait_until`, and the event loop goes on meanwhile."""
+async def until(condition: Callable[[], Awaitable[T]], progress: Callable[[], object] = lambda: None) -> T:
+    """As `wait_until`, for a condition that is awaited."""
     watch = _Watch()
-    while not (found := condition()):
+    while not (found := await condition()):
         watch.look(progress())
         await asyncio.sleep(_TICK_S)
     return found

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests.support.server import FIRST_ANSWER, Server, make
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     yield Server(state["address"], storage)
     ended = make("down", storage)
     assert ended.returncode == 0, ended.stderr
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not alive, f"left behind: {[process.cmdline() for process in alive if process.is_running()]}"
     assert not (storage / "server.json").exists() and not Path(state["temporary"]).exists()
     with pytest.raises(httpx.ConnectError):

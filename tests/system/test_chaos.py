@@ -9,7 +9,7 @@ from tests.support.processes import PARTS
 from tests.support.server import Server
 
 
-@pytest.mark.timeout(1800)  # eleven kills, and each part takes as long as it needs to start
+@pytest.mark.long
 async def test_every_part_is_killed_under_load(server: Server) -> None:
     """Nothing is lost, no answer is wrong, every failure can be retried, and service comes back; it is left whole."""
     found = await Chaos(server.storage, seed=0).run(list(PARTS), pause_s=1.0)

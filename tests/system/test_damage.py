@@ -1,6 +1,5 @@
 """One byte of a stored file is flipped: it is never served, the log names it, and what can be made again is."""
 
-import time
 import uuid
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import pytest
 from tests.support.damage import flip, forget
 from tests.support.documents import check_exact, text
 from tests.support.server import Server, check_problem, memorize
+from tests.support.waiting import wait_until
 
 TEXTS = {name: text(name, "first", 30) for name in ("one", "two")}
 QUESTION = {"question": "Who lit the lamp of two?", "max_tokens": 4}
@@ -31,8 +31,8 @@ def ask(client: httpx.Client, memory: dict) -> httpx.Response:
 
 def whole_again(client: httpx.Client, memory: dict) -> dict:
     """The memory when it has a new version and no job; asks meanwhile, and nothing wrong is answered."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def whole() -> dict | None:
         response = ask(client, memory)
         assert response.status_code in (200, 503), response.text
         if response.status_code == 200:
@@ -40,9 +40,9 @@ def whole_again(client: httpx.Client, memory: dict) -> dict:
         else:
             assert int(response.headers["retry-after"]) > 0
         info = client.get(f"/v1/memories/{memory['id']}").json()
-        if info["job"] is None and info["version"] != memory["version"]:
-            return info
-    raise AssertionError(f"no new version was made: {info}")
+        return info if info["job"] is None and info["version"] != memory["version"] else None
+
+    return wait_until(whole)
 
 
 PARTS = {

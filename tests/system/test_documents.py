@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.documents import check_exact, docx, put, text
 from tests.support.server import Server, check_problem, follow, memorize
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def first_editions() -> dict[str, str]:
 
 async def test_questions_go_on_with_the_old_version_during_a_change(server: Server, memory: dict):
     id, old = memory["id"], memory["version"]
-    large = text("one", "second", 2500)
+    large = text("one", "second", 600)
     seen: list[dict] = []
 
     async def keep_asking(client: httpx.AsyncClient, ended: asyncio.Event, number: int) -> None:
@@ -151,7 +152,7 @@ async def test_questions_go_on_with_the_old_version_during_a_change(server: Serv
             seen.append(response.json())
 
     ended = asyncio.Event()
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client, asyncio.TaskGroup() as group:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client, asyncio.TaskGroup() as group:
         for number in range(4):
             group.create_task(keep_asking(client, ended, number))
         response = await client.put(f"/v1/memories/{id}/documents/one", json={"text": large})

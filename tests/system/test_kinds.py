@@ -138,6 +138,7 @@ def stock(tmp_path_factory) -> Iterator[Server]:
         running.memorag("down")
 
 
+@pytest.mark.long  # a server of its own
 def test_a_model_without_beacon_weights_serves_gists(stock: Server):
     memory = memorize(stock, [{"id": "d", "text": WORDS["gist"]}], id="stock")
     assert (memory["kind"], memory["ratio"]) == ("gist", 32)

@@ -5,7 +5,6 @@ The tests follow one another on a server of their own: it is killed while it mem
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ import yaml
 
 from tests.support.chaos import text
 from tests.support.processes import kill_server
-from tests.support.server import ROOT, Server, follow, memorize, up
+from tests.support.server import ROOT, Server, follow, memorize, segment_files, up
+from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(1200)  # it is started twice, on a machine that may be busy
+pytestmark = pytest.mark.long  # a server of its own, started twice
 
 TASKS = ("memorag", "rag", "memory")
 QUESTION = "What stood by the lantern of the harbour?"
@@ -55,7 +55,7 @@ def recovered(tmp_path_factory) -> Iterator[Recovered]:
             begun = client.post("/v1/memories", json={"id": "long", "documents": [{"id": "long", "text": LONG}]})
         assert begun.status_code == 202, begun.text
         folder = storage / "memories" / "default" / "long" / begun.json()["version"]
-        wait_for_files(folder / "checkpoint.json", 3)
+        wait_until(lambda: files_in(folder / "checkpoint.json") >= 3, lambda: files_in(folder / "checkpoint.json"))
         kill_server(json.loads((storage / "server.json").read_text()))
         assert not (folder / "manifest.json").exists(), "it was killed too late"
         checkpoint = json.loads((folder / "checkpoint.json").read_text())
@@ -66,17 +66,9 @@ def recovered(tmp_path_factory) -> Iterator[Recovered]:
         server.memorag("down")
 
 
-def wait_for_files(checkpoint: Path, count: int) -> None:
-    """Until a job's checkpoint names so many files."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() or len(segment_files(json.loads(checkpoint.read_text())["segments"])) < count:
-        assert time.monotonic() < deadline, "no checkpoint came"
-        time.sleep(0.02)
-
-
-def segment_files(segments: list[dict]) -> dict[str, str]:
-    """Paths and digests, in order."""
-    return {file["path"]: file["digest"] for segment in segments for file in segment["files"]}
+def files_in(checkpoint: Path) -> int:
+    """How many files a job's checkpoint names."""
+    return len(segment_files(json.loads(checkpoint.read_text())["segments"])) if checkpoint.exists() else 0
 
 
 def told_apart(path: Path) -> tuple[int, int]:

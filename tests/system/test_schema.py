@@ -15,8 +15,8 @@ from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi import checks
 
 from tests.support.server import Server, check_problem, memorize
+from tests.support.waiting import PATIENCE_S
 
-CASES_EACH = 130  # of each operation, valid and invalid
 TARGET = "generated"  # the memory that some of the requests are about
 ENGINES = ("/answer", "/summary", "/clues")  # what makes a model write: few of these requests reach one
 CHECKS = [
@@ -48,7 +48,10 @@ def ids(client: httpx.Client) -> set[str]:
             return found
 
 
-def test_generated_requests_are_answered_as_documented(server: Server, target: set[str]):
+@pytest.mark.parametrize(
+    "cases", [25, pytest.param(130, marks=pytest.mark.long)]
+)  # of each operation, valid and invalid
+def test_generated_requests_are_answered_as_documented(server: Server, target: set[str], cases: int):
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     statuses: Counter = Counter()
     session = requests.Session()
@@ -58,7 +61,7 @@ def test_generated_requests_are_answered_as_documented(server: Server, target: s
             number = 0
 
             @settings(
-                max_examples=CASES_EACH,
+                max_examples=cases,
                 derandomize=True,
                 database=None,
                 deadline=None,
@@ -70,7 +73,7 @@ def test_generated_requests_are_answered_as_documented(server: Server, target: s
                 nonlocal number
                 number += 1
                 aim(case, number)
-                response = case.call(session=session, timeout=120)
+                response = case.call(session=session, timeout=PATIENCE_S)
                 statuses[response.status_code] += 1
                 if response.status_code >= 500:
                     assert response.status_code == 503, f"{case.as_curl_command()}\n{response.text}"
@@ -83,8 +86,8 @@ def test_generated_requests_are_answered_as_documented(server: Server, target: s
             except Unsatisfiable:
                 assert mode is GenerationMode.NEGATIVE and not number, "what takes anything has no invalid requests"
     print(dict(statuses))
-    assert sum(statuses.values()) >= 2000, statuses
-    assert {200, 202, 404, 422} <= set(statuses) and statuses[200] > 100
+    assert sum(statuses.values()) >= 15 * cases, statuses
+    assert {200, 202, 404, 422} <= set(statuses) and statuses[200] > cases * 3 // 4
     with server.client() as client:
         answer = client.post(f"/v1/memories/{TARGET}/answer", json={"question": "What bell?", "max_tokens": 2})
         assert answer.status_code == 200, "the server is as well as before"
@@ -210,7 +213,7 @@ def test_headers_that_play_tricks(server: Server, target: set[str], trick: str):
 def test_a_content_length_that_is_none(server: Server, length: str):
     """Refused before it comes to us: bytes that two parties count differently can hide a second request."""
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         head = f"POST /v1/memories HTTP/1.1\r\nHost: x\r\nContent-Type: text/csv\r\nContent-Length: {length}\r\n\r\n"
         connection.sendall(head.encode() + b"words")
         connection.shutdown(socket.SHUT_WR)

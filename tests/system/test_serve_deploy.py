@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +17,9 @@ import yaml
 from serving.deploy.local_ray import new_ray_folder
 from serving.deploy.traces import remove_traces
 from tests.support.server import ROOT, Server, memorize
+from tests.support.waiting import PATIENCE_S, wait_until
 
 BIN = Path(sys.executable).parent
-READY_S = 600.0  # on a machine that may be busy; 90 s on an idle one
-METRICS_S = 90.0  # Ray's processes report every ten seconds
 TEXT = "Ida Quill kept the ferry at Low Marsh. In spring she sold it to the brothers Penhallow, for forty crowns."
 
 
@@ -74,7 +72,7 @@ class Cluster:
     def dashboard_answers(self) -> bool:
         """Whether the dashboard says that it is well, which it tells without a token."""
         try:
-            return httpx.get(f"http://127.0.0.1:{self.dashboard}/api/gcs_healthz", timeout=60).is_success
+            return httpx.get(f"http://127.0.0.1:{self.dashboard}/api/gcs_healthz", timeout=PATIENCE_S).is_success
         except httpx.TransportError:
             return False
 
@@ -87,7 +85,6 @@ class Cluster:
             cwd=self.storage,
             capture_output=True,
             text=True,
-            timeout=200,
         )
         if ran.returncode and tries > 1:
             return self.serve(*arguments, tries=tries - 1)
@@ -97,7 +94,9 @@ class Cluster:
     def status(self) -> dict[str, str]:
         """The status of each application, and why it is so."""
         headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
-        asked = httpx.get(f"http://127.0.0.1:{self.dashboard}/api/serve/applications/", headers=headers, timeout=60)
+        asked = httpx.get(
+            f"http://127.0.0.1:{self.dashboard}/api/serve/applications/", headers=headers, timeout=PATIENCE_S
+        )
         applications = asked.raise_for_status().json()["applications"].values()
         return {app["name"]: f"{app['status']}: {app['message']}" for app in applications}
 
@@ -111,14 +110,14 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         yield running
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
-        process.wait(timeout=180)
-        _, alive = psutil.wait_procs(family, timeout=60)
+        process.wait()
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
         assert not alive, f"left behind: {[left.cmdline() for left in alive if left.is_running()]}"
     finally:
         remove_traces(folder, set())
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.long
 def test_the_shipped_file_answers_a_question(cluster):
     config = yaml.safe_load((ROOT / "cluster" / "deploy" / "serve.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = cluster.http
@@ -154,42 +153,43 @@ def test_the_shipped_file_answers_a_question(cluster):
     )
     cluster.serve("shutdown", "--yes")
     with pytest.raises(httpx.TransportError):
-        httpx.get(f"{server.url}/healthz", timeout=5)
+        httpx.get(f"{server.url}/healthz", timeout=PATIENCE_S)
 
 
 def await_ready(cluster: Cluster, server: Server) -> set[int]:
     """Waits until the server is ready; the statuses that it gave before that."""
     before: set[int] = set()
-    deadline = time.monotonic() + READY_S
-    with httpx.Client(base_url=server.url, timeout=30, transport=httpx.HTTPTransport(retries=6)) as client:
-        while time.monotonic() < deadline:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S, transport=httpx.HTTPTransport(retries=6)) as client:
+
+        def ready() -> bool:
             try:
                 response = client.get("/readyz")
             except httpx.TransportError:
-                continue  # no proxy listens yet: the transport has waited between its tries
-            if response.is_success:
-                return before
-            before.add(response.status_code)
-            assert response.headers["content-type"].startswith("application/problem+json"), response.text
-            status = cluster.status()
-            assert "DEPLOY_FAILED" not in str(status), status
-            threading.Event().wait(0.5)  # readiness can only be asked for
-    raise AssertionError(cluster.status())
+                return False  # no proxy listens yet
+            if not response.is_success:
+                before.add(response.status_code)
+                assert response.headers["content-type"].startswith("application/problem+json"), response.text
+                status = cluster.status()
+                assert "DEPLOY_FAILED" not in str(status), status
+            return response.is_success
+
+        wait_until(ready, progress=cluster.status)
+    return before
 
 
 def await_metrics(cluster: Cluster, wanted: dict[str, list[str]]) -> None:
     """Waits until a series of each name, with these labels, is scraped from the node."""
-    deadline = time.monotonic() + METRICS_S
-    missing = wanted
-    while missing:
-        lines = httpx.get(f"http://127.0.0.2:{cluster.metrics}/metrics", timeout=30).text.splitlines()
-        missing = {
-            name: labels
+
+    def missing() -> set[str]:
+        url = f"http://127.0.0.2:{cluster.metrics}/metrics"
+        lines = httpx.get(url, timeout=PATIENCE_S).text.splitlines()
+        return {
+            name
             for name, labels in wanted.items()
             if not any(line.startswith(f"{name}{{") and all(label in line for label in labels) for line in lines)
         }
-        assert not missing or time.monotonic() < deadline, [line for line in lines if line.startswith(tuple(missing))]
-        threading.Event().wait(1.0 if missing else 0)  # nothing tells when Ray has the next report
+
+    wait_until(lambda: not missing(), progress=missing)  # Ray's processes report every ten seconds
 
 
 def free_ports(count: int) -> list[int]:

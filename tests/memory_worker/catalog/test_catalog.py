@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import ray
 
-from benchmarks.support.own_ray import own_ray
 from benchmarks.support.stored_memories import store_memory
 from memory_worker.catalog.actor import catalog
 from memory_worker.catalog.quotas import Quota, QuotasConfig
@@ -35,19 +34,13 @@ from memory_worker.storage.store import MemoryStore, source_path
 from tests.support.killed_actors import kill_and_await_restart
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with own_ray():
-        yield
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> MemoryStore:
     return MemoryStore(str(tmp_path))
 
 
 @pytest.fixture
-def started(cluster: None, store: MemoryStore) -> Iterator[Any]:
+def started(local_ray: None, store: MemoryStore) -> Iterator[Any]:
     """Starts the catalog of this test with these settings."""
     actors = []
 

@@ -50,8 +50,17 @@ def tokens_in(checkpoint: dict[str, Any]) -> int:
     return sum(segment["tokens"] for segment in checkpoint["segments"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("group_windows", "checkpoint_windows"), [(1, 2), (2, 4), (None, 5)])
+@pytest.mark.parametrize(
+    ("group_windows", "checkpoint_windows", "dtype"),
+    [
+        pytest.param(1, 2, "float32", marks=pytest.mark.long),
+        pytest.param(1, 2, "bfloat16", marks=pytest.mark.long),
+        pytest.param(2, 4, "float32", marks=pytest.mark.long),
+        (2, 4, "bfloat16"),
+        (None, 5, "float32"),
+        pytest.param(None, 5, "bfloat16", marks=pytest.mark.long),
+    ],
+)
 async def test_a_job_given_up_after_any_group_goes_on_to_the_same_files(
     model: Path, store: MemoryStore, dtype: str, group_windows: int | None, checkpoint_windows: int
 ) -> None:
@@ -105,11 +114,18 @@ def failing_write(store: MemoryStore, number: int) -> Iterator[None]:
         storage.writer = good  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "every"),
+    [
+        ("float32", 4),
+        pytest.param("float32", 1, marks=pytest.mark.long),
+        pytest.param("bfloat16", 1, marks=pytest.mark.long),
+    ],
+)
 async def test_a_job_that_fails_at_any_write_goes_on_to_the_same_files(
-    model: Path, store: MemoryStore, dtype: str
+    model: Path, store: MemoryStore, dtype: str, every: int
 ) -> None:
-    """The head's file, every segment's file and every checkpoint."""
+    """The head's file, every segment's file and every checkpoint; or every fourth of these writes."""
     memorizer = Memorizer(config_for(model, dtype=dtype, group_windows=2), store.storage.root)
     whole = new_request(store)
     *_, result = await steps_until(memorizer, whole)
@@ -122,14 +138,16 @@ async def test_a_job_that_fails_at_any_write_goes_on_to_the_same_files(
                 await steps_until(memorizer, request)
             break
         except OSError:
-            failures += 1
+            failures += every
         assert not torn_files(store, request)
         first, *_, end = await steps_until(memorizer, request)
         assert isinstance(first, MemorizeProgress)
         resumed.add(first.done_tokens)
         assert files_of(end, request.key) == expected
     flushes = failures - len(expected)
-    assert flushes >= 4 and len(resumed) == flushes, "each flush is where some attempt went on from"
+    assert flushes >= 4 and (len(resumed) > 2 if every > 1 else len(resumed) == flushes), (
+        "each flush is where some attempt went on from"
+    )
 
 
 async def test_a_job_cut_short_again_and_again_ends_with_the_same_files(model: Path, store: MemoryStore) -> None:

@@ -104,13 +104,15 @@ async def test_all_kinds_begin_with_the_same_head(made: Made) -> None:
     assert len({result.fingerprint for result in results}) == len(KINDS)
 
 
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "every"), [*((kind, 4) for kind in get_args(MemoryKind)), pytest.param("gist", 1, marks=pytest.mark.long)]
+)
 async def test_a_job_that_is_given_up_after_any_group_goes_on_to_the_same_files(
-    memorizer: Memorizer, store: MemoryStore, made: Made, kind: MemoryKind
+    memorizer: Memorizer, store: MemoryStore, made: Made, kind: MemoryKind, every: int
 ) -> None:
     whole, progress, result = await made.of(kind)
     resumed = set()
-    for stop in range(1, len(progress) + 1) if kind == "gist" else (2, 5, len(progress) - 1):
+    for stop in range(1, len(progress) + 1) if every == 1 else (2, len(progress) // 2, len(progress) - 1):
         request = request_for(store, f"resumed-{kind}", kind, TEXTS)
         await steps_until(memorizer, request, stop)
         first, *_, end = await steps_until(memorizer, request)

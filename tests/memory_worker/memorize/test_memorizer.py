@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from ray import serve
 
-from benchmarks.support.own_ray import own_ray
 from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.stored_memories import whole
 from cluster.config import EngineConfig
@@ -274,15 +272,8 @@ def test_pieces_join_to_the_text(text: str) -> None:
     assert all(piece[-1] in "\n 字" for piece in pieces[:-1])
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with own_ray():
-        serve.start(http_options={"location": "NoServer"})
-        yield
-
-
 async def test_served_from_text_to_kept_memory(
-    cluster: None, config: MemoryConfig, model: BeaconModel, store: MemoryStore
+    local_ray: None, config: MemoryConfig, model: BeaconModel, store: MemoryStore
 ) -> None:
     application = memorizer_application(config, PoolConfig(cpus_per_replica=1), store.storage.root)
     handle = await asyncio.to_thread(serve.run, application, name="memorizer", route_prefix=None)

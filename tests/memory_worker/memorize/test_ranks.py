@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from ray import serve
 from ray.util import placement_group_table
 from safetensors.torch import load_file
 
-from benchmarks.support.own_ray import own_ray
 from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
@@ -118,12 +116,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_random_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with own_ray():
-        yield
-
-
 def pid_of(actor: Any) -> int:
     pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
     return pid
@@ -134,7 +126,7 @@ def ranked(model_folder: Path, **settings: Any) -> MemoryConfig:
 
 
 async def test_a_lost_rank_fails_the_group_and_the_job_goes_on(
-    cluster: None, model_folder: Path, tmp_path: Path
+    local_ray: None, model_folder: Path, tmp_path: Path
 ) -> None:
     store = MemoryStore(str(tmp_path))
     one = Memorizer(config_for(model_folder, group_windows=2), str(tmp_path))
@@ -179,7 +171,9 @@ def rank_processes() -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Rank")}
 
 
-async def test_served_each_rank_has_a_bundle_of_its_replica(cluster: None, model_folder: Path, tmp_path: Path) -> None:
+async def test_served_each_rank_has_a_bundle_of_its_replica(
+    local_ray: None, model_folder: Path, tmp_path: Path
+) -> None:
     store, others = MemoryStore(str(tmp_path)), rank_processes()
     application = memorizer_application(ranked(model_folder), PoolConfig(cpus_per_replica=1), str(tmp_path))
     handle = await asyncio.to_thread(serve.run, application, name="ranked", route_prefix=None)

@@ -1,8 +1,6 @@
 """The Recaller as it is deployed: real Ray Serve, real vLLM in its own process, a memory in the store."""
 
 import asyncio
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from ray import serve
 
 from benchmarks.support.random_model import ensure_random_model
-from benchmarks.support.recall_engine import NAMESPACE, Reference, group, ray_of_its_own, store_slots
+from benchmarks.support.recall_engine import NAMESPACE, Reference, group, store_slots
 from cluster.config import EngineConfig
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
@@ -33,6 +31,7 @@ from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.recall.clues import ClueLines
 from memory_worker.recall.recaller import recaller_application
 from memory_worker.storage.store import MemoryStore
+from tests.support.waiting import until
 
 KEY = MemoryKey("tests", "book", "v000001-00000000")
 RECALL = RecallConfig(max_clue_tokens=96, max_clues=3)
@@ -94,22 +93,17 @@ class Deployed:
 
     async def idle(self) -> None:
         """Returns when neither the engine's front nor its worker knows of any request."""
-        until = time.monotonic() + 20
-        while True:
-            stats = await self.handle.stats.remote()
-            worker = await self.handle.worker_stats.remote()
-            if stats.requests == worker["requests"] == 0:
-                return
-            assert time.monotonic() < until, (stats, worker)
-            await asyncio.sleep(0.05)
+
+        async def knows_none() -> bool:
+            stats, worker = await self.handle.stats.remote(), await self.handle.worker_stats.remote()
+            return stats.requests == worker["requests"] == 0
+
+        await until(knows_none)
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    with ray_of_its_own():
-        serve.start(proxy_location="Disabled")
-        yield Deployed(tmp_path_factory.mktemp("recaller"))
-        serve.shutdown()
+def deployed(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return Deployed(tmp_path_factory.mktemp("recaller"))
 
 
 async def test_all_kinds_of_clues_come_as_transformers_would_write_them(deployed: Deployed) -> None:

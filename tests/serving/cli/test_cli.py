@@ -20,7 +20,7 @@ COMMANDS = ["up", "down", "status", "memorize", "ask", "summarize", "memories", 
 def memorag(*arguments: str | Path, storage: Path, **environment: str) -> subprocess.CompletedProcess:
     cleared = {k: v for k, v in os.environ.items() if not k.startswith("MEMORAG_")}
     environment = cleared | {"MEMORAG_STORAGE": str(storage), "COLUMNS": "200"} | environment
-    return subprocess.run([MEMORAG, *arguments], capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run([MEMORAG, *arguments], capture_output=True, text=True, env=environment)
 
 
 def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:

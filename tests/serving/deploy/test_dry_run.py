@@ -38,7 +38,7 @@ stop_ray(folder)
 def output() -> list[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, *profile_names()], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", BUILD, *profile_names()], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()

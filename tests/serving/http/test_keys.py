@@ -198,12 +198,12 @@ async def test_storage_that_hangs_does_not_stop_requests(
     authenticator = Authenticator(storage, "keys", 2.0, clock)
     key = keys.create("a")
     assert await status(authenticator, key) == "a"
-    monkeypatch.setattr(KeyFile, "entries", lambda file: (gate.wait(30), read(file))[1])
     keys_after_revoking = keys.create("b")
+    monkeypatch.setattr(KeyFile, "entries", lambda file: (gate.wait(), read(file))[1])
     clock.now += 10
     try:
         for _ in range(20):
-            assert await asyncio.wait_for(status(authenticator, key), 5) == "a"
+            assert await status(authenticator, key) == "a"  # or never, were it to wait for storage
             clock.now += 1
         assert caplog.text.count("storage does not answer") == 1
     finally:
