@@ -10,18 +10,18 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import Settings
+from cluster.errors import MessageError
 from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig
 from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import MemoryConfig
 from retrieval_worker.config import RetrievalConfig
-from serving.documents.convert import ConvertConfig
 
 _SHIPPED = Path(__file__).parent / "profiles"
 EMBEDDED = "embedded"  # the model name that stands for the language model made on first use
 
 
-class ProfileError(ValueError):
+class ProfileError(MessageError, ValueError):
     """A profile that cannot be used; the message says which key, why, and what would be valid."""
 
 
@@ -61,6 +61,14 @@ class RayConfig(Settings):
     object_store_bytes: int | None = Field(
         None, ge=80 * 2**20, description="object store of a local cluster; none takes Ray's default"
     )
+
+
+class ConvertConfig(Settings):
+    """What the conversion of one HTML, PDF or Word file may take; beyond it, the file is refused."""
+
+    seconds: float = Field(60.0, gt=0, description="seconds that converting one file may take, waiting included")
+    memory_bytes: int = Field(2 * 2**30, ge=2**29, description="bytes of address space that one converter may take")
+    characters: int = Field(20_000_000, gt=0, description="characters of text that one converted file may give")
 
 
 class LimitsConfig(Settings):

@@ -1,74 +1,46 @@
-"""Every failure as an RFC 9457 problem: which status, which title, and a detail that says what to do."""
+"""Every failure as an RFC 9457 problem: which status, and a detail that says what to do. And this room's own errors.
 
-import asyncio
+`problem_for` is the one place where an error becomes what a client sees of it. Light to import: the command line and
+the clients know these classes, too.
+"""
+
 import http
 import json
 import math
+from dataclasses import field
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-
-from cluster.errors import EngineFailed
-from cluster.storage.durable import DamagedFile, StorageFull, StorageGone
-from generator_worker import errors as generator_errors
-from memory_worker import errors as memory_errors
-from retrieval_worker import errors as retrieval_errors
-from serving.documents.convert import UnsupportedDocument
+from cluster.errors import ExpectedError, MessageError, cause_of
+from cluster.storage.durable import DamagedFile
 
 RETRY_AFTER_S = 5
-_UNAVAILABLE = (
-    RayActorError,
-    DeploymentUnavailableError,
-    BackPressureError,
-    asyncio.TimeoutError,
-    TimeoutError,
-)
-
-# The first class that matches gives the status. 422: the request is understood and cannot be done as it is.
-_STATUS: tuple[tuple[type[BaseException], int], ...] = (
-    (memory_errors.InvalidId, 422),
-    (memory_errors.MemoryNotFound, 404),
-    (memory_errors.MemoryExists, 409),
-    (memory_errors.MemoryNotReady, 409),
-    (memory_errors.WrongModel, 409),
-    (memory_errors.DocumentNotFound, 404),
-    (memory_errors.NoJob, 409),
-    (memory_errors.LastDocument, 409),
-    (memory_errors.VersionChanged, 412),
-    (memory_errors.JobUnderWay, 412),
-    (memory_errors.QueueFull, 429),
-    (memory_errors.QuotaExceeded, 429),
-    (memory_errors.QuestionTooLong, 422),
-    (memory_errors.MemoryTooLarge, 422),
-    (memory_errors.WindowTooLarge, 422),
-    (memory_errors.MixedMemories, 422),
-    (memory_errors.UnsupportedKind, 422),
-    (memory_errors.UnfitRatio, 422),
-    (memory_errors.EmptyDocument, 422),
-    (generator_errors.QuestionTooLong, 422),
-    (UnsupportedDocument, 422),
-    (generator_errors.GenerationFailed, 503),
-    (EngineFailed, 503),
-    (memory_errors.LostRank, 503),
-    (StorageFull, 507),
-    (StorageGone, 503),
-    (retrieval_errors.DamagedIndex, 500),
-    (DamagedFile, 500),
-)
 
 
-class ProblemError(Exception):
-    """A failure on its way to the client; crosses processes."""
+class UnsupportedDocument(MessageError, ValueError):
+    """This file cannot become text; the message says why and what to do."""
 
-    def __init__(self, status: int, detail: str, members: dict[str, Any] | None = None) -> None:
-        super().__init__(status, detail, members)
-        self.status = status
-        self.detail = detail
-        self.members = members or {}
+    status = 422
 
-    def __str__(self) -> str:
-        return self.detail
+
+class NotUtf8(UnsupportedDocument):
+    """A text file that is not UTF-8."""
+
+
+class NoText(UnsupportedDocument):
+    """A file that holds no text: empty, only white space, or pictures of pages."""
+
+
+class ConversionFailed(UnsupportedDocument):
+    """A file whose conversion took too much time or memory, gave too much text, or ended the converter."""
+
+
+class ProblemError(ExpectedError):
+    """What a client is told: one that arises where its status is known, or what `problem_for` made of another."""
+
+    status: int = field()  # without this, the base's would be its default
+    detail: str
+    members: dict[str, Any] = field(default_factory=dict)  # of the problem document beside the standard ones
+    template = "{detail}"
 
     def with_members(self, **members: Any) -> "ProblemError":
         """The same problem with extension members, such as the passages that were found."""
@@ -98,14 +70,13 @@ class ProblemError(Exception):
 
 
 def problem_for(error: BaseException) -> ProblemError:
-    """The problem that `error`, perhaps wrapped by Ray, is to a client."""
+    """The problem that `error`, perhaps wrapped by Ray, is to a client. A bug's words are for the log alone."""
     cause = cause_of(error)
     if isinstance(cause, ProblemError):
         return cause
-    for kind, status in _STATUS:
-        if isinstance(cause, kind):
-            return ProblemError(status, str(cause))
-    if isinstance(cause, _UNAVAILABLE):
+    if isinstance(cause, ExpectedError):
+        return ProblemError(cause.status, str(cause))
+    if is_unavailable(cause):
         return ProblemError(503, f"a part of the server is not available just now ({type(cause).__name__}); try again")
     return ProblemError(500, f"the server failed at this request ({type(cause).__name__}); its log says more")
 
@@ -117,22 +88,16 @@ def is_callers_fault(error: BaseException) -> bool:
 
 def is_unavailable(error: BaseException) -> bool:
     """Whether a process that died or is not there yet is to blame: the same call may succeed with its successor."""
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
     cause = cause_of(error)
-    return isinstance(cause, (*_UNAVAILABLE, EngineFailed, memory_errors.LostRank))
+    if isinstance(cause, ExpectedError):
+        return cause.passing
+    return isinstance(cause, RayActorError | DeploymentUnavailableError | BackPressureError | TimeoutError)
 
 
 def damaged_path(error: BaseException) -> str | None:
     """The stored file that is damaged, if that is what the error says."""
     cause = cause_of(error)
-    return cause.path if isinstance(cause, DamagedFile | retrieval_errors.DamagedIndex) else None
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What was raised, without the wrappings of Ray and of task groups."""
-    while True:
-        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-            error = error.cause
-        elif isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        else:
-            return error
+    return cause.path if isinstance(cause, DamagedFile) else None

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.errors import MessageError
+
 MemoryKind = Literal["beacon", "full", "gist"]
 GIST_WINDOW = 4096  # tokens that are condensed to one gist
 
 
-class PlanError(ValueError):
+class PlanError(MessageError, ValueError):
     """What is to be planned cannot be; the message says why and what to do."""
 
 

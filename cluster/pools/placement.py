@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.errors import MessageError
 from cluster.pools.pools import PoolConfig
 
 _ACCELERATOR = "accelerator_type:"  # the resource that Ray gives a node for its GPUs' type
 
 
-class PoolUnplaceable(RuntimeError):
+class PoolUnplaceable(MessageError):
     """A pool has no node to run on; the message says which, what is missing, and what the cluster has."""
 
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
+from cluster.errors import ExpectedError
 from cluster.storage.files import files_at
 
 _MAX_PATH_CHARACTERS = 1024
@@ -28,44 +29,34 @@ _COPY_BYTES = 1 << 20
 _TORN = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # being written, or left by a writer that died
 
 
-class DamagedFile(Exception):
+class DamagedFile(ExpectedError):
     """A stored file is missing, unreadable, has another size, or another digest than its record says."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        self.path = path
-        self.reason = reason
-        super().__init__(f"stored file {path!r} {reason}; restore it or memorize the document again")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (DamagedFile, (self.path, self.reason))
+    path: str
+    reason: str
+    template = "stored file {path!r} {reason}; restore it or memorize the document again"
 
 
-class StorageFull(OSError):
+class StorageFull(ExpectedError, OSError):
     """There is no room for what was to be written. What was stored before is as it was."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        super().__init__(errno.ENOSPC, f"the storage at {root} is full")
+    root: str
+    status = 507
+    template = "the storage at {root} is full: free space or delete memories; nothing that was stored is harmed"
 
-    def __str__(self) -> str:
-        return f"{self.strerror}: free space or delete memories; nothing that was stored is harmed"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (StorageFull, (self.root,))
+    def __post_init__(self) -> None:
+        self.errno = errno.ENOSPC
 
 
-class StorageGone(OSError):
+class StorageGone(ExpectedError, OSError):
     """The root itself is not there: not mounted, perhaps. That a file is missing then says nothing about the file."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        super().__init__(errno.ENODEV, f"the storage at {root} is not there")
+    root: str
+    status = 503
+    template = "the storage at {root} is not there: bring it back, and all goes on as before"
 
-    def __str__(self) -> str:
-        return f"{self.strerror}: bring it back, and all goes on as before"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (StorageGone, (self.root,))
+    def __post_init__(self) -> None:
+        self.errno = errno.ENODEV
 
 
 @dataclass(frozen=True, slots=True)

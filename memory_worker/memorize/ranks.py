@@ -6,6 +6,7 @@ long fails the group: rank 0 raises `LostRank`, all other ranks are ended, and t
 anew. What was done since a job's last checkpoint is done again.
 """
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -218,7 +219,7 @@ class _Team:
     def step(self, job: int, own: "Iterator[tuple[Part, ...]]") -> "tuple[Part, ...] | None":
         """The next group on all ranks; what it added, or none after the last. Raises `LostRank`."""
         if self.over:
-            raise LostRank(*self.over.args)
+            raise copy.copy(self.over)
         replies = [actor.step.remote(job) for actor in self._actors]
         try:
             parts = next(own, None)

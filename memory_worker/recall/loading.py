@@ -16,6 +16,7 @@ import ray
 import torch
 from torch import Tensor
 
+from cluster.errors import MessageError
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon.rope import Rope
 from memory_worker.models.fingerprint import KINDS, fingerprint_of
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _TAILS = 64  # groups whose last, partial block stays rotated: each question to them writes it again
 
 
-class LoadFailed(Exception):
+class LoadFailed(MessageError):
     """A group of segments cannot be put into the cache; the message says why."""
 
 

@@ -17,7 +17,7 @@ from ray.serve import Application
 from ray.serve.llm import LLMConfig
 
 from cluster.engine import EngineServer, engine_application
-from cluster.errors import EngineFailed
+from cluster.errors import EngineFailed, cause_of
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
 from cluster.routing import ReportsRank, route_by_memory
@@ -118,7 +118,7 @@ class Recaller(ReportsRank, EngineServer):
         try:
             return bool(await self._keeper.prefetch.remote(group))
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            raise cause_of(error) from None
 
     async def worker_stats(self) -> dict[str, float]:
         """From the engine's first worker: `memory_worker.recall.loading.LoadStats`, and the `requests` it works on."""
@@ -178,7 +178,7 @@ class Recaller(ReportsRank, EngineServer):
         try:
             memory: KeptMemory = await self._keeper.chunks.remote(group)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            raise cause_of(error) from None
         return memory
 
     def _salt(self, group: SegmentGroup) -> str:

@@ -8,9 +8,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.config import Settings
+from cluster.errors import MessageError
 
 
-class TrainingError(ValueError):
+class TrainingError(MessageError, ValueError):
     """A run that cannot be started or continued; the message says what to change."""
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.errors import MessageError
 from memory_worker.models.beacon.checkpoint import resolve
 from memory_worker.training.config import RunConfig, StageConfig
 from memory_worker.training.curve import write_curve
@@ -28,7 +29,7 @@ _SMOOTHING = 0.98  # of the accuracy that ends a stage: about 50 steps
 _CURVE_EVERY_S = 60.0
 
 
-class Stopped(Exception):
+class Stopped(MessageError):
     """The run was asked to stop; its last step is in a checkpoint."""
 
 

@@ -1,5 +1,7 @@
 """Many questions at once, on the cluster: `answer_all`, and what `memorag batch` does.
 
+from cluster.errors import MessageError
+from cluster.errors import MessageError
 from serving.batch import answer_all
 answer_all("questions.parquet", "answers/", concurrency=256)  # resumes where it stopped
 
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.errors import MessageError
 from serving.batch.progress import OnCount, counting
 from serving.deploy.attach import NotAttached, attached
 
@@ -27,7 +30,7 @@ _POLL_S = 0.5
 _SILENT_S = 120.0  # longer than an actor takes to be started again on a busy machine
 
 
-class BatchError(Exception):
+class BatchError(MessageError):
     """A run that could not be begun or brought to its end; the message says why and what to do."""
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from cluster.errors import ExpectedError
+
 if TYPE_CHECKING:
     from serving.client.client import Event
     from serving.deploy.doctor import Check
@@ -30,13 +32,6 @@ DEGRADED = {
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "ready": "green", "memorizing": "yellow", "failed": "red"}
 
 
-# Errors that say what to do, by name: the classes take long to import, and one that was raised is there anyway.
-_EXPECTED = {
-    "ExpectedError", "OSError", "MemoRAGError", "ProfileError", "DaemonError", "NotAttached", "BatchError",
-    "DatasetError", "EvaluationError", "PlanError", "TrainingError", "InvalidId", "KeyFileDamaged", "UnknownKey",
-}  # fmt: skip
-
-
 class Commands(TyperGroup):
     """A family of commands. An expected error in any of them is one message and exit code 1; a bug shows its stack."""
 
@@ -45,9 +40,7 @@ class Commands(TyperGroup):
         with out.interruptible("interrupted"):
             try:
                 return super().invoke(ctx)
-            except Exception as error:
-                if not _EXPECTED & {each.__name__ for each in type(error).__mro__}:
-                    raise
+            except (ExpectedError, OSError) as error:
                 out.error(str(error))
                 raise typer.Exit(1) from None
 

@@ -1,22 +1,22 @@
 """What the client raises, and reading it out of responses."""
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
 import httpx
 
+from cluster.errors import ExpectedError
 
-class MemoRAGError(Exception):
+
+class MemoRAGError(ExpectedError):
     """The server refused or failed; `status` is its HTTP status, 0 where there was no answer at all."""
 
-    def __init__(
-        self, detail: str, *, title: str = "", status: int = 0, problem: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.title = title
-        self.status = status
-        self.problem = dict(problem or {})  # the whole problem+json, for instance the passages already found
+    detail: str
+    title: str = ""
+    status: int = 0
+    problem: Mapping[str, Any] = field(default_factory=dict)  # the whole problem+json, as with the passages found
+    template = "{detail}"
 
 
 class ServerUnreachable(MemoRAGError):

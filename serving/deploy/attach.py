@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import MessageError
 
-class NotAttached(Exception):
+
+class NotAttached(MessageError):
     """There is no cluster to join; the message says why and what to do."""
 
 

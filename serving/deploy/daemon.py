@@ -26,6 +26,7 @@ from typing import Protocol
 
 import psutil
 
+from cluster.errors import MessageError
 from serving.deploy.traces import kill, remove_traces, shared_memory_of
 
 STARTED_BY = "memorag: "  # begins the log lines that `up` shows
@@ -34,7 +35,7 @@ _TICK_S = 0.2
 _NEXT_PROFILE = "profile.next"  # in the storage folder: what a reload takes up
 
 
-class DaemonError(Exception):
+class DaemonError(MessageError):
     """A server that could not be started or ended; the message says why and what to do."""
 
 

@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path, PurePath
 from typing import IO, Literal
 
-from pydantic import Field
-
-from cluster.config import Settings
+from serving.config import ConvertConfig
+from serving.errors import ConversionFailed, NoText, NotUtf8, UnsupportedDocument
 
 _PLAIN = {".txt", ".text", ".md", ".markdown"}
 _CONVERTED = {
@@ -31,31 +30,7 @@ _SAMPLE_CHARACTERS = 4000
 _SAMPLES = 3
 
 
-class ConvertConfig(Settings):
-    """What the conversion of one HTML, PDF or Word file may take; beyond it, the file is refused."""
-
-    seconds: float = Field(60.0, gt=0, description="seconds that converting one file may take, waiting included")
-    memory_bytes: int = Field(2 * 2**30, ge=2**29, description="bytes of address space that one converter may take")
-    characters: int = Field(20_000_000, gt=0, description="characters of text that one converted file may give")
-
-
 _DEFAULT_LIMITS = ConvertConfig()
-
-
-class UnsupportedDocument(ValueError):
-    """This file cannot become text; the message says why and what to do."""
-
-
-class NotUtf8(UnsupportedDocument):
-    """A text file that is not UTF-8."""
-
-
-class NoText(UnsupportedDocument):
-    """A file that holds no text: empty, only white space, or pictures of pages."""
-
-
-class ConversionFailed(UnsupportedDocument):
-    """A file whose conversion took too much time or memory, gave too much text, or ended the converter."""
 
 
 def read_document(name: str, data: bytes, limits: ConvertConfig = _DEFAULT_LIMITS) -> str:

@@ -15,8 +15,9 @@ from typing import IO, NamedTuple
 
 from cluster.storage.durable import Storage
 from memory_worker.storage.manifest import FileEntry, JobDocument
-from serving.documents.convert import ConvertConfig, NoText, NotUtf8, is_plain, read_document_file
-from serving.errors import ProblemError
+from serving.config import ConvertConfig
+from serving.documents.convert import is_plain, read_document_file
+from serving.errors import NoText, NotUtf8, ProblemError
 
 _PIECE_BYTES = 1 << 20
 _SAMPLE_CHARACTERS = 12_000

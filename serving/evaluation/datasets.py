@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.errors import MessageError
+
 Metric = Literal["f1", "rouge-l", "choice", "contains", "class"]
 Language = Literal["en", "zh"]
 Record = Mapping[str, Any]
@@ -29,7 +31,7 @@ _SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
 _CHOOSE = {"en": "Answer with the letter of the right choice.", "zh": "请只回答正确选项的字母。"}
 
 
-class DatasetError(Exception):
+class DatasetError(MessageError):
     """A file that holds no questions that can be asked; the message names it and says why."""
 
 

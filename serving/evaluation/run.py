@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import MessageError
 from serving.evaluation.datasets import Example
 from serving.evaluation.methods import Row
 
 
-class EvaluationError(Exception):
+class EvaluationError(MessageError):
     """A folder that cannot be used for this run; the message says why."""
 
 

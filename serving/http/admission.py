@@ -8,12 +8,9 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from memory_worker.catalog.quotas import QuotasConfig
-
-if TYPE_CHECKING:
-    from serving.errors import ProblemError
+from serving.errors import ProblemError
 
 PERMITS_VALID_S = 3.0
 _BATCHES_PER_MINUTE = 20  # a batch is then what one replica uses in PERMITS_VALID_S at the full rate
@@ -113,7 +110,5 @@ class InFlight:
         self.count -= 1
 
 
-def _too_many(detail: str, retry_after_s: float) -> "ProblemError":
-    from serving.errors import ProblemError  # here, because it imports Ray
-
+def _too_many(detail: str, retry_after_s: float) -> ProblemError:
     return ProblemError(429, detail, {"retry_after": max(1, math.ceil(retry_after_s))})

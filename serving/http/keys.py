@@ -15,17 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.errors import MessageError
 from cluster.storage.durable import Storage
 from cluster.storage.files import files_at
 from memory_worker.storage.manifest import now
 from memory_worker.storage.store import check_id
-
-if TYPE_CHECKING:
-    from serving.errors import ProblemError
+from serving.errors import ProblemError
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
@@ -55,11 +54,11 @@ class _Keys(_Frozen):
     keys: tuple[KeyEntry, ...] = ()
 
 
-class KeyFileDamaged(Exception):
+class KeyFileDamaged(MessageError):
     """`keys.json` is not what `memorag keys` wrote: nobody is let in until it is mended."""
 
 
-class UnknownKey(Exception):
+class UnknownKey(MessageError):
     """There is no key of this id."""
 
 
@@ -152,15 +151,15 @@ class Authenticator:
             return DEFAULT_TENANT
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise _problem(401, "this server wants an API key; send the header 'Authorization: Bearer KEY'")
+            raise ProblemError(401, "this server wants an API key; send the header 'Authorization: Bearer KEY'")
         entries = await self._get_known()
         if entries is None:
-            raise _problem(503, "the server cannot read its API keys just now; its operator finds why in its log")
+            raise ProblemError(503, "the server cannot read its API keys just now; its operator finds why in its log")
         matched = _KEY.fullmatch(key.strip())
         entry = entries.get(matched[1]) if matched else None
         same = hmac.compare_digest(_digest(key.strip()), entry.sha256 if entry else _NO_KEY)
         if entry is None or not same:
-            raise _problem(401, "this API key is unknown or was revoked; ask the server's operator for another")
+            raise ProblemError(401, "this API key is unknown or was revoked; ask the server's operator for another")
         return entry.tenant
 
     async def _get_known(self) -> dict[str, KeyEntry] | None:
@@ -200,9 +199,3 @@ def _new_id(taken: set[str]) -> str:
     while (id := secrets.token_hex(4)) in taken:
         pass
     return id
-
-
-def _problem(status: int, detail: str) -> "ProblemError":
-    from serving.errors import ProblemError  # here, because it imports Ray, and the command line does without
-
-    return ProblemError(status, detail)

@@ -14,6 +14,7 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
+from cluster.errors import cause_of
 from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import JobEnded
@@ -29,7 +30,7 @@ from memory_worker.messages import (
 from memory_worker.storage.manifest import DocumentEntry, FileEntry, JobDocument, Manifest, now
 from memory_worker.storage.store import passages_path
 from retrieval_worker.messages import DocumentText, IndexedDocument, IndexProgress, IndexRequest
-from serving.errors import cause_of, is_unavailable, problem_for
+from serving.errors import is_unavailable, problem_for
 from serving.router.usage_metrics import UsageMetrics
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id

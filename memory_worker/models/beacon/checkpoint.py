@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.errors import MessageError
 from memory_worker.models.beacon.rope import Rope, UnsupportedRope, rope_parameters
 
 FAMILIES = ("qwen2", "qwen3", "mistral", "llama")
@@ -25,7 +26,7 @@ _RECIPE = 1  # counts changes of how the same weights make a memory
 _INDIFFERENT = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
-class UnsupportedCheckpoint(ValueError):
+class UnsupportedCheckpoint(MessageError, ValueError):
     """The checkpoint is not one of a memory model that can be run here, or it is incomplete."""
 
 

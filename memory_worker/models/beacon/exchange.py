@@ -17,8 +17,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from cluster.errors import MessageError
 
-class ExchangeFailed(RuntimeError):
+
+class ExchangeFailed(MessageError):
     """A rank did not take part: it died, failed, or was silent for too long. The exchange is of no more use."""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from cluster.errors import MessageError
 from memory_worker.models.beacon import checkpoint
 from memory_worker.models.beacon.attention import attend
 from memory_worker.models.beacon.checkpoint import Layer, Shape, UnsupportedCheckpoint, Weights
@@ -30,7 +31,7 @@ RATIOS = (2, 4, 8, 16, 32)
 _GROUP_WINDOWS = {"cpu": 4, "cuda": 8}
 
 
-class UnsupportedRatio(ValueError):
+class UnsupportedRatio(MessageError, ValueError):
     """The ratio does not divide the model's window."""
 
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.errors import MessageError
+
 SCALINGS = ("default", "linear", "yarn", "llama3")
 # Model types that turn neighbours in a head together, as in the RoPE paper (arXiv 2104.09864); all others turn a place
 # in the first half with one in the second.
 INTERLEAVED = ("cohere", "ernie4_5", "glm", "glm4", "helium")
 
 
-class UnsupportedRope(ValueError):
+class UnsupportedRope(MessageError, ValueError):
     """The checkpoint's RoPE depends on the sequence's length, or rotates a part of a head where all is needed."""
 
 

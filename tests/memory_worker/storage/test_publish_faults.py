@@ -9,7 +9,7 @@ import pytest
 from benchmarks.support.stored_memories import store_memory
 from cluster.storage.durable import DamagedFile, StorageFull
 from memory_worker.catalog.restore import restore
-from memory_worker.errors import MemoryProblem
+from memory_worker.errors import MemoryNotFound
 from memory_worker.messages import MemoryKey, MemoryRecord
 from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore
@@ -75,7 +75,7 @@ def cases(tmp_path: Path, run, modes: tuple[Mode, ...] = tuple(Mode)):
     fresh()
     for fault in every_point(lambda: run(root), modes):
         fresh()
-        with fault.injected(), suppress(*fault.raised, MemoryProblem):
+        with fault.injected(), suppress(*fault.raised, MemoryNotFound):
             run(root)
         yield fault, root
 
@@ -117,7 +117,7 @@ def test_deleting_old_versions_never_harms_the_new_one(tmp_path: Path) -> None:
     for fault in every_point(lambda: collect(root)):
         shutil.rmtree(root)
         shutil.copytree(template, root)
-        with fault.injected(), suppress(*fault.raised, MemoryProblem):
+        with fault.injected(), suppress(*fault.raised, MemoryNotFound):
             collect(root)
         record = restored(root)
         assert record is not None and record.version == SECOND.version and record.manifest is not None, fault

@@ -9,17 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from serving.config import ConvertConfig
 from serving.documents import convert
-from serving.documents.convert import (
-    ConversionFailed,
-    ConvertConfig,
-    NoText,
-    NotUtf8,
-    UnsupportedDocument,
-    detect_language,
-    read_document,
-    read_document_file,
-)
+from serving.documents.convert import detect_language, read_document, read_document_file
+from serving.errors import ConversionFailed, NoText, NotUtf8, UnsupportedDocument
 from tests.support.documents import docx, pdf
 
 CHINESE = "城门在暴风雨之前被打开了两次。守门人记得每一个进来的人，也记得他们带来的消息。"

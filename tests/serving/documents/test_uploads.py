@@ -5,9 +5,9 @@ import io
 import pytest
 
 from cluster.storage.durable import Storage
-from serving.documents.convert import ConvertConfig, NoText, NotUtf8, UnsupportedDocument
+from serving.config import ConvertConfig
 from serving.documents.uploads import _PIECE_BYTES, document_id, store_file, store_text
-from serving.errors import ProblemError
+from serving.errors import NoText, NotUtf8, ProblemError, UnsupportedDocument
 
 LIMITS = ConvertConfig()
 PATH = "acme/book/v000001-00000001/source/a.txt"

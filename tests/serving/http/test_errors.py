@@ -1,15 +1,21 @@
 """Each failure is the right problem, whoever wrapped it on its way."""
 
+import copy
 import pickle
+from dataclasses import fields
 
 import pytest
+from ray import cloudpickle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.errors import EngineFailed
+from cluster.errors import EngineFailed, ExpectedError, MessageError, cause_of
 from cluster.storage.durable import DamagedFile, StorageFull, StorageGone
+from generator_worker import errors as generator_errors
 from memory_worker import errors as memory_errors
 from memory_worker.errors import DamagedMemory, MemoryNotFound, QuotaExceeded, VersionChanged
-from serving.errors import ProblemError, cause_of, damaged_path, is_callers_fault, is_unavailable, problem_for
+from retrieval_worker import errors as retrieval_errors
+from serving import errors as serving_errors
+from serving.errors import ProblemError, damaged_path, is_callers_fault, is_unavailable, problem_for
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -54,14 +60,36 @@ def test_the_status_of_every_failure(error: Exception, status: int) -> None:
     assert cause_of(wrapped(error)) is error
 
 
-@pytest.mark.parametrize("error", [e for e in vars(memory_errors).values() if isinstance(e, type)])
-def test_no_error_of_a_memory_is_unforeseen(error: type) -> None:
-    """Those that only a job meets are 500 to nobody: they become the memory's own error."""
-    of_jobs = {"MemoryProblem", "JobEnded", "LostRank", "WindowTooLarge", "MixedMemories"}
-    if issubclass(error, memory_errors.MemoryProblem) and error.__name__ not in of_jobs:
-        arguments = {"QueueFull": (3,), "QuotaExceeded": ("x", 1, 2), "MemoryTooLarge": ("m", 1, 2)}
-        count = error.__init__.__code__.co_argcount - 1
-        assert problem_for(error(*arguments.get(error.__name__, ("x",) * count))).status < 500
+OF_JOBS = {memory_errors.JobEnded, memory_errors.LostRank}  # 500 and 503 to nobody: the memory says that it failed
+ERRORS = [
+    error
+    for module in (memory_errors, generator_errors, retrieval_errors, serving_errors)
+    for error in vars(module).values()
+    if isinstance(error, type) and issubclass(error, ExpectedError) and error not in (ExpectedError, MessageError)
+]
+
+
+def made(error: type[ExpectedError]) -> ExpectedError:
+    """One with a value of its type for every field."""
+    values = {"str": "a value", "int": 7, "tuple[str, ...]": ("x", "y"), "tuple[int, ...]": (2, 4)}
+    types = {field.name: getattr(field.type, "__name__", field.type) for field in fields(error)}  # type: ignore[arg-type]
+    types |= {field.name: str(field.type) for field in fields(error) if "tuple" in str(field.type)}  # type: ignore[arg-type]
+    return error(*(values.get(kind) for kind in types.values()))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_error_crosses_processes_and_ray_with_all_its_fields(error: type[ExpectedError]) -> None:
+    before = made(error)
+    ours = pickle.loads(pickle.dumps(before))  # noqa: S301
+    rays = cause_of(cloudpickle.loads(cloudpickle.dumps(wrapped(before))))
+    for after in (ours, rays, copy.copy(before), cause_of(wrapped(before))):
+        assert type(after) is error and vars(after) == vars(before) and str(after) == str(before)
+        assert "{" not in str(after)
+
+
+@pytest.mark.parametrize("error", [e for e in vars(memory_errors).values() if e in ERRORS and e not in OF_JOBS])
+def test_no_error_of_a_memory_is_unforeseen(error: type[ExpectedError]) -> None:
+    assert problem_for(made(error)).status < 500 or issubclass(error, DamagedFile)
 
 
 def test_a_problem_crosses_processes_with_its_members() -> None:
