@@ -12,6 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.support.server import EXAMPLE, FIRST_ANSWER, FIRST_QUESTION, Server
+from tests.support.waiting import PATIENCE_S
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -22,7 +23,6 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,1200",
 ]  # fmt: skip
-WAIT_S = 120
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def page(server: Server, tmp_path: Path) -> Iterator[webdriver.Chrome]:
 
 
 def wait(page: webdriver.Chrome, condition):
-    return WebDriverWait(page, WAIT_S).until(condition)
+    return WebDriverWait(page, PATIENCE_S).until(condition)
 
 
 def choose(page: webdriver.Chrome, name: str) -> None:

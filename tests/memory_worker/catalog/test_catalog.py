@@ -1,7 +1,6 @@
 """The catalog gives a name to one job only, tells who waits, and may be killed at any moment."""
 
 import asyncio
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from memory_worker.messages import Job, MemoryKey, MemoryRecord
 from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore, source_path
 from tests.support.killed_actors import kill_and_await_restart
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -249,20 +249,18 @@ async def test_limits_of_queue_and_tenants(started: Any, store: MemoryStore) -> 
 
 
 async def test_old_versions_go_after_a_grace_and_never_under_a_reader(started: Any, store: MemoryStore) -> None:
-    memories = started(grace_s=2.0)
+    memories = started(grace_s=4.0)
     assert await memories.take.remote("runner", 0) is None  # whoever does jobs starts the collection too
     first = await make(memories, store, "book")
     second = await change(memories, store, "book", "two")
     third = (await memories.remove_document.remote("acme", "book", "one")).manifest
     manifest = store.read_manifest(first)
-    for _ in range(12):  # someone reads the first version for longer than the grace
+    for _ in range(18):  # someone reads the first version for longer than the grace
         await memories.hold.remote(first)
         for file in manifest.files:
             store.storage.read(file.stored)
         await asyncio.sleep(0.25)
-    async with asyncio.timeout(20):
-        while store.versions("acme", "book") != [third.version]:  # noqa: ASYNC110  another process deletes
-            await asyncio.sleep(0.1)
+    await asyncio.to_thread(wait_until, lambda: store.versions("acme", "book") == [third.version])
     read = await memories.read.remote("acme", "book")
     assert read == third
     for file in read.files:
@@ -449,10 +447,8 @@ async def test_what_a_worker_writes_after_its_memory_is_deleted_is_collected(
     await memories.delete.remote("acme", "book")
     late = tmp_path / store.write_source(key, "one", "its Memorizer does not know yet").path
     assert late.exists()
-    deadline = time.monotonic() + 20
-    while late.exists() and time.monotonic() < deadline:
+    while late.exists():
         assert await memories.take.remote("runner", 0.1) is None
-    assert not late.exists()
 
 
 async def test_a_damaged_memory_does_not_stop_the_others(memories: Any, store: MemoryStore, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +64,7 @@ class Kept:
 
     def chunks(self, group: SegmentGroup | Manifest) -> KeptMemory:
         group = whole(group) if isinstance(group, Manifest) else group
-        return ray.get(self.actor.chunks.remote(group), timeout=60)
+        return ray.get(self.actor.chunks.remote(group))
 
     def stats(self) -> KeeperStats:
         return ray.get(self.actor.stats.remote())
@@ -297,11 +296,9 @@ def test_a_memory_whose_storage_hangs_holds_up_no_other(kept: Any, store: Memory
         for first in range(40)
     ]
     assert ray.wait(asked, timeout=2)[0] == []
-    began = time.monotonic()
     for _ in range(20):
         assert torch.equal(slots_of(keeper.chunks(ready_manifest)), expected((40, 1)))
     assert torch.equal(slots_of(keeper.chunks(cold_manifest)), expected((30, 2)))
-    assert time.monotonic() - began < 5
     assert ray.wait(asked, timeout=0)[0] == []
 
 
@@ -317,7 +314,7 @@ def test_a_node_that_is_lost_takes_no_memory_with_it(
     with pytest.raises(ray.exceptions.RayError):
         lost.chunks(manifest)
     with pytest.raises(ray.exceptions.RayError):
-        ray.get(list(memory.chunks), timeout=60)
+        ray.get(list(memory.chunks))
     for node in (0, 1):
         keeper = kept(node=node)
         assert torch.equal(slots_of(keeper.chunks(manifest)), expected((40, 1), (20, 2)))
@@ -382,9 +379,8 @@ async def test_a_caller_who_gives_up_leaves_the_load_to_the_others(store: Memory
     manifest = store_memory(store, store.new_version("acme", "book"), {"one": (4000, 1)})
     keeper = MemoryKeeper(store.storage.root, 2**20)
     first, second = (asyncio.create_task(keeper.chunks(whole(manifest))) for _ in range(2))
-    async with asyncio.timeout(10):
-        while not keeper._loading:  # noqa: ASYNC110  what is waited for is private to the keeper
-            await asyncio.sleep(0)
+    while not keeper._loading:  # noqa: ASYNC110  what is waited for is private to the keeper
+        await asyncio.sleep(0)
     first.cancel()
     assert (await second).total_slots == 4005
     assert first.cancelled() and (await keeper.stats()).loads == 2

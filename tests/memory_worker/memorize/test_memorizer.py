@@ -150,9 +150,7 @@ async def test_a_job_that_is_given_up_stops_and_leaves_no_half_segment(
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
-    began = time.monotonic()
     await finished(memorizer, request_for(store, {"next": TEXTS["note"]}))
-    assert time.monotonic() - began < 10
     left = files_of(store, request.key) - before
     assert not any(name.endswith(".tmp") for name in left)
     written = json.loads(store.storage.read_unverified(checkpoint_path(request.key)).to_pybytes())["segments"]
@@ -256,13 +254,15 @@ async def test_a_large_text_does_not_hold_up_the_others(memorizer: Memorizer, st
     request = request_for(store, {"large": TEXTS["sea"] * 240})  # 1 MB
     steps = memorizer.memorize(request)
     reading = asyncio.create_task(anext(steps))
-    longest, last = 0.0, time.monotonic()
+    began = last = time.monotonic()
+    longest = 0.0
     while not reading.done():
         await asyncio.sleep(0.005)
         longest, last = max(longest, time.monotonic() - last), time.monotonic()
     assert (await reading).total_tokens > 200_000
+    took = last - began
     await steps.aclose()
-    assert longest < 0.5
+    assert longest < took / 3, "the loop waited for much of the reading"
 
 
 @pytest.mark.parametrize("text", ["", "short", "line\n" * 50_000, "word " * 50_000, "字" * 250_000])

@@ -199,7 +199,7 @@ async def test_a_slow_call_for_one_tenant_does_not_hold_another() -> None:
 
     admission = Admission(QuotasConfig(default=Quota(requests_per_minute=60)), grant)
     slow = asyncio.create_task(admission.admit("slow"))
-    await asyncio.wait_for(admission.admit("quick"), 5)
+    await admission.admit("quick")
     assert not slow.done()
     gate.set()
     await slow

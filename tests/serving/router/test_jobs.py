@@ -100,9 +100,8 @@ async def done(catalog: Catalog, memorizer: Memorizer, retriever: Retriever) -> 
 
     mine = Jobs(Handle(catalog), settings, Handle(memorizer), Handle(retriever), on_ready)
     working = asyncio.create_task(mine.run_forever())
-    async with asyncio.timeout(20):
-        await catalog.done.wait()
-        await asyncio.gather(*mine._running)
+    await catalog.done.wait()
+    await asyncio.gather(*mine._running)
     working.cancel()
     assert ready == catalog.published
 
