@@ -8,11 +8,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Tests that start Ray, engines or servers: two groups, each run by one worker, one test after another. What a group
 # starts is started once and shared by all its modules; all other tests run beside them.
-_ON_THE_SERVER = (
+ON_THE_SERVER = (
     "tests/memory_worker/keeper/test_keeper.py",  # has a Ray of two nodes, and a process is connected to one
     "tests/system/",
 )
-_ON_RAY = (
+ON_RAY = (
     "tests/cluster/test_deploy.py",
     "tests/cluster/test_engine.py",
     "tests/cluster/test_routing.py",
@@ -36,9 +36,9 @@ class Groups(LoadScopeScheduling):
     """Of the tests that are in neither group each module is one, so that its fixtures are made once."""
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(_ON_THE_SERVER):
+        if nodeid.startswith(ON_THE_SERVER):
             return "server"
-        return "ray" if nodeid.startswith(_ON_RAY) else nodeid.partition("::")[0]
+        return "ray" if nodeid.startswith(ON_RAY) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The two groups come first, so that both workers begin with one; a server whose API keys are on comes last."""
 
     def rank(item: pytest.Item) -> tuple[int, bool]:
-        group = 0 if item.nodeid.startswith(_ON_THE_SERVER) else 1 if item.nodeid.startswith(_ON_RAY) else 2
+        group = 0 if item.nodeid.startswith(ON_THE_SERVER) else 1 if item.nodeid.startswith(ON_RAY) else 2
         return group, "keyed" in getattr(item, "fixturenames", ())
 
     items.sort(key=rank)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("cluster", "memory_worker", "retrieval_worker", "generator_worker", "serving")
 MAY_IMPORT = {
@@ -133,10 +135,21 @@ def test_no_arrow_runs_back_up(room):
 
 def test_no_test_imports_a_test_and_nothing_else_imports_tests():
     for name, file in modules("tests").items():
-        tests = [each for each in imported(file) if each.startswith("tests.") and not each.startswith("tests.support")]
+        tests = {each for each in imported(file) if each.startswith("tests.") and not each.startswith("tests.support")}
+        tests -= {"tests.conftest"} if file == Path(__file__) else set()
         assert not tests, f"{name} imports {tests}: what tests share stands in tests/support/"
     for name, file in modules(*ROOMS, "benchmarks", "examples", "docs").items():
         assert not [each for each in imported(file) if each.split(".")[0] == "tests"], f"{name} imports tests"
+
+
+def test_what_starts_ray_or_a_server_is_in_a_group():
+    """Two modules that each start one, on two workers, would be two too many for the machine."""
+    starts = ("local_ray", "own_ray(", "seen_by(", "Cluster(", "server: Server", "start_ray")
+    for name, file in modules("tests").items():
+        if name.rpartition(".")[2].startswith("test_") and name != __name__:
+            text = file.read_text(encoding="utf-8")
+            grouped = str(file.relative_to(ROOT)).startswith((*conftest.ON_RAY, *conftest.ON_THE_SERVER))
+            assert grouped or not any(words in text for words in starts), f"tests/conftest.py has no group for {name}"
 
 
 def test_no_module_is_called_utils():

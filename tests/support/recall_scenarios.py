@@ -1,6 +1,7 @@
 """Runs real engines over real memories in a process of its own and prints, as JSON, what was seen.
 
-`test_connector_parity.py` runs it and says what is right: `python -m tests.support.recall_scenarios FOLDER`.
+`test_connector_parity.py` runs it and says what is right: `python -m tests.support.recall_scenarios FOLDER [long]`.
+Each engine takes a while to start: with `long` those run that only `make test-long` has.
 """
 
 import copy
@@ -42,7 +43,7 @@ SLOTS = {"aligned": 256, "unaligned": 250, "block-and-one": 33, "small": 20}
 HEAD = 7
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, long: bool) -> None:
     chance = random.Random(5)
     store = MemoryStore(str(folder / "store"))
     embedded = ensure_random_model(folder)
@@ -59,36 +60,45 @@ def main(folder: Path) -> None:
         right = [reference.continued(copy.deepcopy(caches[name]), q, NEW_TOKENS) for name, q in ask]
         requests = [request(stored(name), question, NEW_TOKENS) for name, question in ask]
 
-        with engine(embedded, connector_config(store), block_size=BLOCK) as llm:
-            answers = recalled(llm, requests)
-            seen["concurrent"] = {"right": same(answers, right), "loads": worker(llm)}
-            answers = recalled(llm, requests)
-            seen["warm"] = {"right": same(answers, right), "loads": worker(llm)}
-            seen["twins"] = twins(llm, reference, caches, questions[0])
-            seen["composed"] = composed(llm, reference, memories, questions)
-            seen["unsalted"] = recalled(llm, [request(stored("small"), questions[0], 4, salt=False)])
-            seen["failures"] = failures(llm, store, requests, right)
-        # 24 blocks hold 768 tokens: too few for all memories and questions at once.
-        tight = {"block_size": BLOCK, "num_gpu_blocks_override": 24, "max_model_len": 512, "disable_log_stats": False}
-        with engine(embedded, connector_config(store), **tight) as llm:
-            answers = [recalled(llm, requests) for _ in range(2)]
-            seen["tight"] = {
-                "right": [same(a, right) for a in answers],
-                "preempted": preemptions(llm),
-                "loads": worker(llm),
+        if long:
+            with engine(embedded, connector_config(store), dtype="bfloat16") as llm:
+                seen["bfloat16"] = {"answered": sum(len(a) == NEW_TOKENS for a in recalled(llm, requests[:4]))}
+            with engine(embedded, connector_config(store), tensor_parallel_size=2) as llm:
+                answers = recalled(llm, requests[:8])
+                seen["tensor_parallel"] = {
+                    "right": same(answers, right[:8]),
+                    "fetched": [stats["fetched"] for stats in llm.collective_rpc("recall_stats")],
+                }
+            with engine(embedded, connector_config(store, fingerprint="0" * 64)) as llm:
+                seen["other_model"] = recalled(llm, requests[:2])
+        else:
+            with engine(embedded, connector_config(store), block_size=BLOCK) as llm:
+                answers = recalled(llm, requests)
+                seen["concurrent"] = {"right": same(answers, right), "loads": worker(llm)}
+                answers = recalled(llm, requests)
+                seen["warm"] = {"right": same(answers, right), "loads": worker(llm)}
+                seen["twins"] = twins(llm, reference, caches, questions[0])
+                seen["composed"] = composed(llm, reference, memories, questions)
+                seen["unsalted"] = recalled(llm, [request(stored("small"), questions[0], 4, salt=False)])
+                seen["failures"] = failures(llm, store, requests, right)
+            # 24 blocks hold 768 tokens: too few for all memories and questions at once.
+            tight = {
+                "block_size": BLOCK,
+                "num_gpu_blocks_override": 24,
+                "max_model_len": 512,
+                "disable_log_stats": False,
             }
-        with engine(embedded, connector_config(store), dtype="bfloat16") as llm:
-            seen["bfloat16"] = {"answered": sum(len(a) == NEW_TOKENS for a in recalled(llm, requests[:4]))}
-        with engine(embedded, connector_config(store), tensor_parallel_size=2) as llm:
-            answers = recalled(llm, requests[:8])
-            seen["tensor_parallel"] = {
-                "right": same(answers, right[:8]),
-                "fetched": [stats["fetched"] for stats in llm.collective_rpc("recall_stats")],
-            }
-        with engine(embedded, connector_config(store, fingerprint="0" * 64)) as llm:
-            seen["other_model"] = recalled(llm, requests[:2])
+            with engine(embedded, connector_config(store), **tight) as llm:
+                answers = [recalled(llm, requests) for _ in range(2)]
+                seen["tight"] = {
+                    "right": [same(a, right) for a in answers],
+                    "preempted": preemptions(llm),
+                    "loads": worker(llm),
+                }
         if GOLDENS.exists():
-            seen["goldens"] = {path.name: goldens(path, store) for path in sorted(GOLDENS.iterdir())}
+            folders = sorted(GOLDENS.iterdir())
+            folders = folders[1:] if long else folders[:1]
+            seen["goldens"] = {path.name: goldens(path, store) for path in folders}
     print("SEEN", json.dumps(seen))
 
 
@@ -201,4 +211,4 @@ def goldens(folder: Path, store: MemoryStore) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["long"])

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -25,19 +24,26 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def page(server: Server, tmp_path: Path) -> Iterator[webdriver.Chrome]:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'browser'}"]:
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
-        driver.get(server.url)
         yield driver
     finally:
         driver.quit()
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome, server: Server) -> webdriver.Chrome:
+    """The page, opened anew."""
+    browser.get("about:blank")  # else only its fragment might change
+    browser.get(server.url)
+    return browser
 
 
 def wait(page: webdriver.Chrome, condition):

@@ -16,6 +16,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return seen_by("recall_scenarios", tmp_path_factory.mktemp("recall"))
 
 
+@pytest.fixture(scope="module")
+def seen_long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """With engines that the others have no need of."""
+    return seen_by("recall_scenarios", tmp_path_factory.mktemp("long"), "long")
+
+
 def test_questions_to_four_memories_at_once_are_answered_as_by_transformers(seen) -> None:
     assert seen["concurrent"]["right"] == QUESTIONS
 
@@ -52,8 +58,9 @@ def test_a_load_that_fails_fails_its_own_request_only_and_can_be_tried_again(see
     assert seen["failures"] == {"answers": ["error"] * 7, "others": QUESTIONS, "retried": 4}
 
 
-def test_a_memory_of_another_model_is_refused(seen) -> None:
-    assert seen["other_model"] == ["error", "error"]
+@pytest.mark.long
+def test_a_memory_of_another_model_is_refused(seen_long) -> None:
+    assert seen_long["other_model"] == ["error", "error"]
 
 
 def test_a_cache_too_small_for_all_evicts_preempts_and_stays_right(seen) -> None:
@@ -63,18 +70,25 @@ def test_a_cache_too_small_for_all_evicts_preempts_and_stays_right(seen) -> None
     assert tight["loads"]["fetched"] > 4  # blocks were evicted and loaded again
 
 
-def test_tensor_parallel_ranks_load_their_own_heads(seen) -> None:
-    assert seen["tensor_parallel"] == {"right": 8, "fetched": [4, 4]}
+@pytest.mark.long
+def test_tensor_parallel_ranks_load_their_own_heads(seen_long) -> None:
+    assert seen_long["tensor_parallel"] == {"right": 8, "fetched": [4, 4]}
 
 
-def test_a_memory_of_another_dtype_than_the_cache_is_cast(seen) -> None:
-    assert seen["bfloat16"]["answered"] == 4
+@pytest.mark.long
+def test_a_memory_of_another_dtype_than_the_cache_is_cast(seen_long) -> None:
+    assert seen_long["bfloat16"]["answered"] == 4
 
 
 @pytest.mark.skipif(not (SHARED / "goldens").exists(), reason="the reference tensors lie beside the checkout")
-def test_the_reference_implementations_memories_continue_as_they_did_there(seen) -> None:
+@pytest.mark.parametrize("which", ["seen", pytest.param("seen_long", marks=pytest.mark.long)])
+def test_the_reference_implementations_memories_continue_as_they_did_there(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    """The first model's in the short form, those of the others in the long one."""
+    found = request.getfixturevalue(which)["goldens"]
     folders = [path.name for path in sorted((SHARED / "goldens").iterdir())]
-    assert sorted(seen["goldens"]) == folders
-    for cases in seen["goldens"].values():
+    assert sorted(found) == (folders[:1] if which == "seen" else folders[1:])
+    for cases in found.values():
         assert len(cases) >= 2
-        assert all(cases.values()), seen["goldens"]
+        assert all(cases.values()), found
