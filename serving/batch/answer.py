@@ -1,7 +1,5 @@
 """Many questions at once, on the cluster: `answer_all`, and what `memorag batch` does.
 
-from cluster.errors import MessageError
-from cluster.errors import MessageError
 from serving.batch import answer_all
 answer_all("questions.parquet", "answers/", concurrency=256)  # resumes where it stopped
 
@@ -14,11 +12,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cluster.errors import MessageError
+from serving.batch.job import BatchError, BatchJob, BatchReport, locate
 from serving.batch.progress import OnCount, counting
 from serving.deploy.attach import NotAttached, attached
 
@@ -28,53 +25,6 @@ if TYPE_CHECKING:
 _NAMESPACE = "memorag-batch"
 _POLL_S = 0.5
 _SILENT_S = 120.0  # longer than an actor takes to be started again on a busy machine
-
-
-class BatchError(MessageError):
-    """A run that could not be begun or brought to its end; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchJob:
-    """What a run does: one output folder has one at a time."""
-
-    questions: str  # file, folder or URI
-    output: str  # folder or URI
-    tenant: str
-    concurrency: int  # questions in flight at most
-    grouped: bool  # whether questions on one memory are asked together
-    rows_per_part: int
-    patience_s: float
-    caller: str  # a name of the call that began it
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """How far a run is; the last one is its summary. Counts are of questions."""
-
-    state: Literal["reading", "asking", "done", "stopped", "failed"] = "reading"
-    total: int = 0
-    already: int = 0  # recorded before this run, or the same row once more
-    answered: int = 0  # recorded by this run, with an answer
-    failed: int = 0  # recorded by this run, with an error
-    errors: dict[str, int] = field(default_factory=dict)  # the failed, by status and title
-    begun: int = 0  # how many answers the Routers began for this folder, as far as they remember; known at the end
-    parts: int = 0  # files in the output folder
-    ignored: tuple[str, ...] = ()  # columns that are no part of a question
-    seconds: float = 0.0  # since asking began
-    error: str | None = None  # why the run failed
-
-    @property
-    def ended(self) -> bool:
-        return self.state in ("done", "stopped", "failed")
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"questions_per_second": self.rate}
-
-    @property
-    def rate(self) -> float:
-        """Questions per second."""
-        return (self.answered + self.failed) / self.seconds if self.seconds else 0.0
 
 
 def answer_all(
@@ -201,8 +151,3 @@ def _connected(storage: str | Path | None, address: str | None) -> Iterator[None
             yield
     except NotAttached as error:
         raise BatchError(str(error)) from None
-
-
-def locate(place: str | Path) -> str:
-    """A URI as it is, a path as an absolute one."""
-    return place if isinstance(place, str) and "://" in place else str(Path(place).expanduser().resolve())

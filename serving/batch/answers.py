@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster.storage.durable import Storage
 from serving import api
-from serving.batch.answer import BatchError
+from serving.batch.job import BatchError
 from serving.batch.questions import SCHEMA as QUESTIONS
 from serving.batch.questions import BatchQuestion, questions_in
 from serving.errors import ProblemError

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from cluster.storage.durable import Storage
 from cluster.storage.files import files_at
-from serving.batch.answer import BatchError, locate
+from serving.batch.job import BatchError, locate
 
 if TYPE_CHECKING:
     from ray.data import Dataset

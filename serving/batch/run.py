@@ -21,8 +21,8 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import cause_of
 from serving import api
-from serving.batch.answer import BatchError, BatchJob, BatchReport
 from serving.batch.answers import Answers, make_answer_row, make_failure_row
+from serving.batch.job import BatchError, BatchJob, BatchReport
 from serving.batch.questions import BatchQuestion, Questions
 from serving.errors import ProblemError, problem_for
 

@@ -13,7 +13,7 @@ from serving.cli.show import Output
 
 if TYPE_CHECKING:
     from cluster.planning.costs import MemoryKind
-    from serving.batch.answer import BatchReport
+    from serving.batch.job import BatchReport
     from serving.client.client import MemoRAG
 
 _SHOWN_FAILURES = 20

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from serving import api
-from serving.batch.answer import BatchError, BatchReport
 from serving.batch.answers import ANSWERS, Answers, make_answer_row, make_failure_row
+from serving.batch.job import BatchError, BatchReport
 from serving.batch.memorize import memory_id
 from serving.batch.progress import Rate
 from serving.batch.questions import BatchQuestion, _check_columns, _conform, questions_in, questions_of
