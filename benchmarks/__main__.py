@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import cell
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 TARGETS = {
@@ -55,20 +57,14 @@ def page() -> str:
         lines += ["", f"## {name}", "", about, "", f"`python -m benchmarks.{name}` on {result['machine']}", ""]
         lines += _table(result["rows"])
         lines += ["", "| ratio | measured | target |", "|---|---|---|"]
-        lines += [f"| `{key}` | {_cell(value)} | {targets.get(key, '')} |" for key, value in result["ratios"].items()]
+        lines += [f"| `{key}` | {cell(value)} | {targets.get(key, '')} |" for key, value in result["ratios"].items()]
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return head + ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return head + ["| " + " | ".join(cell(row.get(column, "")) for column in columns) + " |" for row in rows]
 
 
 def main() -> None:

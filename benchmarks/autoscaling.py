@@ -8,11 +8,8 @@ more of them answer no faster: what is shown is that the policy follows the load
 replicas come and go.
 """
 
-import argparse
 import asyncio
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,14 +18,15 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
+from benchmarks.support.town import memorize_town
 from cluster.pools.pools import ScalingConfig
 from serving.config import Profile, load_profile
-from serving.deploy.app import APPLICATION, deploy
+from serving.deploy.app import APPLICATION
+from serving.deploy.temporary import measure_on_server
 
 PHASES = ((1, 45.0), (24, 240.0), (1, 210.0))  # clients, seconds
 EVERY_S = 3.0
-EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
 MOST = {"Embedder": 3, "Retriever": 3, "Router": 3, "Ingress": 3, "Generator": 2}
 
 
@@ -97,14 +95,11 @@ async def watch(began: float, seen: Seen) -> None:
 async def run(address: str) -> Seen:
     seen = Seen()
     async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(600)) as http:
-        await http.post("/v1/memories", json={"id": "town", "documents": [{"text": EXAMPLE.read_text()}]})
-        async with http.get("/v1/memories/town/events") as events:
-            if "event: ready" not in await events.text():
-                raise RuntimeError("the example could not be memorized")
+        await memorize_town(http)
         began = time.monotonic()
         watching = asyncio.create_task(watch(began, seen))
         for number, seconds in PHASES:
-            print(f"{number} clients for {seconds:.0f} s …", file=sys.stderr)
+            say(f"{number} clients for {seconds:.0f} s")
             await clients(http, number, seconds, began, seen)
         watching.cancel()
     return seen
@@ -158,20 +153,10 @@ def plot(seen: Seen, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="SVG file of replicas and latencies over time")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as storage:
-        server = deploy(settings(), storage, "127.0.0.1", 0)
-
-        async def measure() -> Seen:
-            try:
-                return await run(server.address)
-            finally:
-                server.stop()
-
-        seen = asyncio.run(measure())
+    seen = measure_on_server(settings(), lambda address, _: run(address))
     rows, ratios = rows_of(seen)
     report("autoscaling", rows, ratios, arguments.json)
     if arguments.plot:

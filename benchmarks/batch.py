@@ -16,8 +16,6 @@ import argparse
 import asyncio
 import os
 import random
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -26,13 +24,13 @@ from typing import Any
 import aiohttp
 import pyarrow as pa
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
 from examples.chronicles import document
 from serving.batch.answer import answer_all
 from serving.batch.progress import OnCount, counting
 from serving.client.client import MemoRAG
 from serving.config import load_profile
-from serving.deploy.app import deploy
+from serving.deploy.temporary import measure_on_server
 
 CLIENTS = 16
 WAYS = ("HTTP, 16 clients", "batch, not grouped", "batch")
@@ -42,33 +40,32 @@ CHRONICLE = document(7, 150, "test")  # what the embedded model can be asked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--questions", type=int, default=384, help="asked in each way")
     parser.add_argument("--memories", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of each memory's text, about")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as storage:
-        _say("starting a server")
-        server = deploy(load_profile("embedded"), storage, "127.0.0.1", 0)
-        try:
-            slots = _memorize(server.address, arguments.memories, arguments.tokens, Path(storage))
-            rows = [_row(way, arguments, slots, server.address, Path(storage)) for way in WAYS]
-        finally:
-            server.stop()
-    http, ungrouped, grouped = rows
+    say("starting a server")
+    http, ungrouped, grouped = measure_on_server(
+        load_profile("embedded"), lambda address, storage: asyncio.to_thread(_rows, arguments, address, Path(storage))
+    )
     ratios = {
         "over_http": http["asking (s)"] / grouped["asking (s)"],
         "over_ungrouped": ungrouped["asking (s)"] / grouped["asking (s)"],
         "whole_call_over_http": http["seconds"] / grouped["seconds"],
         "whole_call_over_ungrouped": ungrouped["seconds"] / grouped["seconds"],
     }
-    report("batch", rows, ratios, arguments.json)
+    report("batch", [http, ungrouped, grouped], ratios, arguments.json)
+
+
+def _rows(arguments: argparse.Namespace, address: str, folder: Path) -> list[dict[str, Any]]:
+    slots = _memorize(address, arguments.memories, arguments.tokens, folder)
+    return [_row(way, arguments, slots, address, folder) for way in WAYS]
 
 
 def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, folder: Path) -> dict[str, Any]:
     table = _questions(arguments.questions, arguments.memories, way)
-    _say(way)
+    say(way)
     began = time.perf_counter()
     asking = None
     if way == WAYS[0]:
@@ -81,7 +78,7 @@ def _row(way: str, arguments: argparse.Namespace, slots: int, address: str, fold
         asking = done.seconds
     seconds = time.perf_counter() - began
     rate = arguments.questions / (asking or seconds)
-    _say(f"{way} took {seconds:.0f} s, {rate:.2f} questions/s; next")
+    say(f"{way} took {seconds:.0f} s, {rate:.2f} questions/s; next")
     return {
         "way": way,
         "questions": arguments.questions,
@@ -98,7 +95,7 @@ def _memorize(address: str, count: int, tokens: int, folder: Path) -> int:
     """Makes one memory, and the others of its archive; returns its slots."""
     text = CHRONICLE["text"] + "\n"
     with MemoRAG(address) as client:
-        _say("memorizing one text")
+        say("memorizing one text")
         client.memorize(text=text[:4000], id="probe", ratio=RATIO, progress=False)
         per_character = client.memory("probe").info["tokens"] / 4000
         characters = int(tokens / per_character)
@@ -106,7 +103,7 @@ def _memorize(address: str, count: int, tokens: int, folder: Path) -> int:
         first = client.memorize(text=text, id="memory-0", ratio=RATIO, progress=False)
         archive = folder / "memory.tar"
         first.export(archive)
-        _say(f"importing it {count - 1} times")
+        say(f"importing it {count - 1} times")
         for n in range(1, count):
             client.import_archive(archive, f"memory-{n}")
         return int(first.info["slots"])
@@ -148,10 +145,6 @@ async def _over_http(address: str, questions: list[dict[str, Any]]) -> None:
         async with aiohttp.ClientSession(address, timeout=timeout) as http, asyncio.TaskGroup() as group:
             for _ in range(CLIENTS):
                 group.create_task(client(http, count))
-
-
-def _say(line: str) -> None:
-    print(f"{line} …", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

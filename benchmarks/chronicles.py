@@ -16,25 +16,21 @@ shares as far as there are, are asked with the tasks `memorag`, `rag` and `memor
 Every answer's `degraded` says `embedded-model`: these chronicles are what that model knows.
 """
 
-import argparse
 import asyncio
 import json
 import random
-import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
 from examples.chronicles import KINDS, document
 from serving.client.client import Answer, MemoRAG, Memory
 from serving.config import load_profile
-from serving.deploy.app import deploy
+from serving.deploy.temporary import measure_on_server
 from serving.evaluation.datasets import Example
 from serving.evaluation.recall import Found, evidence_recall, rank_passages
 from serving.evaluation.scores import exact
@@ -48,28 +44,21 @@ Values = dict[str, list[float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seed", type=int, default=2026, help="of the first chronicle; the others follow")
     parser.add_argument("--chronicles", type=int, default=3)
     parser.add_argument("--facts", type=int, default=150, help="of each chronicle; 150 are about 2,000 words")
     parser.add_argument("--questions", type=int, default=48, help="on each chronicle")
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS, help="the first gives the figures")
     parser.add_argument("--profile", default="embedded")
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
     arguments = parser.parse_args()
     documents = [document(arguments.seed + number, arguments.facts, "test") for number in range(arguments.chronicles)]
     asked = [choose_questions(each["questions"], arguments.questions, arguments.seed) for each in documents]
-    with tempfile.TemporaryDirectory() as storage:
-        _say("starting a server")
-        server = deploy(load_profile(arguments.profile), storage, "127.0.0.1", 0)
-
-        async def measure() -> list[dict[str, Any]]:
-            try:
-                return await asyncio.to_thread(_rows, server.address, documents, asked, arguments.ratios)
-            finally:
-                server.stop()
-
-        rows = asyncio.run(measure())
+    say("starting a server")
+    rows = measure_on_server(
+        load_profile(arguments.profile),
+        lambda address, _: asyncio.to_thread(_rows, address, documents, asked, arguments.ratios),
+    )
     figures = figures_of(rows[0])
     report("chronicles", rows, flat(figures), arguments.json)
     if arguments.json:
@@ -98,7 +87,7 @@ def _rows(
             values: Values = defaultdict(list)
             empty = client.memorize(text=EMPTY * 40, id=f"empty-{ratio}", ratio=ratio, progress=False)
             for number, (each, questions) in enumerate(zip(documents, asked, strict=True), 1):
-                _say(f"ratio {ratio}, chronicle {number} of {len(documents)}, {len(each['text']):,} characters")
+                say(f"ratio {ratio}, chronicle {number} of {len(documents)}, {len(each['text']):,} characters")
                 memory = client.memorize(
                     text=each["text"], id=f"chronicle-{number}-{ratio}", ratio=ratio, progress=False
                 )
@@ -169,10 +158,6 @@ def flat(figures: dict[str, Any]) -> dict[str, float]:
         else:
             out[name] = value
     return out
-
-
-def _say(line: str) -> None:
-    print(f"{line} …", file=sys.stderr)
 
 
 if __name__ == "__main__":

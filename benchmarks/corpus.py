@@ -9,12 +9,8 @@ sentences, until there are so many tokens. Eight sentences that differ in a name
 passage has to be exactly what its document says. One document as a memory of its own is the baseline of the latencies.
 """
 
-import argparse
-import asyncio
 import random
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +19,10 @@ from typing import Any
 import aiohttp
 from transformers import AutoTokenizer
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
 from serving.config import Profile, load_profile
-from serving.deploy.app import deploy, resolve_models
+from serving.deploy.app import resolve_models
+from serving.deploy.temporary import measure_on_server
 
 RATIO = 16
 NEEDLES = 8
@@ -126,7 +123,7 @@ async def run(address: str, profile: Profile, documents: list[str]) -> tuple[lis
         rows = []
         one = [documents[len(documents) // (2 * NEEDLES)]]
         for id, texts_, ask in [("one", one, questions[:1] * NEEDLES), ("corpus", documents, questions)]:
-            print(f"memorizing {len(texts_)} documents …", file=sys.stderr)
+            say(f"memorizing {len(texts_)} documents")
             memory, seconds = await make_memory(http, id, texts_)
             groups = -(-memory["slots"] // profile.memory.group_slots)
             row = {
@@ -148,25 +145,15 @@ async def run(address: str, profile: Profile, documents: list[str]) -> tuple[lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=5_000_000)
     parser.add_argument("--texts", type=Path, help="folder of .txt files; none generates texts")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as storage:
-        profile = settings()
-        tokenizer = AutoTokenizer.from_pretrained(resolve_models(profile).memory.engine.model)
-        documents, tokens = corpus(arguments.texts, arguments.tokens, tokenizer)
-        print(f"{len(documents)} documents of {tokens:,} tokens; starting a server …", file=sys.stderr)
-        server = deploy(profile, storage, "127.0.0.1", 0)
-
-        async def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
-            try:
-                return await run(server.address, profile, documents)
-            finally:
-                server.stop()
-
-        rows, ratios = asyncio.run(measure())
+    profile = settings()
+    tokenizer = AutoTokenizer.from_pretrained(resolve_models(profile).memory.engine.model)
+    documents, tokens = corpus(arguments.texts, arguments.tokens, tokenizer)
+    say(f"{len(documents)} documents of {tokens:,} tokens; starting a server")
+    rows, ratios = measure_on_server(profile, lambda address, _: run(address, profile, documents))
     report("corpus", rows, ratios, arguments.json)
 
 

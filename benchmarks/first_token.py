@@ -6,13 +6,11 @@ written. Injected warm: its blocks are in the engine's prefix cache. The baselin
 own tokens, nothing cached. Medians; the question is the same.
 """
 
-import argparse
 import os
 import random
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +19,7 @@ from benchmarks.support.recall_engine import IN_PROCESS
 os.environ.update(IN_PROCESS)
 
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import connector_config, engine, group, ray_of_its_own, request, store_slots
 from memory_worker.messages import MemoryKey
@@ -33,8 +31,7 @@ HEAD, QUESTION, REPEATS = 32, 24, 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the text")
     arguments = parser.parse_args()
     chance = random.Random(0)

@@ -8,14 +8,13 @@ embedder. The baseline is plain reciprocal-rank fusion, in which every clue coun
 as in its paper and with the profile's k.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import KS, documents
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedders import load_embedder
 from retrieval_worker.fusion import clue_weights, fuse
@@ -28,11 +27,10 @@ PAPERS_K = 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--profile", default="embedded")
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
     arguments = parser.parse_args()
     config = load_profile(arguments.profile).retrieval
     k = config.search.rrf_k

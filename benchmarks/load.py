@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import (
     IN_PROCESS,
@@ -46,8 +46,7 @@ KEEPER_BYTES = 2**30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of the text")
     parser.add_argument("--ratios", type=int, nargs="+", default=[RATIO, 4, 16], help="the first gives the ratios")
     parser.add_argument("--memorize", type=Path, help=argparse.SUPPRESS)

@@ -24,9 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY, WINDOW = 4, 256, 4, 2, 64, 768, 4096, 512
 RATIO = 32
@@ -36,8 +34,7 @@ PROCESSES = {"10k": 3, "100k": 3, "1M": 1}  # a short case runs in so many; the 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", nargs="+", choices=[*LENGTHS], default=[*LENGTHS])
     parser.add_argument("--case", nargs=3, metavar=("FOLDER", "TOKENS", "GROUP"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -45,14 +42,13 @@ def main() -> None:
         folder, tokens, group = arguments.case
         print(json.dumps(_measure(Path(folder), int(tokens), int(group))))
         return
-    console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
     cases: dict[tuple[str, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for name in arguments.lengths:
             for way, group in (("together", 0), ("one after another", 1)):
-                console.print(f"memorizing {name} tokens, windows {way} …")
+                say(f"memorizing {name} tokens, windows {way}")
                 runs = [_measure_apart(folder, LENGTHS[name], group) for _ in range(PROCESSES[name])]
                 case = cases[name, way] = min(runs, key=lambda run: run["seconds"])
                 flops = sum(count_flops(LENGTHS[name]))

@@ -15,7 +15,6 @@ Slots are random, in the shape of the embedded model. On one machine both nodes'
 times of *other node* have a copy through loopback in them and no network.
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from benchmarks.support.stored_memories import store_memory, whole
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.manifest import Manifest, MemoryShape
@@ -38,8 +37,7 @@ KEEPER_BYTES = 2**30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--slots", type=int, default=16384, help="of each memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, two_nodes() as nodes:

@@ -8,25 +8,22 @@ the question and its clues, generation, evidence, one after another; their times
 question is asked once in each way, so no way profits from the other's prefix cache beyond the memory itself.
 """
 
-import argparse
 import asyncio
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import aiohttp
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
+from benchmarks.support.town import memorize_town
 from serving.config import load_profile
-from serving.deploy.app import APPLICATION, deploy, memories_root
+from serving.deploy.app import APPLICATION, memories_root
+from serving.deploy.temporary import measure_on_server
 
 CLIENTS = (1, 16)
 ANSWER_TOKENS = 32
 SKETCH_QUESTIONS_PER_S = 5.7  # two engines on two cores, 16 clients: the first sketch of this system
-EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
 
 Ask = Callable[[str], Awaitable[None]]
 
@@ -97,10 +94,7 @@ async def measure(ask: Ask, questions: list[str], clients: int) -> tuple[float, 
 
 async def run(address: str, storage: str, count: int) -> tuple[list[dict[str, object]], dict[str, float]]:
     async with aiohttp.ClientSession(address, raise_for_status=True) as http:
-        await http.post("/v1/memories", json={"id": "town", "documents": [{"text": EXAMPLE.read_text()}]})
-        async with http.get("/v1/memories/town/events") as events:
-            if "event: ready" not in await events.text():
-                raise RuntimeError("the example could not be memorized")
+        await memorize_town(http)
         ways: dict[str, Ask] = {
             "engines alone": engines_alone(storage),
             "Router and Ingress": lambda question: over_http(http, question),
@@ -108,7 +102,7 @@ async def run(address: str, storage: str, count: int) -> tuple[list[dict[str, ob
         rows, rate, median = [], {}, {}
         for clients in CLIENTS:
             for way, ask in ways.items():
-                print(f"{way}, {clients} at a time …", file=sys.stderr)
+                say(f"{way}, {clients} at a time")
                 number = max(16, count // 8) if clients == 1 else count
                 await measure(ask, [f"Warm-up {i}: who sailed?" for i in range(4 * clients)], clients)
                 questions = [
@@ -129,21 +123,13 @@ async def run(address: str, storage: str, count: int) -> tuple[list[dict[str, ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--questions", type=int, default=160, help="asked by 16 clients in each way")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as storage:
-        print("starting a server …", file=sys.stderr)
-        server = deploy(load_profile("embedded"), storage, "127.0.0.1", 0)
-
-        async def measure_both() -> tuple[list[dict[str, object]], dict[str, float]]:
-            try:
-                return await run(server.address, storage, arguments.questions)
-            finally:
-                server.stop()  # while the loop runs that the handles belong to
-
-        rows, ratios = asyncio.run(measure_both())
+    say("starting a server")
+    rows, ratios = measure_on_server(
+        load_profile("embedded"), lambda address, storage: run(address, storage, arguments.questions)
+    )
     report("pipeline", rows, ratios, arguments.json)
 
 

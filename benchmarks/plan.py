@@ -12,27 +12,24 @@ HTTP:
 Figures are measured over predicted. The promise is 0.75 to 1.25.
 """
 
-import argparse
 import asyncio
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
+from benchmarks.support.town import EXAMPLE
 from cluster.planning.plan import Demand, plan, shared_questions_per_s
 from serving.config import load_profile
 from serving.planning.calibrate import Calibrated, calibrate
 from serving.planning.sizes import Node, sizes_of
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
 TIMES = 3  # as long as the calibrated text
 SECONDS = 12.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--rates", type=Path, help="file for what was calibrated")
     arguments = parser.parse_args()
     text = EXAMPLE.read_text(encoding="utf-8")
@@ -43,13 +40,13 @@ def main() -> None:
             arguments.rates.write_text(found.rates.model_dump_json(indent=1) + "\n", encoding="utf-8")
         rows.extend(asyncio.run_coroutine_threadsafe(_check(found, text * TIMES), found.loop).result())
 
-    calibrate("embedded", text, seconds=SECONDS, note=lambda line: print(line, file=sys.stderr), then=check)
+    calibrate("embedded", text, seconds=SECONDS, note=lambda line: say(line.removesuffix(" …")), then=check)
     ratios = {str(row["what"]): row["measured"] / row["predicted"] for row in rows}
     report("plan", rows, ratios, arguments.json)
 
 
 async def _check(found: Calibrated, text: str) -> list[dict[str, Any]]:
-    print("checking …", file=sys.stderr)
+    say("checking")
     stages = await found.stages.of_text("checked", text)
     manifest, rates = stages.manifest, found.rates
     (document,) = manifest.documents

@@ -11,14 +11,13 @@ with 95 % intervals of the differences between both and each part, paired, over 
     python -m benchmarks.quality FILE … [--characters 600] [--profile embedded] [--limit 1200] [--json OUT]
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from retrieval_worker.config import IndexConfig, PassageConfig, RetrievalConfig
 from retrieval_worker.embedders import EmbedderModel, load_embedder
 from retrieval_worker.index import PassageIndex
@@ -37,12 +36,11 @@ Values = dict[str, dict[str, float]]  # by figure, then by example
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--profile", default="embedded")
     parser.add_argument("--characters", type=int, help="of a passage; else the profile's")
     parser.add_argument("--limit", type=int, default=1200, help="questions of one file, evenly spread")
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
     arguments = parser.parse_args()
     config = load_profile(arguments.profile).retrieval
     characters = arguments.characters or config.passages.max_characters

@@ -24,28 +24,24 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-
 from benchmarks.memorize import HEAD_DIM, KV_HEADS, LAYERS, VOCABULARY, WINDOW, write_model
-from benchmarks.report import report
+from benchmarks.report import make_parser, report, say
+from benchmarks.support.town import EXAMPLE
 
 RATIOS = (32, 8)
 WINDOWS, SEGMENT_WINDOWS, GROUP_WINDOWS = 96, 48, 4
 ROUNDS = 3
-EXAMPLE = Path(__file__).parents[1] / "examples" / "chronicle.txt"
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--case", nargs=5, metavar=("FOLDER", "RATIO", "RANK", "RANKS", "PORT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         folder, *numbers = arguments.case
         print(json.dumps(_measure(Path(folder), *map(int, numbers))), flush=True)
         return
-    console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +50,7 @@ def main() -> None:
             runs: dict[int, list[list[dict[str, Any]]]] = {1: [], 2: []}
             for number in range(ROUNDS):
                 for ranks, done in runs.items():
-                    console.print(f"ratio {ratio}, round {number + 1} of {ROUNDS}: {ranks} ranks …")
+                    say(f"ratio {ratio}, round {number + 1} of {ROUNDS}: {ranks} ranks")
                     done.append(_measure_apart(folder, ratio, ranks))
             best = {ranks: min(done, key=lambda run: run[0]["seconds"]) for ranks, done in runs.items()}
             predicted = _predict_bytes(ratio)
@@ -77,7 +73,7 @@ def main() -> None:
             ratios[f"counted_over_predicted_ratio_{ratio}"] = best[2][0]["counted"] / predicted
             ratios[f"written_over_predicted_ratio_{ratio}"] = best[2][0]["written"] / predicted
             ratios[f"difference_ratio_{ratio}"] = _difference(Path(folder))
-        console.print("reading and writing, by the first rank alone …")
+        say("reading and writing, by the first rank alone")
         ratios |= _measure_alone(Path(folder))
     report("ranks", rows, ratios, arguments.json)
 

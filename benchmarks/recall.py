@@ -8,7 +8,6 @@ prompts, same token budget, greedy, ending at the same end-of-text token; both c
 with equal tokens they find equal clues. The two take turns, so that a busy machine slows both down.
 """
 
-import argparse
 import asyncio
 import copy
 import os
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from ray import serve
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import NAMESPACE, Reference, group, ray_of_its_own, store_slots
 from cluster.config import EngineConfig
@@ -43,8 +42,7 @@ KEY = MemoryKey("bench", "text", "v000001-00000000")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="times that both ways take turns")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

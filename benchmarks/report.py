@@ -1,14 +1,28 @@
-"""How every benchmark reports: a table on the terminal, and rows with named ratios as JSON."""
+"""How every benchmark is called and reports: a table on the terminal, and rows with named ratios as JSON."""
 
+import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+def make_parser(about: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark's options, with `--json`, which each has; `about` is its docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    return parser
+
+
+def say(line: str) -> None:
+    """What is being done, beside the report."""
+    print(f"{line} …", file=sys.stderr, flush=True)
 
 
 def report(
@@ -26,11 +40,11 @@ def report(
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+        table.add_row(*(cell(row.get(column, "")) for column in columns))
     console = Console(width=None if os.isatty(1) else 160)
     console.print(table)
     for ratio, value in ratios.items():
-        console.print(f"{ratio}: {_cell(value)}", highlight=False)
+        console.print(f"{ratio}: {cell(value)}", highlight=False)
     if json_path is not None:
         document = {"benchmark": name, "machine": machine(), "rows": list(rows), "ratios": dict(ratios)}
         Path(json_path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -45,7 +59,7 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

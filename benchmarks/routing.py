@@ -24,13 +24,11 @@ The last rows but four have one client a replica: there the bound alone (`unhurr
 a place for every memory, and a miss is a memory that its replica never had or had to share.
 """
 
-import argparse
 import heapq
 import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +36,7 @@ import numpy.typing as npt
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from cluster.routing import MemoryRouting
 
 MEMORIES, HELD = 10_000, 2_000
@@ -85,8 +83,7 @@ class Outcome(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     arguments = parser.parse_args()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the ring announces each of its rebuilds
     rows = [row for run in RUNS for row in _rows(run)]

@@ -7,7 +7,6 @@ is one of its own, in a temporary folder, and is ended afterwards.
 
 import asyncio
 import itertools
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -48,23 +47,18 @@ def calibrate(
 
     Raises `PlanError` for a text of less than eight windows of its memory: it would measure overheads.
     """
-    from serving.deploy.app import deploy
+    from serving.deploy.temporary import measure_on_server
 
     profile = load_profile(profile_name)
-    with tempfile.TemporaryDirectory(prefix="memorag-calibrate-") as storage:
-        note("starting a server …")
-        server = deploy(profile, storage, "127.0.0.1", 0)
 
-        async def measure() -> None:
-            try:
-                note("memorizing the text …")
-                stages = await Stages.of(profile, server.address, storage, text)
-                rates = await stages.rates(profile_name, seconds, note)
-                await asyncio.to_thread(then, Calibrated(rates, stages, asyncio.get_running_loop()))
-            finally:
-                server.stop()  # while the loop runs that the handles belong to
+    async def measure(address: str, storage: str) -> None:
+        note("memorizing the text …")
+        stages = await Stages.of(profile, address, storage, text)
+        rates = await stages.rates(profile_name, seconds, note)
+        await asyncio.to_thread(then, Calibrated(rates, stages, asyncio.get_running_loop()))
 
-        asyncio.run(measure())
+    note("starting a server …")
+    measure_on_server(profile, measure)
 
 
 @dataclass(frozen=True, slots=True)
