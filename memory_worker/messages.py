@@ -6,7 +6,7 @@ from typing import Literal
 
 from cluster.planning.costs import MemoryKind
 from memory_worker.errors import UnfitRatio, UnsupportedKind
-from memory_worker.storage.manifest import FileEntry, JobRecord, Manifest, MemoryShape, SegmentEntry
+from memory_worker.storage.manifest import FileEntry, JobRecord, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]
@@ -115,7 +115,15 @@ class Reservation:
     """From `Catalog.reserve`: where the sources of a version that is to be made are put, before its job begins."""
 
     key: MemoryKey
-    base: Manifest | None  # the version that is changed; none when a memory is created
+    base: MemoryKey | None  # the version that is changed; none when a memory is created
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLease:
+    """From `Catalog.read`: the present version of a memory, all of whose files stay for so long from then on."""
+
+    key: MemoryKey
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +132,29 @@ class Job:
 
     key: MemoryKey
     record: JobRecord
-    base: Manifest | None = None  # the version that is changed
     state: Literal["queued", "running"] = "queued"
     done_tokens: int = 0
     total_tokens: int = 0  # 0 until known
 
+    @property
+    def base(self) -> MemoryKey | None:
+        """The version that is changed; none when a memory is created."""
+        base = self.record.base
+        return MemoryKey(self.key.tenant, self.key.memory, base) if base else None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedChange:
+    """A change that came to nothing: the memory is as it was before."""
+
+    key: MemoryKey  # the version that was not made
+    kind: Literal["create", "put", "repair"]
+    error: str
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRecord:
-    """From the `Catalog`: one memory as it stands."""
+    """From the `Catalog`: one memory as it stands. What is in its version, the manifest says, which is in storage."""
 
     tenant: str
     memory: str
@@ -140,9 +162,9 @@ class MemoryRecord:
     status: Literal["memorizing", "ready", "failed"]
     created: str  # ISO 8601, UTC
     revision: int  # another number after every change
-    manifest: Manifest | None = None  # when ready
     job: Job | None = None  # what is being made of it now; a ready memory may have one too
-    error: str | None = None  # why the last job failed, until the next begins
+    error: str | None = None  # why making it failed, where no version is ready
+    failed_change: FailedChange | None = None  # the last change of a ready memory, if it failed, until one succeeds
 
     @property
     def key(self) -> MemoryKey:

@@ -100,9 +100,19 @@ class IndexPart:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What one search runs over: the documents of one version, or of several memories of one tenant."""
+    """What one search runs over: the documents of one version, or of several memories of one tenant.
 
-    parts: tuple[IndexPart, ...]
+    `name` stands for exactly these parts and never for others; where it is empty they are known by themselves. Where
+    `parts` is none, those are meant that the Retriever has open under the name.
+    """
+
+    parts: tuple[IndexPart, ...] | None
+    name: str = ""
+
+    @property
+    def by_name(self) -> "Index":
+        """The same without its parts, for a Retriever that has them open."""
+        return Index(None, self.name) if self.name else self
 
 
 @dataclass(frozen=True, slots=True)

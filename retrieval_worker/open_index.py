@@ -71,9 +71,14 @@ class IndexShelf:
         self._indexes: SharedCache[OpenIndex] = SharedCache(config.cached_indexes)
         self._files: SharedCache[PassageFile] = SharedCache(config.cached_files_mib << 20, lambda file: file.bytes)
 
-    async def open(self, index: Index) -> OpenIndex:
-        """Raises `DamagedIndex`, which names the file, where one is missing, damaged or made by another embedder."""
-        return await self._indexes.get(index.parts, partial(self._open, index.parts))
+    async def open(self, index: Index) -> OpenIndex | None:
+        """None where only the index's name is given and none of that name is open.
+
+        Raises `DamagedIndex`, which names the file, where one is missing, damaged or made by another embedder.
+        """
+        if index.parts is None and index.name not in self._indexes:
+            return None
+        return await self._indexes.get(index.name or index.parts, partial(self._open, index.parts or ()))
 
     async def _open(self, parts: tuple[IndexPart, ...]) -> OpenIndex:
         embedder = await self._describe()

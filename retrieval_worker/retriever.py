@@ -93,8 +93,10 @@ class Retriever(ReportsRank):
         stored = await _in(self._storage_threads, write, self._storage, request.path, pieces, vectors)
         yield IndexedDocument(stored, len(pieces))
 
-    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[Ranking]:
+    async def search(self, index: Index, texts: Sequence[str], hits: int | None = None) -> list[Ranking] | None:
         """For each text the passages that fit it, best first, and how far they say the same.
+
+        None where only the index's name is given and none of that name is open here: the caller gives its parts then.
 
         Raises `DamagedIndex`, which names the file, if one cannot be searched. An index that is open is searched
         whatever has become of its files.
@@ -102,6 +104,8 @@ class Retriever(ReportsRank):
         embedding = asyncio.ensure_future(_result(self._embedder.embed.remote(list(texts), query=True)))
         try:
             opened = await self._shelf.open(index)
+            if opened is None:
+                return None
             queries = await embedding
         finally:
             embedding.cancel()
@@ -117,8 +121,8 @@ class Retriever(ReportsRank):
 
         return await _in(self._search_threads, search_all)
 
-    async def evidence(self, request: EvidenceRequest) -> list[Evidence]:
-        """The sentences of the passages that best support question and answer, best first.
+    async def evidence(self, request: EvidenceRequest) -> list[Evidence] | None:
+        """The sentences of the passages that best support question and answer, best first. None as from `search`.
 
         A sentence scores the mean of its cosine similarities to the question and to the answer; to the
         question alone where the answer is empty.
@@ -132,11 +136,14 @@ class Retriever(ReportsRank):
             self._sentences_of(request.index, request.passages),
             _result(self._embedder.embed.remote(targets, query=True)),
         )
-        return choose(candidates, vectors.dense, self._config.search.evidence)
+        return None if candidates is None else choose(candidates, vectors.dense, self._config.search.evidence)
 
-    async def prepare_evidence(self, index: Index, passages: Sequence[int]) -> None:
-        """Embeds the passages' sentences ahead of `evidence`, such as while the answer is being generated."""
-        await self._sentences_of(index, passages)
+    async def prepare_evidence(self, index: Index, passages: Sequence[int]) -> bool | None:
+        """Embeds the passages' sentences ahead of `evidence`, such as while the answer is being generated.
+
+        None as from `search`.
+        """
+        return None if await self._sentences_of(index, passages) is None else True
 
     async def describe(self) -> EmbedderDescription:
         """The embedder that vectors come from; an answer means that both deployments work."""
@@ -198,8 +205,10 @@ class Retriever(ReportsRank):
             for left in running:
                 left.cancel()
 
-    async def _sentences_of(self, index: Index, ids: Sequence[int]) -> list[tuple[Passage, Sentences]]:
+    async def _sentences_of(self, index: Index, ids: Sequence[int]) -> list[tuple[Passage, Sentences]] | None:
         opened = await self._shelf.open(index)
+        if opened is None:
+            return None
         passages = [opened.passage(id) for id in dict.fromkeys(ids)]
         # Known by file and row, which are the same in the next version; the file's path begins with the tenant.
         made = (

@@ -119,8 +119,19 @@ class JobOut(BaseModel):
     total_tokens: int
 
 
+class FailedChange(BaseModel):
+    """A change that came to nothing; the memory is as it was before."""
+
+    kind: Literal["create", "put", "repair"]
+    version: str  # that was not made
+    error: str
+
+
 class MemoryOut(BaseModel):
-    """One memory. `job` is what is being made of it now; `error` is why the last job failed."""
+    """One memory. `job` is what is being made of it now; `error` is why making it failed.
+
+    `failed_change` is the last change of a ready memory where that failed, until one succeeds.
+    """
 
     id: str
     title: str | None = None
@@ -137,6 +148,7 @@ class MemoryOut(BaseModel):
     created: str
     job: JobOut | None = None
     error: str | None = None
+    failed_change: FailedChange | None = None
 
 
 class MemoryList(BaseModel):

@@ -85,6 +85,14 @@ class LimitsConfig(Settings):
     answer_tokens: int = Field(4096, gt=0, description="max_tokens that one answer may ask for")
 
 
+class RouterConfig(Settings):
+    """What each Router keeps."""
+
+    cached_manifests_mib: int = Field(
+        256, ge=0, description="MiB of RAM for the manifests of memories asked lately; one of 1,000 documents takes 6"
+    )
+
+
 class AuthConfig(Settings):
     """Who may call."""
 
@@ -101,6 +109,7 @@ class Profile(Settings):
     memory: MemoryConfig
     retrieval: RetrievalConfig = RetrievalConfig()
     generator: GeneratorConfig
+    router: RouterConfig = RouterConfig()
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
     quotas: QuotasConfig = QuotasConfig()

@@ -13,8 +13,8 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
+from cluster.storage.durable import StorageFull
 from memory_worker.catalog.job_queue import JobQueue
 from memory_worker.catalog.quotas import QuotasConfig, require
 from memory_worker.catalog.rates import RateLimiter
@@ -28,11 +28,22 @@ from memory_worker.errors import (
     JobUnderWay,
     LastDocument,
     MemoryExists,
+    MemoryNotFound,
     MemoryNotReady,
     NoJob,
+    QueueFull,
     VersionChanged,
 )
-from memory_worker.messages import CatalogTotals, Job, MemoryKey, MemoryRecord, Reservation, TenantUsage
+from memory_worker.messages import (
+    CatalogTotals,
+    FailedChange,
+    Job,
+    MemoryKey,
+    MemoryRecord,
+    ReadLease,
+    Reservation,
+    TenantUsage,
+)
 from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest, now
 from memory_worker.storage.store import MemoryStore, check_id
 
@@ -48,7 +59,6 @@ class Catalog:
         self._config = config or CatalogConfig()
         self._quotas = quotas or QuotasConfig()
         self._store = MemoryStore(storage_root)
-        self._store.sweep()
         self._records = Records()
         self._queue = JobQueue(self._config.running_jobs, self._config.waiting_jobs, self._config.lease_s)
         self._rates = RateLimiter()
@@ -58,7 +68,7 @@ class Catalog:
             for key in restored.old:
                 self._retention.mark_replaced(key)
             if restored.record:
-                self._records.put(restored.record)
+                self._records.put(restored.record, restored.manifest)
             if restored.record and restored.record.job:
                 self._queue.restore(restored.record.job.key)
 
@@ -73,56 +83,61 @@ class Catalog:
         name = check_id(tenant, "tenant"), check_id(memory, "memory")
         async with self._records.lock(name):
             base = self._base(name, create, if_match)
-            self._queue.require_room()
-            quota = self._quotas.of(tenant)
-            require("jobs at a time", quota.jobs, self._queue.of_tenant(tenant) + 1)
-            usage = self._records.usage(tenant)
-            require("memories", quota.memories, usage.memories + create)
-            require("tokens", quota.tokens, usage.tokens)
-            require("bytes", quota.bytes, usage.bytes)
             key = await asyncio.to_thread(self._store.new_version, *name)
+            # Nothing is awaited from here on, so that of many at once each counts those before it.
+            self._queue.require_room()
+            self._require_quota(name, self._queue.of_tenant(tenant) | self._retention.reserved(tenant))
             self._retention.reserve(key)
             return Reservation(key, base)
 
     async def begin(self, key: MemoryKey, job: JobRecord) -> MemoryRecord:
         """Records the job, whose texts are durable; of several at once, one wins. A memory that failed is replaced.
 
-        Raises as `reserve`. The same job (by its id) is begun once.
+        Raises as `reserve`, and leaves nothing of the job then. The same job is begun once.
         """
         name = key.tenant, key.memory
         for document in job.documents:
             check_id(document.id, "document")
         async with self._records.lock(name):
             known = self._records.get(name)
-            if known and known.job and known.job.record.id == job.id:
+            if known and (known.key == key or (known.job and known.job.key == key)):
                 return known
             base = self._base(name, job.kind == "create", job.base)
-            self._queue.require_room()
-            await asyncio.to_thread(self._store.begin, key, job)
+            if job.kind != "repair":
+                self._require_quota(name, self._queue.of_tenant(key.tenant))
+            self._queue.add(key, durable=False)  # its place is taken first, so that nothing durable is refused
+            try:
+                await asyncio.to_thread(self._store.begin, key, job)
+            except BaseException:
+                self._queue.remove(key)
+                raise
+            if known and base is None:
+                await self._discard(known.key)
             self._retention.release(key)
-            if known and known.manifest is None:
-                await asyncio.to_thread(self._store.discard, known.key)
-            self._queue.add(key)
-            started = Job(key, job, base)
+            self._queue.mark_durable(key)
+            started = Job(key, job)
             if base is None or known is None:
                 record = MemoryRecord(*name, key.version, "memorizing", job.created, 0, job=started)
             else:
-                record = replace(known, job=started, error=None)
-            return await self._records.set(name, record)
+                record = replace(known, job=started)
+            return await self._records.update(record)
 
     async def adopt(self, manifest: Manifest) -> MemoryRecord:
         """Makes a memory of files that are all there already, such as those of an archive. Raises as `reserve`."""
         name, key = (manifest.tenant, manifest.memory), _key(manifest)
         async with self._records.lock(name):
             known = self._records.get(name)
-            if known and known.manifest == manifest:
+            if known and self._records.manifest(name) == manifest:
                 return known
             self._base(name, True, None)
-            quota, usage = self._quotas.of(name[0]), self._records.usage(name[0])
-            require("tokens", quota.tokens, usage.tokens + manifest.tokens)
-            require("bytes", quota.bytes, usage.bytes + manifest.bytes)
+            self._require_quota(name, self._queue.of_tenant(key.tenant))
+            with self._records.coming(manifest):
+                quota, usage = self._quotas.of(key.tenant), self._records.usage(key.tenant)
+                require("tokens", quota.tokens, usage.tokens)
+                require("bytes", quota.bytes, usage.bytes)
+                record = await self._mark_published(manifest)
             self._retention.release(key)
-            return await self._mark_published(manifest)
+            return record
 
     async def abandon(self, key: MemoryKey) -> None:
         """Gives a reservation up, with the texts put into it."""
@@ -133,22 +148,27 @@ class Catalog:
             self._retention.release(key)
 
     async def remove_document(
-        self, tenant: str, memory: str, document: str, if_match: str | None = None
+        self, tenant: str, memory: str, document: str, if_match: str | None = None, request: str | None = None
     ) -> MemoryRecord:
-        """A new version without the document, there at once.
+        """A new version without the document, there at once. A `request` that is made again finds it done.
 
         Raises `DocumentNotFound`, `LastDocument`, and as `reserve`.
         """
         name = check_id(tenant, "tenant"), check_id(memory, "memory")
         async with self._records.lock(name):
-            base = self._base(name, False, if_match)
+            record = self._records.of(name)
+            made = await asyncio.to_thread(self._store.version_of, tenant, memory, request) if request else None
+            if made:
+                return record
+            self._base(name, False, if_match)
+            base = self._records.manifest(name)
             assert base is not None, "a change has a base"
             left = tuple(entry for entry in base.documents if entry.id != document)
             if left == base.documents:
                 raise DocumentNotFound(memory, document, tuple(entry.id for entry in base.documents))
             if not left:
                 raise LastDocument(memory, document)
-            key = await asyncio.to_thread(self._store.new_version, *name)
+            key = await asyncio.to_thread(self._store.new_version, tenant, memory, request)
             manifest = base.model_copy(
                 update={"version": key.version, "parent": base.version, "created": now(), "documents": left}
             )
@@ -157,16 +177,15 @@ class Catalog:
     async def repair(self, key: MemoryKey, path: str) -> bool:
         """Begins to make the documents again that the damaged file `path` belongs to, as a new version.
 
-        Returns false where nothing can be done: the file is of no document, or is the text itself. True also where
-        a newer version or a job is there already.
+        Returns false where nothing can be done: the file is of no document, or is the text itself; or nothing now,
+        because the queue or the disk is full. True also where a newer version or a job is there already.
         """
         name = key.tenant, key.memory
-        record = self._records.get(name)
-        if record is None or record.manifest is None:
+        record, manifest = self._records.get(name), self._records.manifest(name)
+        if record is None or manifest is None:
             return False
         if record.key != key or record.job:
             return True
-        manifest = record.manifest
         of_head = path == manifest.head.path
         damaged = [d for d in manifest.documents if of_head or path in {f.path for f in d.files}]
         if not damaged or any(path == document.source.path for document in damaged):
@@ -186,29 +205,38 @@ class Catalog:
             await self.begin(await asyncio.to_thread(self._store.new_version, *name), job)
         except (VersionChanged, JobUnderWay):
             return True  # somebody was faster
+        except (QueueFull, StorageFull) as refusal:
+            logger.error("%s is not made again now, but when it is asked for once more: %s", path, refusal)
+            return False
         return True
 
-    async def cancel(self, tenant: str, memory: str) -> None:
-        """Ends the job of the memory: one in the making has failed then, a ready one stays as it is.
+    async def cancel(self, key: MemoryKey) -> None:
+        """Ends the job that makes this version: a new memory has failed then, a ready one stays as it is.
 
-        Raises `MemoryNotFound`, or `NoJob`.
+        One that has failed already is left at that. Raises `NoJob` where the job's version is ready, or there is none.
         """
-        record = await self.get(tenant, memory)
-        if record.job is None:
-            raise NoJob(memory)
-        await self.fail(record.job.key, "it was cancelled")
+        try:
+            await self.fail(key, "it was cancelled")
+        except JobEnded:
+            if await asyncio.to_thread(self._store.failure, key) is None:
+                raise NoJob(key.memory) from None
 
-    async def delete(self, tenant: str, memory: str) -> None:
-        """Deletes the memory, or the job that makes it, with all files. Raises `MemoryNotFound`."""
+    async def delete(self, tenant: str, memory: str, request: str | None = None) -> None:
+        """Deletes the memory, or the job that makes it, with all files. A `request` that is made again finds it done.
+
+        Raises `MemoryNotFound`.
+        """
         name = check_id(tenant, "tenant"), check_id(memory, "memory")
         async with self._records.lock(name):
+            if request is not None and await asyncio.to_thread(self._store.was_deleted_by, tenant, request):
+                return
             record = self._records.of(name)
             self._retention.forget(*name)
             if record.job:
                 self._queue.remove(record.job.key)
                 self._retention.mark_replaced(record.job.key)  # its worker may write a file more before it is told
-            await asyncio.to_thread(self._store.delete, tenant, memory)
-            await self._records.set(name, None)
+            await asyncio.to_thread(self._store.delete, tenant, memory, request)
+            await self._records.remove(name)
 
     # -- doing jobs ----------------------------------------------------------------------------------------
 
@@ -232,7 +260,7 @@ class Catalog:
                 record = self._records.of((key.tenant, key.memory))
                 assert record.job is not None, "the queue holds keys of jobs"
                 job = replace(record.job, state="running")
-                await self._records.set((key.tenant, key.memory), replace(record, job=job))
+                await self._records.update(replace(record, job=job))
                 return job
             # A lease that runs out wakes nobody, so it is looked for.
             left = min(deadline - time.monotonic(), self._config.lease_s / 4)
@@ -249,22 +277,20 @@ class Catalog:
         others = self._records.usage(key.tenant, without=record.job).tokens
         require("tokens", self._quotas.of(key.tenant).tokens, others + total_tokens)
         job = replace(record.job, state="running", done_tokens=done_tokens, total_tokens=total_tokens)
-        await self._records.set(name, replace(record, job=job))
+        await self._records.update(replace(record, job=job))
 
     async def publish(self, manifest: Manifest) -> MemoryRecord:
         """Makes the version of a job ready: writes its manifest. Raises `JobEnded` if it was cancelled meanwhile."""
         name, key = (manifest.tenant, manifest.memory), _key(manifest)
         async with self._records.lock(name):
             known = self._records.get(name)
-            if known and known.manifest == manifest:
+            if known and self._records.manifest(name) == manifest:
                 return known
             if known is None or known.job is None or known.job.key != key:
                 raise JobEnded(manifest.memory)
-            usage = self._records.usage(manifest.tenant, without=known.job)
-            quota = self._quotas.of(manifest.tenant)
-            kept = known.manifest.bytes if known.manifest else 0
-            require("bytes", quota.bytes, usage.bytes - kept + manifest.bytes)
-            return await self._mark_published(manifest)
+            with self._records.coming(manifest):
+                require("bytes", self._quotas.of(key.tenant).bytes, self._records.usage(key.tenant).bytes)
+                return await self._mark_published(manifest)
 
     async def fail(self, key: MemoryKey, error: str) -> None:
         """Gives a job up. Raises `JobEnded` if it was ended meanwhile."""
@@ -275,8 +301,11 @@ class Catalog:
                 raise JobEnded(key.memory)
             self._queue.remove(key)
             self._retention.mark_replaced(key)
-            status: Literal["ready", "failed"] = "ready" if known.manifest else "failed"
-            await self._records.set(name, replace(known, status=status, job=None, error=error))
+            if known.status == "ready":
+                failed = FailedChange(key, known.job.record.kind, error)
+                await self._records.update(replace(known, job=None, failed_change=failed))
+            else:
+                await self._records.update(replace(known, status="failed", job=None, error=error))
             try:
                 await asyncio.to_thread(self._store.fail, key, error)
             except OSError as unwritten:  # a full disk, say: after a restart the job is tried again
@@ -288,27 +317,44 @@ class Catalog:
         """The memory as it stands. Raises `MemoryNotFound`."""
         return self._records.of((check_id(tenant, "tenant"), check_id(memory, "memory")))
 
-    async def read(self, tenant: str, memory: str) -> Manifest:
+    async def read(self, tenant: str, memory: str) -> ReadLease:
         """The present version, which stays whole for at least the grace from now on.
 
         Raises `MemoryNotFound`, `MemoryNotReady`.
         """
         record = await self.get(tenant, memory)
-        if record.manifest is None:
+        if record.status != "ready":
             raise MemoryNotReady(memory, record.status, record.error)
         self._retention.read(record.key)
-        return record.manifest
+        return ReadLease(record.key, self._retention.grace_s)
+
+    async def restore_manifest(self, key: MemoryKey) -> Manifest:
+        """The manifest of a present version, for a reader who did not find it whole in storage; written there again.
+
+        Raises `MemoryNotFound` where the version is not the present one any more.
+        """
+        name = key.tenant, key.memory
+        async with self._records.lock(name):
+            record, manifest = self._records.of(name), self._records.manifest(name)
+            if manifest is None or record.key != key:
+                raise MemoryNotFound(key.memory)
+            logger.error("the manifest of %s was not read whole: it is written again", key.path)
+            try:
+                await asyncio.to_thread(self._store.restore_manifest, manifest)
+            except OSError as unwritten:  # a full disk, say: the next reader asks again
+                logger.error("the manifest of %s could not be written: %s", key.path, unwritten)
+            return manifest
 
     async def hold(self, key: MemoryKey) -> None:
         """Somebody reads this version still: it stays whole for another grace."""
         self._retention.read(key)
 
-    async def read_many(self, tenant: str, memories: Sequence[str], tag: str | None = None) -> list[Manifest]:
+    async def read_many(self, tenant: str, memories: Sequence[str], tag: str | None = None) -> list[ReadLease]:
         """As `read`, of these memories and of all ready ones with the tag, by id, each once."""
         named = dict.fromkeys(memories)
         if tag is not None:
             tagged, _ = self._records.page(tenant, None, None, tag)
-            named |= dict.fromkeys(record.memory for record in tagged if record.manifest)
+            named |= dict.fromkeys(record.memory for record in tagged if record.status == "ready")
         return [await self.read(tenant, memory) for memory in named]
 
     async def list(self, tenant: str, cursor: str | None = None, limit: int = 100, tag: str | None = None) -> Page:
@@ -338,7 +384,17 @@ class Catalog:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _base(self, name: Name, create: bool, expected: str | None) -> Manifest | None:
+    def _require_quota(self, name: Name, jobs: set[MemoryKey]) -> None:
+        """Raises `QuotaExceeded` if a job of this memory is one too many beside these others of the tenant."""
+        tenant, memory = name
+        quota, usage = self._quotas.of(tenant), self._records.usage(tenant)
+        require("jobs at a time", quota.jobs, len(jobs) + 1)
+        memories = self._records.memories(tenant) | {key.memory for key in jobs} | {memory}
+        require("memories", quota.memories, len(memories))
+        require("tokens", quota.tokens, usage.tokens)
+        require("bytes", quota.bytes, usage.bytes)
+
+    def _base(self, name: Name, create: bool, expected: str | None) -> MemoryKey | None:
         """The version that a change starts from; raises as `reserve` says."""
         record = self._records.get(name)
         if create:
@@ -346,13 +402,21 @@ class Catalog:
                 raise MemoryExists(name[1])
             return None
         record = self._records.of(name)
-        if record.manifest is None:
+        if record.status != "ready":
             raise MemoryNotReady(name[1], record.status, record.error)
         if expected is not None and expected != record.version:
             raise VersionChanged(name[1], expected, record.version)
         if record.job:
             raise JobUnderWay(name[1])
-        return record.manifest
+        return record.key
+
+    async def _discard(self, key: MemoryKey) -> None:
+        """Deletes a version that was never ready, or leaves it to be collected."""
+        try:
+            await asyncio.to_thread(self._store.discard, key)
+        except OSError as error:
+            logger.error("%s is left for later: %s", key.path, error)
+            self._retention.mark_replaced(key)
 
     async def _mark_published(self, manifest: Manifest) -> MemoryRecord:
         name, key = (manifest.tenant, manifest.memory), _key(manifest)
@@ -361,9 +425,7 @@ class Catalog:
         self._queue.remove(key)
         if known and known.key != key:
             self._retention.mark_replaced(known.key)
-        return await self._records.set(
-            name, MemoryRecord(*name, key.version, "ready", manifest.created, 0, manifest=manifest)
-        )
+        return await self._records.update(MemoryRecord(*name, key.version, "ready", manifest.created, 0), manifest)
 
     async def _collect(self) -> None:
         """Deletes versions that nobody needs, for as long as the actor lives."""

@@ -9,7 +9,6 @@ when the lease runs out the job is given to somebody else.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from memory_worker.errors import QueueFull
 from memory_worker.messages import MemoryKey
@@ -18,6 +17,7 @@ from memory_worker.messages import MemoryKey
 @dataclass(slots=True)
 class _Entry:
     key: MemoryKey
+    durable: bool = True  # only then it may be taken
     runner: str | None = None  # none: waiting; empty: whoever reports first
     expires: float = 0.0
 
@@ -38,10 +38,14 @@ class JobQueue:
         self._waiting = waiting
         self._lease_s = lease_s
 
-    def add(self, key: MemoryKey) -> None:
-        """A new job waits. Raises `QueueFull`."""
+    def add(self, key: MemoryKey, *, durable: bool = True) -> None:
+        """A new job waits; nobody is given it before it is `durable`. Raises `QueueFull`."""
         self.require_room()
-        self._entries[key] = _Entry(key)
+        self._entries[key] = _Entry(key, durable)
+
+    def mark_durable(self, key: MemoryKey) -> None:
+        """The record of an added job is written: it may be taken."""
+        self._entries[key].durable = True
 
     def require_room(self) -> None:
         """Raises `QueueFull` if no more jobs may wait."""
@@ -51,7 +55,7 @@ class JobQueue:
 
     def restore(self, key: MemoryKey) -> None:
         """A job from before a restart. Who worked on it may still do so, and has one lease's time to say it."""
-        self._entries[key] = _Entry(key, "", self._clock() + self._lease_s)
+        self._entries[key] = _Entry(key, runner="", expires=self._clock() + self._lease_s)
 
     def take(self, runner: str) -> MemoryKey | None:
         """The next job, now leased to `runner`; none where none waits or all that may run are running."""
@@ -62,7 +66,7 @@ class JobQueue:
                 entry.runner = None
             if entry.runner is not None:
                 active[entry.key.tenant] = active.get(entry.key.tenant, 0) + 1
-        waiting = [entry for entry in self._entries.values() if entry.runner is None]
+        waiting = [entry for entry in self._entries.values() if entry.runner is None and entry.durable]
         if not waiting or sum(active.values()) >= self._running:
             return None
         chosen = min(waiting, key=lambda e: (active.get(e.key.tenant, 0), self._served.get(e.key.tenant, 0)))
@@ -83,14 +87,11 @@ class JobQueue:
         """The job has ended, however it did."""
         self._entries.pop(key, None)
 
-    def state(self, key: MemoryKey) -> Literal["queued", "running"]:
-        return "queued" if self._entries[key].runner is None else "running"
-
     @property
     def running(self) -> int:
         """Jobs that somebody works on."""
         return sum(entry.runner is not None for entry in self._entries.values())
 
-    def of_tenant(self, tenant: str) -> int:
+    def of_tenant(self, tenant: str) -> set[MemoryKey]:
         """The tenant's jobs, waiting or running."""
-        return sum(key.tenant == tenant for key in self._entries)
+        return {key for key in self._entries if key.tenant == tenant}

@@ -1,11 +1,12 @@
 """What storage says of all memories: read by the `Catalog` when it starts, after however its predecessor ended."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cluster.storage.durable import DamagedFile
-from memory_worker.messages import Job, MemoryKey, MemoryRecord
+from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord
+from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ class Restored:
 
     name: tuple[str, str]  # tenant, memory
     record: MemoryRecord | None  # none: only leftovers
+    manifest: Manifest | None  # of the present version
     old: tuple[MemoryKey, ...]
 
 
@@ -36,22 +38,22 @@ def _restore_memory(store: MemoryStore, tenant: str, memory: str) -> Restored:
             logger.warning("%s was being published when the catalog died: it is ready now", key.path)
             ready.add(key.version)
     published = [key for key in keys if key.version in ready]
-    record = _restore_ready(store, published[-1]) if published else None
+    record, manifest = _restore_ready(store, published[-1]) if published else (None, None)
     for key in keys:
         if key.version not in ready:
             record = _add_job(store, key, record)
     needed = {record.key, record.job.key if record.job else None} if record else set()
-    return Restored((tenant, memory), record, _leave_out(keys, needed))
+    return Restored((tenant, memory), record, manifest, tuple(key for key in keys if key not in needed))
 
 
-def _restore_ready(store: MemoryStore, key: MemoryKey) -> MemoryRecord:
+def _restore_ready(store: MemoryStore, key: MemoryKey) -> tuple[MemoryRecord, Manifest | None]:
     record = MemoryRecord(key.tenant, key.memory, key.version, "failed", "", 0)
     try:
         manifest = store.read_manifest(key)
     except DamagedFile as damage:
         logger.error("the memory %s cannot be read: %s", key.path, damage)
-        return replace(record, error=str(damage))
-    return replace(record, status="ready", created=manifest.created, manifest=manifest)
+        return replace(record, error=str(damage)), None
+    return replace(record, status="ready", created=manifest.created), manifest
 
 
 def _add_job(store: MemoryStore, key: MemoryKey, record: MemoryRecord | None) -> MemoryRecord | None:
@@ -65,12 +67,8 @@ def _add_job(store: MemoryStore, key: MemoryKey, record: MemoryRecord | None) ->
     except DamagedFile as damage:
         logger.error("the job of %s cannot be read: %s", key.path, damage)
         return record or replace(made, status="failed", error=str(damage))
+    if error is not None and record:
+        return replace(record, failed_change=FailedChange(key, job.kind, error))
     if error is not None:
-        return (
-            replace(record, error=error) if record else replace(made, status="failed", created=job.created, error=error)
-        )
-    return replace(record or replace(made, created=job.created), job=Job(key, job, record.manifest if record else None))
-
-
-def _leave_out(keys: Sequence[MemoryKey], needed: set[MemoryKey | None]) -> tuple[MemoryKey, ...]:
-    return tuple(key for key in keys if key not in needed)
+        return replace(made, status="failed", created=job.created, error=error)
+    return replace(record or replace(made, created=job.created), job=Job(key, job))

@@ -17,6 +17,7 @@ from memory_worker.storage.store import MemoryStore
 logger = logging.getLogger(__name__)
 
 _RESERVED_S = 24 * 3600.0  # an upload may take so long
+_COUNTED_S = 600.0  # a reservation counts against quotas for so long: whoever made it may have died
 
 
 class Retention:
@@ -38,6 +39,11 @@ class Retention:
     def release(self, key: MemoryKey) -> None:
         """The reservation has become a job, or was given up."""
         self._reserved.pop(key, None)
+
+    def reserved(self, tenant: str) -> set[MemoryKey]:
+        """The tenant's reservations of late."""
+        since = self._clock() - _COUNTED_S
+        return {key for key, when in self._reserved.items() if key.tenant == tenant and when >= since}
 
     def read(self, key: MemoryKey) -> None:
         """The version was handed to a reader."""

@@ -1,5 +1,6 @@
 """The durable tier of all memories: what lies where under the storage root, and how a version is published.
 
+    <root>/<tenant>/.deleted/  which calls deleted a memory in the last hour
     <root>/<tenant>/<memory>/<version>/
         source/<doc>.txt
         job.json               written when the work begins; with no manifest beside it, the work is unfinished
@@ -19,6 +20,7 @@ import hashlib
 import json
 import logging
 import re
+import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -35,8 +37,10 @@ from memory_worker.storage.segments import Segment, SegmentWriter
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _T = TypeVar("_T", bound=BaseModel)
 _VERSION = re.compile(r"v(\d{6})-[0-9a-f]{8}")
+_REQUEST = re.compile(r"[0-9a-f]{8}")
 _ABOUT = ("manifest.json", "manifest.backup.json", "job.json")  # what a version has beside the files of its manifest
 _TORN_S = 24 * 3600.0
+_REMEMBERED_S = 3600.0  # how long a call that was answered may be repeated
 _DELETE_ATTEMPTS = 20  # a worker that is told of the end writes a handful of files at most
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,11 @@ def check_id(id: str, what: str) -> str:
     if not _ID.fullmatch(id):
         raise InvalidId(what, id)
     return id
+
+
+def new_request() -> str:
+    """Names one call, so that it can be told from another like it when Ray repeats it after a restart."""
+    return uuid.uuid4().hex[:8]
 
 
 def source_path(key: MemoryKey, document: str) -> str:
@@ -103,11 +112,18 @@ class MemoryStore:
             raise MemoryNotFound(memory)
         return MemoryKey(tenant, memory, versions[-1])
 
-    def new_version(self, tenant: str, memory: str) -> MemoryKey:
-        """A key that sorts after all versions of the memory and was never used, even by a deleted memory."""
+    def new_version(self, tenant: str, memory: str, request: str | None = None) -> MemoryKey:
+        """A key that sorts after all versions of the memory and was never used, even by a deleted memory.
+
+        `request`, as `new_request` makes it, names the call that makes the version: `version_of` finds it again.
+        """
         versions = self.all_versions(tenant, memory)
         number = 1 + int(_VERSION.fullmatch(versions[-1])[1]) if versions else 1  # type: ignore[index]
-        return MemoryKey(tenant, memory, f"v{number:06d}-{uuid.uuid4().hex[:8]}")
+        return MemoryKey(tenant, memory, f"v{number:06d}-{request or new_request()}")
+
+    def version_of(self, tenant: str, memory: str, request: str) -> str | None:
+        """The published version that this request has made, if it is kept still."""
+        return next((version for version in self.versions(tenant, memory) if version.endswith(f"-{request}")), None)
 
     def read_manifest(self, key: MemoryKey) -> Manifest:
         """Raises `MemoryNotFound`, or `DamagedMemory` if neither copy is the manifest that was published."""
@@ -134,6 +150,12 @@ class MemoryStore:
         self.storage.write(f"{_folder(key)}/manifest.backup.json", sealed)
         self.storage.write(f"{_folder(key)}/manifest.json", sealed)
         self.storage.delete(checkpoint_path(key))
+
+    def restore_manifest(self, manifest: Manifest) -> None:
+        """Writes the manifest of a published version again, whose files are gone or damaged."""
+        key, sealed = MemoryKey(manifest.tenant, manifest.memory, manifest.version), seal(manifest)
+        for name in ("manifest.backup.json", "manifest.json"):
+            self.storage.write(f"{_folder(key)}/{name}", sealed)
 
     def finish_publishing(self, key: MemoryKey) -> bool:
         """Publishes a version whose manifest was written only once before the writer died, or lost since.
@@ -215,13 +237,28 @@ class MemoryStore:
                 self.storage.delete_folder(folder)
         return gone
 
-    def delete(self, tenant: str, memory: str) -> None:
-        """Deletes the memory; a deletion that is cut short is as good as done, and `delete` again finishes it."""
-        marker = self._deleted_marker(tenant, memory)
-        self.storage.write(marker, b"")
+    def delete(self, tenant: str, memory: str, request: str | None = None) -> None:
+        """Deletes the memory; a deletion that is cut short is as good as done, and `sweep` finishes it.
+
+        `request`, as `new_request` makes it, names the call: `was_deleted_by` knows it for an hour at least.
+        """
+        self.storage.write(self._deleted_marker(tenant, memory), (request or "").encode())
         for version in self.storage.folders(f"{tenant}/{memory}"):
             self._delete_folder(f"{tenant}/{memory}/{version}")
+        if request:
+            self._remember_deletion(tenant, request)
         self._delete_folder(f"{tenant}/{memory}")
+
+    def was_deleted_by(self, tenant: str, request: str) -> bool:
+        """Whether this request deleted a memory of the tenant, of whatever name."""
+        return any(path.endswith(f"-{request}") for path in self.storage.files(_deletions(tenant)))
+
+    def _remember_deletion(self, tenant: str, request: str) -> None:
+        folder, now = _deletions(tenant), time.time()
+        for path in self.storage.files(folder):
+            if float(path.rpartition("/")[2].partition("-")[0]) < now - _REMEMBERED_S:
+                self.storage.delete(path)
+        self.storage.write(f"{folder}/{now:.0f}-{request}", b"")
 
     def is_deleted(self, tenant: str, memory: str) -> bool:
         """Whether a deletion began that has not finished."""
@@ -234,7 +271,9 @@ class MemoryStore:
         for tenant in self.tenants():
             for memory in self._list_ids(tenant):
                 if self.is_deleted(tenant, memory):
-                    self.delete(tenant, memory)
+                    marker = self.storage.read_unverified(self._deleted_marker(tenant, memory)).to_pybytes()
+                    request = marker.decode(errors="replace")
+                    self.delete(tenant, memory, request if _REQUEST.fullmatch(request) else None)
 
     def _delete_folder(self, path: str) -> None:
         """Deletes it also while a worker, who does not know yet that its job has ended, puts a file into it."""
@@ -284,6 +323,10 @@ class StoredSegment(SegmentWriter):
 
 class _Failure(BaseModel):
     error: str
+
+
+def _deletions(tenant: str) -> str:
+    return f"{check_id(tenant, 'tenant')}/.deleted"  # no id begins with a dot
 
 
 def _folder(key: MemoryKey) -> str:

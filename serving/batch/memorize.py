@@ -116,9 +116,10 @@ def _memorize(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str
         if error.status != 404:
             raise
     else:
-        if there.status != "failed":
+        if there.status == "memorizing":
             there.wait(progress=False)
-            return False
+        if there.status != "failed":
+            return False  # ready, whatever else is being made of it
     try:
         client.memorize(path, id=id, title=title, progress=False, **wanted)
     except MemoRAGError as error:

@@ -225,31 +225,42 @@ class Memory:
             check(self._client._http.delete(_path(self.id, "job")))
 
     def wait(self, *, progress: bool | OnProgress | None = None) -> "Memory":
-        """Returns when the memory is ready and no job is under way; outlives broken connections.
+        """Returns when the job that is under way is over and the memory ready; outlives broken connections.
 
-        Raises `MemoRAGError` if the job failed.
+        Raises `MemoRAGError` if that job failed, or the memory never became ready. That an earlier change failed is
+        in `info["failed_change"]`, and no error: the memory is as it was before it.
         """
+        followed, failed = self._job_version, False
         with show_progress(self.id, progress) as show:
             broken = 0  # connections since the last event
-            while self.busy:
+            while self.busy and self._job_version == followed:
                 try:
                     for event in self._client._stream("GET", _path(self.id, "events")):
                         broken = 0
                         if event.name == "progress":
                             show(event.data)
                         elif event.name in ("ready", "failed"):
-                            self.info = event.data
+                            self.info, failed = event.data, event.name == "failed"
                 except ServerUnreachable:
                     if broken == _RECONNECTS:
                         raise
                 else:
                     self.refresh()
-                if self.busy:
+                if self.busy and self._job_version == followed:
                     broken = min(broken + 1, _RECONNECTS)
                     time.sleep(_RECONNECT_S * 2**broken)
-        if self.info.get("error"):
+        change = self.info.get("failed_change") or {}
+        if self.status == "failed":
             raise MemoRAGError(f"memory {self.id!r} failed: {self.info['error']}", title="Memorizing failed")
+        if failed or (followed and change.get("version") == followed):
+            reason = change.get("error", "the server's log says more")
+            raise MemoRAGError(f"changing memory {self.id!r} failed: {reason}", title="The change failed")
         return self
+
+    @property
+    def _job_version(self) -> str | None:
+        job: dict[str, Any] | None = self.info.get("job")
+        return job.get("version") if job else None
 
     @overload
     def ask(

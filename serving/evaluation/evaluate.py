@@ -97,4 +97,4 @@ def _memorize(client: MemoRAG, example: Example) -> Memory:
     if memory.status == "failed":
         memory.delete()
         return client.memorize(text=example.text, id=name, tags=[TAG], progress=False)
-    return memory.wait(progress=False)
+    return memory.wait(progress=False) if memory.status == "memorizing" else memory

@@ -26,6 +26,7 @@ from memory_worker.messages import (
     MemorizeProgress,
     MemorizeRequest,
     MemorizeResult,
+    MemoryKey,
 )
 from memory_worker.storage.manifest import DocumentEntry, FileEntry, JobDocument, Manifest, now
 from memory_worker.storage.store import passages_path
@@ -46,13 +47,15 @@ class Jobs:
     def __init__(
         self,
         catalog: ActorHandle[Any],
+        manifest_of: Callable[[MemoryKey], Awaitable[Manifest]],
         settings: tuple[CatalogConfig, QuotasConfig],
         memorizer: DeploymentHandle,
         retriever: DeploymentHandle,
         on_ready: Callable[[Manifest], Awaitable[None]],
     ) -> None:
-        """`on_ready` is told of each version that was published."""
+        """`manifest_of` reads that of a ready version; `on_ready` is told of each version that was published."""
         self._catalog = catalog
+        self._manifest_of = manifest_of
         self._settings = settings
         self._memorizer = memorizer
         self._retriever = retriever
@@ -101,23 +104,24 @@ class Jobs:
 
     async def _make(self, job: Job) -> Manifest:
         """The version's manifest, once all that it names is durable. A worker that dies is waited for."""
+        base = await self._manifest_of(job.base) if job.base else None
         for attempt in range(1, _ATTEMPTS + 1):
             report = _Report(self._catalog, self._runner, job)
             try:
                 async with asyncio.TaskGroup() as group:
                     reporting = group.create_task(report.keep_up())
-                    encoding = group.create_task(self._memorize(job, report))
+                    encoding = group.create_task(self._memorize(job, base, report))
                     indexing = group.create_task(self._index(job, report))
                     encoded, indexed = await encoding, await indexing
                     reporting.cancel()
-                return _manifest(job, encoded, indexed)
+                return _manifest(job, base, encoded, indexed)
             except Exception as error:
                 if not is_unavailable(error) or attempt == _ATTEMPTS:
                     raise
                 logger.warning("making %s goes on with another worker: %s", job.key.path, cause_of(error))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _memorize(self, job: Job, report: "_Report") -> MemorizeResult:
+    async def _memorize(self, job: Job, base: Manifest | None, report: "_Report") -> MemorizeResult:
         record = job.record
         request = MemorizeRequest(
             key=job.key,
@@ -125,7 +129,7 @@ class Jobs:
             ratio=record.ratio,
             language=language_of(record.language),
             # A repair may be one of the head itself: it is made anew, and is the same again.
-            head=job.base.head if job.base and record.kind != "repair" else None,
+            head=base.head if base and record.kind != "repair" else None,
             kind=record.memory_kind,
         )
         response = self._memorizer.options(stream=True).memorize.remote(request)
@@ -198,9 +202,9 @@ def language_of(name: str) -> Language:
     return "zh" if name == "zh" else "en"
 
 
-def _manifest(job: Job, encoded: MemorizeResult, indexed: list[IndexedDocument]) -> Manifest:
+def _manifest(job: Job, base: Manifest | None, encoded: MemorizeResult, indexed: list[IndexedDocument]) -> Manifest:
     """The base's documents, those that were made again in their place, new ones behind them."""
-    record, base = job.record, job.base
+    record = job.record
     made = {
         document.id: _entry(document, memorized, passages)
         for document, memorized, passages in zip(record.documents, encoded.documents, indexed, strict=True)

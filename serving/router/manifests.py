@@ -9,19 +9,18 @@ from serving import api
 
 
 def index_of(manifests: Sequence[Manifest]) -> Index:
-    """The Retriever's name for the passages of these versions."""
-    return Index(
-        tuple(
-            IndexPart(manifest.memory, document.id, document.passages.stored)
-            for manifest in manifests
-            for document in manifest.documents
-        )
+    """The passages of these versions, under a name made of theirs: the Retriever knows it while it has them open."""
+    parts = (
+        IndexPart(manifest.memory, document.id, document.passages.stored)
+        for manifest in manifests
+        for document in manifest.documents
     )
+    return Index(tuple(parts), "+".join(f"{m.tenant}/{m.memory}/{m.version}" for m in manifests))
 
 
-def memory_out(record: MemoryRecord) -> api.MemoryOut:
-    """The memory as HTTP shows it: from its manifest when it is ready, from its job until then."""
-    manifest, job = record.manifest, record.job
+def memory_out(record: MemoryRecord, manifest: Manifest | None) -> api.MemoryOut:
+    """The memory as HTTP shows it: from its version's manifest when it is ready, from its job until then."""
+    job, failed = record.job, record.failed_change
     if manifest is not None:
         return api.MemoryOut(
             id=manifest.memory,
@@ -38,7 +37,9 @@ def memory_out(record: MemoryRecord) -> api.MemoryOut:
             documents=[api.DocumentOut(id=d.id, characters=d.characters, tokens=d.tokens) for d in manifest.documents],
             created=manifest.created,
             job=_job_out(job),
-            error=record.error,
+            failed_change=api.FailedChange(kind=failed.kind, version=failed.key.version, error=failed.error)
+            if failed
+            else None,
         )
     made_of = job.record if job else None
     return api.MemoryOut(

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -24,11 +25,11 @@ from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
-from serving.router.manifests import index_of
 from serving.router.prepared import Prepared
 from serving.router.shown import clue_out, passage_out, source_of
 from serving.router.spans import StageSpans
 from serving.router.texts import Texts
+from serving.router.versions import AskedVersions
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
@@ -67,26 +68,30 @@ class Inquiry:
     def __init__(
         self,
         pools: Pools,
-        manifests: Sequence[Manifest],
+        asked: AskedVersions,
         groups: Sequence[SegmentGroup],
         question: api.Question,
         cache_salt: str,
+        lease_s: float,
     ) -> None:
-        """`groups` are the memories' segments as the Recaller reads them; `cache_salt` is the tenant's."""
+        """`groups` are the memories' segments as the Recaller reads them; `cache_salt` is the tenant's.
+
+        The question is over when the lease on the versions is.
+        """
         self._pools = pools
-        self._manifests = manifests
+        self._manifests = manifests = asked.manifests
         self._groups = groups
         self._question = question
         self._cache_salt = cache_salt
         self._language: api.Language = question.language or ("zh" if manifests[0].language == "zh" else "en")
-        self._index: Index = index_of(manifests)
+        self._index = asked.index
         names = "+".join(f"{manifest.tenant}/{manifest.memory}" for manifest in manifests)
         self._retriever = pools.retriever.options(session_id=names)
         self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
         self._tasks: list[asyncio.Task[Any]] = []
         self._started = time.perf_counter()
         self._spans = StageSpans(manifests, question.task)
-        self._deadline = time.monotonic() + pools.question_deadline_s
+        self._deadline = time.monotonic() + min(pools.question_deadline_s, lease_s)
         self.clues: list[Clue] = []
         self.hits: list[Hit] = []  # in the order that citations number them
         self.usage = api.Usage()
@@ -226,8 +231,7 @@ class Inquiry:
                 queries.append(self._queries.get_nowait())
             more = None not in queries
             if texts := [query for query in queries if query is not None]:
-                found = await self._call(self._retriever.search, self._index, texts)
-                rankings += found
+                rankings += await self._ask_index(partial(self._call, self._retriever.search), texts)
         return rankings
 
     async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
@@ -279,15 +283,19 @@ class Inquiry:
             ) from error
 
     async def _prepare_evidence(self, passages: tuple[int, ...]) -> None:
-        await self._call(self._retriever.prepare_evidence, self._index, passages)
+        await self._ask_index(partial(self._call, self._retriever.prepare_evidence), passages)
 
     async def _answer(self, generation: Generation) -> api.Answer:
         evidence = []
         if self.hits:
             ids = tuple(hit.passage.id for hit in self.hits)
-            request = EvidenceRequest(self._index, ids, self._question.question, generation.text)
-            began = time.perf_counter()
-            evidence = await self._call(self._retriever.evidence, request)
+            question, began = self._question.question, time.perf_counter()
+
+            async def find(index: Index, ids: tuple[int, ...]) -> Any:
+                request = EvidenceRequest(index, ids, question, generation.text)
+                return await self._call(self._retriever.evidence, request)
+
+            evidence = await self._ask_index(find, ids)
             self._spans.end_stage("evidence", began, sentences=len(evidence))
         return self._finish(
             answer=generation.text,
@@ -343,6 +351,11 @@ class Inquiry:
             usage=self.usage,
             timings_ms=self.timings,
         )
+
+    async def _ask_index(self, ask: Callable[[Index, Any], Awaitable[Any]], what: Any) -> Any:
+        """What the Retriever says of the index, which is named alone; given whole where it is not open there."""
+        found = await ask(self._index.by_name, what)
+        return await ask(self._index, what) if found is None else found
 
     async def _call(self, method: Any, *arguments: Any) -> Any:
         """What a deployment's method returns; a replica that dies is waited for, and its successor asked."""

@@ -10,10 +10,10 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.planning.costs import MemoryKind
 from memory_worker.catalog.actor import catalog
-from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, Reservation, SegmentGroup
-from memory_worker.recall.groups import segment_groups
+from memory_worker.errors import NoJob
+from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, ReadLease, Reservation, SegmentGroup
 from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
-from memory_worker.storage.store import check_id
+from memory_worker.storage.store import check_id, new_request
 from serving import api
 from serving.config import Profile
 from serving.documents.uploads import memory_id
@@ -30,6 +30,7 @@ from serving.router.secret import salt_of
 from serving.router.shown import clue_out, event_out, passage_out
 from serving.router.texts import Texts
 from serving.router.usage_metrics import UsageMetrics
+from serving.router.versions import AskedVersions, Versions
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
 _Result = TypeVar("_Result")
@@ -52,6 +53,9 @@ class Router(KeyedAnswers):
         self._profile = profile
         self._secret = secret
         self._catalog = catalog(storage_root, profile.ray.namespace, profile.memory.catalog, profile.quotas)
+        self._versions = Versions(
+            storage_root, self._catalog, profile.memory.group_slots, profile.router.cached_manifests_mib << 20
+        )
         self._memorizer = memorizer
         self._pools = Pools(
             recaller,
@@ -69,7 +73,7 @@ class Router(KeyedAnswers):
         self._metrics = UsageMetrics()
         self._model: MemorizerDescription | None = None
         settings = (profile.memory.catalog, profile.quotas)
-        jobs = Jobs(self._catalog, settings, memorizer, retriever, Prefetch(recaller, profile))
+        jobs = Jobs(self._catalog, self._versions.manifest, settings, memorizer, retriever, Prefetch(recaller, profile))
         self._working = asyncio.get_running_loop().create_task(jobs.run_forever())
 
     # -- memories ------------------------------------------------------------------------------------------
@@ -98,9 +102,8 @@ class Router(KeyedAnswers):
         reserved: Reservation = await _problems(
             self._catalog.reserve.remote(tenant, memory, create=False, if_match=if_match)
         )
-        base = reserved.base
-        assert base is not None, "a change has a base"
         try:
+            base = await self._base(reserved)
             if document not in {entry.id for entry in base.documents}:
                 self._check_documents(len(base.documents) + 1)
             require_same_model(base, await self._memory_model())
@@ -118,7 +121,7 @@ class Router(KeyedAnswers):
 
     async def adopt(self, manifest: Manifest) -> api.MemoryOut:
         """A memory of files that are in storage already."""
-        return memory_out(await _problems(self._catalog.adopt.remote(manifest)))
+        return await self._show(await _problems(self._catalog.adopt.remote(manifest)))
 
     async def create(
         self,
@@ -141,12 +144,11 @@ class Router(KeyedAnswers):
             title=title,
             tags=tuple(dict.fromkeys(tags)),
         )
-        return memory_out(await _problems(self._catalog.begin.remote(key, job)))
+        return await self._show(await _problems(self._catalog.begin.remote(key, job)))
 
     async def change(self, reserved: Reservation, document: JobDocument) -> api.MemoryOut:
         """Begins to add or replace a document whose text is in storage; the present version is asked until then."""
-        base = reserved.base
-        assert base is not None, "a change has a base"
+        base = await self._base(reserved)
         job = JobRecord(
             kind="put",
             base=base.version,
@@ -157,7 +159,7 @@ class Router(KeyedAnswers):
             title=base.title,
             tags=base.tags,
         )
-        return memory_out(await _problems(self._catalog.begin.remote(reserved.key, job)))
+        return await self._show(await _problems(self._catalog.begin.remote(reserved.key, job)))
 
     async def abandon(self, key: MemoryKey) -> None:
         """Gives up what was reserved, with the texts put there."""
@@ -165,23 +167,36 @@ class Router(KeyedAnswers):
 
     async def remove_document(self, tenant: str, memory: str, document: str, if_match: str | None) -> api.MemoryOut:
         """Removes a document; the version without it is there when this returns."""
-        removed = self._catalog.remove_document.remote(tenant, memory, document, if_match)
-        return memory_out(await _problems(removed))
+        removed = self._catalog.remove_document.remote(tenant, memory, document, if_match, new_request())
+        return await self._show(await _problems(removed))
 
     async def cancel(self, tenant: str, memory: str) -> None:
         """Ends the job of the memory."""
-        await _problems(self._catalog.cancel.remote(tenant, memory))
+        job = (await self._record(tenant, memory)).job
+        if job is None:
+            raise problem_for(NoJob(memory))
+        await _problems(self._catalog.cancel.remote(job.key))
 
     async def get(self, tenant: str, memory: str) -> api.MemoryOut:
-        return memory_out(await self._record(tenant, memory))
+        return await self._show(await self._record(tenant, memory))
 
     async def list_memories(self, tenant: str, cursor: str | None, limit: int, tag: str | None) -> api.MemoryList:
         records, following = await _problems(self._catalog.list.remote(tenant, cursor, limit, tag))
-        return api.MemoryList(memories=[memory_out(record) for record in records], next_cursor=following)
+
+        async def show(record: MemoryRecord) -> api.MemoryOut | None:
+            try:
+                return await self._show(record)
+            except ProblemError as problem:
+                if problem.status != 404:
+                    raise
+                return None  # it has been deleted since
+
+        shown = await asyncio.gather(*map(show, records))
+        return api.MemoryList(memories=[memory for memory in shown if memory], next_cursor=following)
 
     async def delete(self, tenant: str, memory: str) -> None:
         """Deletes the memory and all its versions; ends its job, if it is being made or changed."""
-        await _problems(self._catalog.delete.remote(tenant, memory))
+        await _problems(self._catalog.delete.remote(tenant, memory, new_request()))
 
     async def manifest(self, tenant: str, memory: str) -> Manifest:
         """The present version, whose files stay for the retention's grace."""
@@ -213,7 +228,7 @@ class Router(KeyedAnswers):
         )
 
     async def events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
-        """Progress of a memory's job, until the memory is ready, or the job has failed; error where it is deleted."""
+        """Progress of a memory's job, until it has made the memory ready, or failed; error where that is deleted."""
         try:
             async for event in self._events(tenant, memory):
                 yield event
@@ -223,12 +238,15 @@ class Router(KeyedAnswers):
     async def _events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
         record = await self._record(tenant, memory)
         began, first = time.monotonic(), record.job.done_tokens if record.job else 0
-        while record.job:
+        followed = record.job.key if record.job else None
+        while record.job and record.job.key == followed:
             rate = (record.job.done_tokens - first) / max(time.monotonic() - began, 1e-3)
             progress = progress_out(record.status, record.job, rate)
             yield api.Event(name="progress", data=progress.model_dump())
             record = await _problems(self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S))
-        yield api.Event(name="failed" if record.error else "ready", data=memory_out(record).model_dump(mode="json"))
+        lost = record.failed_change is not None and record.failed_change.key == followed
+        shown = await self._show(record)
+        yield api.Event(name="failed" if lost or record.error else "ready", data=shown.model_dump(mode="json"))
 
     # -- questions -----------------------------------------------------------------------------------------
 
@@ -238,8 +256,9 @@ class Router(KeyedAnswers):
         """Events clue, passage, token; last done, or error."""
         manifests: Sequence[Manifest] = ()
         try:
-            manifests = await self._read_many(tenant, memories, tag)
-            inquiry = await self._inquiry(tenant, manifests, question)
+            asked, seconds = await self._read_many(tenant, memories, tag)
+            manifests = asked.manifests
+            inquiry = await self._inquiry(tenant, asked, seconds, question)
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
@@ -249,31 +268,31 @@ class Router(KeyedAnswers):
 
     async def answer(self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question) -> api.Answer:
         """The whole answer at once."""
-        manifests = await self._read_many(tenant, memories, tag)
-        inquiry = await self._inquiry(tenant, manifests, question)
+        asked, seconds = await self._read_many(tenant, memories, tag)
+        inquiry = await self._inquiry(tenant, asked, seconds, question)
         try:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
                     return item
         except Exception as error:
-            raise await self._problem(manifests, error) from error
+            raise await self._problem(asked.manifests, error) from error
         raise ProblemError(500, "the pipeline ended without an answer")
 
     async def clues(self, tenant: str, memory: str, query: api.CluesQuery) -> api.CluesOut:
         """Recall on its own."""
         question = api.Question(question=query.question, language=query.language)
-        manifest = await self._read(tenant, memory)
-        inquiry = await self._inquiry(tenant, [manifest], question)
+        asked, seconds = await self._read_many(tenant, [memory], None)
+        inquiry = await self._inquiry(tenant, asked, seconds, question)
         started = time.perf_counter()
         try:
             clues = [clue_out(clue) async for clue in inquiry.recall(CLUE_KINDS["memorag"], required=True)]
         except Exception as error:
-            raise await self._problem([manifest], error) from error
+            raise await self._problem(asked.manifests, error) from error
         inquiry.timings.total = (time.perf_counter() - started) * 1000
         return api.CluesOut(
             memory=memory,
-            version=manifest.version,
+            version=asked.manifests[0].version,
             clues=clues,
             degraded=inquiry.degraded,
             usage=inquiry.usage,
@@ -282,16 +301,17 @@ class Router(KeyedAnswers):
 
     async def passages(self, tenant: str, memory: str, query: api.PassagesQuery) -> api.PassagesOut:
         """Retrieval on its own, with the text as it is."""
-        manifest = await self._read(tenant, memory)
-        inquiry = await self._inquiry(tenant, [manifest], api.Question(question=query.question, task="rag"))
+        asked, seconds = await self._read_many(tenant, [memory], None)
+        inquiry = await self._inquiry(tenant, asked, seconds, api.Question(question=query.question, task="rag"))
         started = time.perf_counter()
         try:
             await inquiry.retrieve(inquiry.begin_search())
         except Exception as error:
-            raise await self._problem([manifest], error) from error
+            raise await self._problem(asked.manifests, error) from error
         inquiry.timings.total = (time.perf_counter() - started) * 1000
         hits = [passage_out(hit) for hit in inquiry.hits]
-        return api.PassagesOut(memory=memory, version=manifest.version, passages=hits, timings_ms=inquiry.timings)
+        version = asked.manifests[0].version
+        return api.PassagesOut(memory=memory, version=version, passages=hits, timings_ms=inquiry.timings)
 
     # -- health --------------------------------------------------------------------------------------------
 
@@ -336,27 +356,39 @@ class Router(KeyedAnswers):
         return await _problems(self._catalog.get.remote(tenant, memory))
 
     async def _read(self, tenant: str, memory: str) -> Manifest:
-        return await _problems(self._catalog.read.remote(tenant, memory))
+        lease: ReadLease = await _problems(self._catalog.read.remote(tenant, memory))
+        return await _problems(self._versions.manifest(lease.key))
 
-    async def _read_many(self, tenant: str, memories: Sequence[str], tag: str | None) -> Sequence[Manifest]:
-        found: Sequence[Manifest] = await _problems(self._catalog.read_many.remote(tenant, memories, tag))
+    async def _show(self, record: MemoryRecord) -> api.MemoryOut:
+        if record.status != "ready":
+            return memory_out(record, None)
+        return memory_out(record, await _problems(self._versions.manifest(record.key)))
+
+    async def _base(self, reserved: Reservation) -> Manifest:
+        assert reserved.base is not None, "a change has a base"
+        return await _problems(self._versions.manifest(reserved.base))
+
+    async def _read_many(self, tenant: str, memories: Sequence[str], tag: str | None) -> tuple[AskedVersions, float]:
+        """The present versions, and for how many seconds their files stay."""
+        found: Sequence[ReadLease] = await _problems(self._catalog.read_many.remote(tenant, memories, tag))
         if not found:
             missing = f"no ready memory has the tag {tag!r}" if tag else "no memory is named"
             raise ProblemError(404 if tag else 422, f"{missing}; give ids in 'memories', or a tag that memories have")
-        return found
+        asked = await _problems(self._versions.of([lease.key for lease in found]))
+        return asked, min(lease.seconds for lease in found)
 
-    async def _inquiry(self, tenant: str, manifests: Sequence[Manifest], question: api.Question) -> Inquiry:
+    async def _inquiry(self, tenant: str, asked: AskedVersions, seconds: float, question: api.Question) -> Inquiry:
         await self._limits.check(question)
         groups: Sequence[SegmentGroup] = ()
         if question.task in READ_MEMORY:
             model = await self._memory_model()
-            for manifest in manifests:
+            for manifest in asked.manifests:
                 require_same_model(manifest, model)
             try:
-                groups = segment_groups(manifests, self._profile.memory.group_slots)
+                groups = asked.groups
             except Exception as error:
                 raise problem_for(error) from error
-        return Inquiry(self._pools, manifests, groups, question, salt_of(self._secret, tenant))
+        return Inquiry(self._pools, asked, groups, question, salt_of(self._secret, tenant), seconds)
 
     async def _problem(self, manifests: Sequence[Manifest], error: BaseException) -> ProblemError:
         """The problem that `error` is to a client; where a file is damaged, what is being done about it."""

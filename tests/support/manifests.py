@@ -67,4 +67,4 @@ def job(key: MemoryKey, base: Manifest | None = None, documents: Sequence[str] =
     )
     kind = "put" if base else "create"
     record = JobRecord(kind=kind, base=base.version if base else None, documents=entries, ratio=4, language="en")
-    return Job(key, record.model_copy(update=fields), base)
+    return Job(key, record.model_copy(update=fields))

@@ -202,13 +202,14 @@ def test_jobs_can_be_cancelled(server: Server, memory: dict):
         assert put(client, id, "one", long).json()["job"]["kind"] == "put"
         assert client.delete(f"/v1/memories/{id}/job").status_code == 204
         name, data = follow(client, id)[-1]
-        assert (name, data["status"], data["error"]) == ("failed", "ready", "it was cancelled")
+        assert (name, data["status"], data["error"]) == ("failed", "ready", None)
+        assert data["failed_change"]["error"] == "it was cancelled"
         assert data["version"] == memory["version"] and data["documents"] == memory["documents"]
         answer = client.post(f"/v1/memories/{id}/answer", json={"question": "Who lit lamp 3?", "max_tokens": 2}).json()
         assert answer["version"] == memory["version"]
         check_exact(answer["passages"], {id: first_editions()})
         assert put(client, id, "one", text("one", "third")).status_code == 202
-        assert follow(client, id)[-1][1]["error"] is None
+        assert follow(client, id)[-1][1]["failed_change"] is None
 
 
 def test_events_tell_rate_and_time_left(server: Server):

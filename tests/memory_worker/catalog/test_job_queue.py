@@ -60,7 +60,17 @@ def test_no_more_run_or_wait_than_may() -> None:
     jobs.add(key("b", 0))
     jobs.configure(4, 5, 30.0)
     assert jobs.take("r") == key("b", 0)
-    assert jobs.of_tenant("a") == 5 and jobs.state(key("a", 4)) == "queued"
+    assert jobs.of_tenant("a") == {key("a", number) for number in range(5)}
+
+
+def test_a_job_that_is_not_durable_has_its_place_and_is_not_taken() -> None:
+    jobs, _ = queue(waiting=1)
+    jobs.add(key("a", 0), durable=False)
+    with pytest.raises(QueueFull):
+        jobs.add(key("b", 0))
+    assert jobs.take("r") is None
+    jobs.mark_durable(key("a", 0))
+    assert jobs.take("r") == key("a", 0)
 
 
 def test_leases() -> None:
@@ -111,4 +121,4 @@ def test_whatever_happens_a_job_has_one_worker_at_a_time_and_none_is_lost() -> N
         assert sum(expires > clock.now for _, expires in holders.values()) <= 5
     for left in added - done:
         clock.now += 31
-        assert jobs.state(left) in ("queued", "running")
+        assert left in jobs.of_tenant(left.tenant)

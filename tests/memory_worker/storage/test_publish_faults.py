@@ -49,17 +49,17 @@ def make_new_version(root: Path) -> Manifest:
     return new
 
 
-def restored(root: Path) -> MemoryRecord | None:
+def restored(root: Path) -> tuple[MemoryRecord | None, Manifest | None]:
     """What a catalog that starts now knows, every file of it read and verified."""
     store = MemoryStore(str(root))
     found = list(restore(store))
     assert [each.name for each in found] in ([], [("acme", "book")])
-    record = found[0].record if found else None
-    if record and record.manifest:
-        assert store.read_manifest(record.key) == record.manifest
-        for file in record.manifest.files:
+    record, manifest = (found[0].record, found[0].manifest) if found else (None, None)
+    if manifest:
+        assert record and record.status == "ready" and store.read_manifest(record.key) == manifest
+        for file in manifest.files:
             store.storage.read(file.stored)
-    return record
+    return record, manifest
 
 
 def cases(tmp_path: Path, run, modes: tuple[Mode, ...] = tuple(Mode)):
@@ -83,24 +83,24 @@ def cases(tmp_path: Path, run, modes: tuple[Mode, ...] = tuple(Mode)):
 def test_a_new_version_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     seen = set()
     for fault, root in cases(tmp_path, make_new_version):
-        record = restored(root)
-        assert record is not None and record.status == "ready" and record.manifest is not None, fault
+        record, manifest = restored(root)
+        assert record is not None and manifest is not None, fault
         assert record.version in (FIRST.version, SECOND.version), fault
-        assert [d.id for d in record.manifest.documents] == ["one", "two"], fault
-        assert record.manifest.documents[1].slots == (3 if record.version == FIRST.version else 7), fault
+        assert [d.id for d in manifest.documents] == ["one", "two"], fault
+        assert manifest.documents[1].slots == (3 if record.version == FIRST.version else 7), fault
         if record.version == FIRST.version and record.job:
-            assert record.job.key == SECOND and record.job.base == record.manifest, fault
+            assert record.job.key == SECOND and record.job.base == record.key, fault
             make_again = MemoryStore(str(root))
             again = store_memory(make_again, SECOND, {"two": (7, 3)}, publish=False)
             make_again.publish(
-                record.manifest.model_copy(
+                manifest.model_copy(
                     update={
                         "version": SECOND.version,
-                        "documents": (record.manifest.documents[0], again.documents[0]),
+                        "documents": (manifest.documents[0], again.documents[0]),
                     }
                 )
             )
-            assert restored(root).version == SECOND.version, fault  # type: ignore[union-attr]
+            assert restored(root)[1].version == SECOND.version, fault  # type: ignore[union-attr]
         seen.add(record.version)
     assert seen == {FIRST.version, SECOND.version}
 
@@ -119,23 +119,24 @@ def test_deleting_old_versions_never_harms_the_new_one(tmp_path: Path) -> None:
         shutil.copytree(template, root)
         with fault.injected(), suppress(*fault.raised, MemoryNotFound):
             collect(root)
-        record = restored(root)
-        assert record is not None and record.version == SECOND.version and record.manifest is not None, fault
+        _, manifest = restored(root)
+        assert manifest is not None and manifest.version == SECOND.version, fault
         collect(root)  # the next time it is done
         store = MemoryStore(str(root))
         assert store.versions("acme", "book") == [SECOND.version], fault
         assert not any("two" in path for path in store.storage.files(FIRST.path)), fault
-        for file in record.manifest.files:
+        for file in manifest.files:
             store.storage.read(file.stored)
 
 
 def test_a_deletion_that_is_cut_short_is_none_or_is_finished(tmp_path: Path) -> None:
     def delete(root: Path) -> None:
-        MemoryStore(str(root)).delete("acme", "book")
+        MemoryStore(str(root)).delete("acme", "book", "0a1b2c3d")
 
     kept = gone = 0
     for fault, root in cases(tmp_path, delete):
-        record = restored(root)
+        record, _ = restored(root)
+        assert MemoryStore(str(root)).was_deleted_by("acme", "0a1b2c3d") == (record is None), fault
         if record is None:
             gone += 1
             assert not list((root / "acme").rglob("*.arrow")), fault
@@ -162,9 +163,9 @@ def test_a_full_disk_is_said_and_harms_nothing(tmp_path: Path) -> None:
                 assert "free space or delete memories" in str(full)
             except (OSError, DamagedFile):
                 continue  # a read that fails with ENOSPC is no full disk
-        record = restored(root)
-        assert record is not None and record.manifest is not None
-        assert record.manifest == old or record.version == SECOND.version
+        _, manifest = restored(root)
+        assert manifest is not None
+        assert manifest == old or manifest.version == SECOND.version
     assert refused > 20
 
 
@@ -186,12 +187,13 @@ def test_every_damaged_file_of_a_version_is_named_and_never_used(tmp_path: Path,
     for name in ("manifest.json", "manifest.backup.json"):
         good = (root / SECOND.path / name).read_bytes()
         harmed(root / SECOND.path / name, harm)
-        assert restored(root).manifest == new  # type: ignore[union-attr]
+        assert restored(root)[1] == new
         (root / SECOND.path / name).unlink(missing_ok=True)
         (root / SECOND.path / name).write_bytes(good)
     for name in ("manifest.json", "manifest.backup.json"):
         harmed(root / SECOND.path / name, harm if harm != "delete" else "flip")
-    record = restored(root)
+    record, manifest = restored(root)
+    assert manifest is None
     assert record is not None and record.status == "failed" and f"{SECOND.path}/manifest.json" in str(record.error)
 
 

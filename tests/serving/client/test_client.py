@@ -25,6 +25,10 @@ def memory(status: str, id: str = "m", **fields) -> dict:
     return {"id": id, "status": status, "version": "v1", "documents": [], "job": job, "error": None} | fields
 
 
+JOB = {"kind": "put", "state": "queued", "version": "v2"}
+CANCELLED = {"kind": "put", "version": "v2", "error": "it was cancelled"}
+
+
 def sse(*events: tuple[str, dict]) -> bytes:
     return "".join(f"event: {name}\r\ndata: {json.dumps(data)}\r\n\r\n" for name, data in events).encode()
 
@@ -254,14 +258,40 @@ def test_a_document_is_put_and_waited_for(stub: Stub, tmp_path) -> None:
 
 def test_a_change_that_fails_is_an_error_and_the_memory_stays(stub: Stub) -> None:
     stub.add("GET /v1/memories/m", memory("ready"))
-    stub.add("GET /v1/memories/m", kept := memory("ready", error="it was cancelled"))
-    stub.add("PUT /v1/memories/m/documents/a", memory("ready", job={"kind": "put", "state": "queued"}), 202)
+    stub.add("GET /v1/memories/m", kept := memory("ready", failed_change=CANCELLED))
+    stub.add("PUT /v1/memories/m/documents/a", memory("ready", job=JOB), 202)
     stub.events("GET /v1/memories/m/events", ("failed", kept))
     with MemoRAG(stub.url) as client:
         book = client.memory("m")
         with pytest.raises(MemoRAGError, match="it was cancelled"):
             book.documents.put("a", text="x")
         assert book.status == "ready" and book.info["version"] == "v1"
+
+
+def test_a_change_that_failed_before_is_no_error_of_what_is_waited_for_now(stub: Stub) -> None:
+    later = memory("ready", failed_change=CANCELLED, job=JOB | {"version": "v3"})
+    stub.add("GET /v1/memories/m", memory("ready", failed_change=CANCELLED))
+    stub.add("PUT /v1/memories/m/documents/a", later, 202)
+    stub.events("GET /v1/memories/m/events", ("ready", memory("ready", version="v3")))
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        assert book.wait().info["failed_change"] == CANCELLED, "nothing is under way"
+        stub.answers["GET /v1/memories/m"] = []
+        stub.add("GET /v1/memories/m", memory("ready", version="v3"))
+        assert book.documents.put("a", text="x").info["version"] == "v3"
+
+
+def test_of_two_changes_the_one_that_is_waited_for_counts(stub: Stub) -> None:
+    """Its end was not seen, and the next change is under way when the connection is back."""
+    stub.add("GET /v1/memories/m", memory("ready"))
+    stub.add("GET /v1/memories/m", memory("ready", failed_change=CANCELLED, job=JOB | {"version": "v3"}))
+    stub.add("PUT /v1/memories/m/documents/a", memory("ready", job=JOB), 202)
+    stub.events("GET /v1/memories/m/events", cut=False)
+    with MemoRAG(stub.url) as client:
+        book = client.memory("m")
+        with pytest.raises(MemoRAGError, match="it was cancelled"):
+            book.documents.put("a", text="x")
+    assert [route for route, *_ in stub.requests].count("GET /v1/memories/m/events") == 1
 
 
 def test_documents_are_deleted_and_jobs_cancelled(stub: Stub) -> None:

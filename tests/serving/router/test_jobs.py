@@ -59,7 +59,7 @@ class Catalog:
 
 class Memorizer:
     def __init__(self, base: Manifest) -> None:
-        self._base = base
+        self.base = base
         self.requests = []
         self.errors: list[Exception] = []
 
@@ -69,9 +69,9 @@ class Memorizer:
         if self.errors:
             raise self.errors.pop()
         yield MemorizeProgress(100, 100)
-        segments = self._base.documents[0].segments
+        segments = self.base.documents[0].segments
         documents = tuple(MemorizedDocument(d.id, 10, segments) for d in request.documents)
-        head = request.head or self._base.head.model_copy(update={"path": head_path(request.key)})
+        head = request.head or self.base.head.model_copy(update={"path": head_path(request.key)})
         yield MemorizeResult("embedded", "f" * 64, made.SHAPE, (1, 2, 3), head, documents)
 
 
@@ -92,13 +92,18 @@ def base(tmp_path) -> Manifest:
 
 async def done(catalog: Catalog, memorizer: Memorizer, retriever: Retriever) -> None:
     """Runs until the catalog is told how the job ended."""
+    base = memorizer.base
     settings = CatalogConfig(), QuotasConfig()
     ready = []
 
     async def on_ready(manifest: Manifest) -> None:
         ready.append(manifest)
 
-    mine = Jobs(Handle(catalog), settings, Handle(memorizer), Handle(retriever), on_ready)
+    async def manifest_of(key: MemoryKey) -> Manifest:
+        assert key.version == base.version
+        return base
+
+    mine = Jobs(Handle(catalog), manifest_of, settings, Handle(memorizer), Handle(retriever), on_ready)
     working = asyncio.create_task(mine.run_forever())
     await catalog.done.wait()
     await asyncio.gather(*mine._running)

@@ -23,7 +23,7 @@ def record(**fields) -> MemoryRecord:
 
 
 def test_a_ready_memory(manifest: Manifest) -> None:
-    shown = memory_out(record(manifest=manifest))
+    shown = memory_out(record(), manifest)
     assert (shown.id, shown.version, shown.status, shown.tags, shown.job, shown.error) == (
         "book", KEY.version, "ready", ["tall"], None, None,
     )  # fmt: skip
@@ -33,10 +33,10 @@ def test_a_ready_memory(manifest: Manifest) -> None:
 
 def test_a_memory_in_the_making(manifest: Manifest) -> None:
     job = replace(made.job(KEY, documents=("a", "b"), title="T", tags=("x",)), done_tokens=2, total_tokens=9)
-    shown = memory_out(record(status="memorizing", job=job))
+    shown = memory_out(record(status="memorizing", job=job), None)
     assert (shown.status, shown.title, shown.tags, shown.ratio, shown.slots) == ("memorizing", "T", ["x"], 4, 0)
     gist = replace(job, record=job.record.model_copy(update={"memory_kind": "gist"}))
-    assert (shown.kind, memory_out(record(status="memorizing", job=gist)).kind) == ("beacon", "gist")
+    assert (shown.kind, memory_out(record(status="memorizing", job=gist), None).kind) == ("beacon", "gist")
     assert shown.job and shown.job.model_dump() == {
         "kind": "create", "state": "queued", "version": KEY.version, "documents": ["a", "b"], "done_tokens": 2,
         "total_tokens": 9,
@@ -45,13 +45,13 @@ def test_a_memory_in_the_making(manifest: Manifest) -> None:
 
 def test_a_change_shows_the_version_that_is_asked(manifest: Manifest) -> None:
     job = made.job(MemoryKey("acme", "book", "v000002-00000002"), manifest, ("c",))
-    shown = memory_out(record(manifest=manifest, job=job))
+    shown = memory_out(record(job=job), manifest)
     assert shown.version == KEY.version and [d.id for d in shown.documents] == ["a", "b"]
     assert shown.job and (shown.job.version, shown.job.kind) == ("v000002-00000002", "put")
 
 
 def test_a_failed_memory() -> None:
-    shown = memory_out(record(status="failed", error="disk full"))
+    shown = memory_out(record(status="failed", error="disk full"), None)
     assert (shown.status, shown.error, shown.documents, shown.job) == ("failed", "disk full", [], None)
 
 
@@ -64,6 +64,9 @@ def test_progress_with_and_without_an_estimate(manifest: Manifest) -> None:
 
 def test_the_index_names_every_document_of_every_memory(manifest: Manifest, tmp_path) -> None:
     other = made.memory(Storage(str(tmp_path)), MemoryKey("acme", "log", "v000001-00000003"), ("a",))
-    parts = index_of([manifest, other]).parts
+    index = index_of([manifest, other])
+    assert index.name == f"acme/book/{KEY.version}+acme/log/v000001-00000003" and index.by_name.parts is None
+    parts = index.parts
+    assert parts is not None
     assert [(part.memory, part.document) for part in parts] == [("book", "a"), ("book", "b"), ("log", "a")]
     assert [part.passages for part in parts] == [d.passages.stored for m in (manifest, other) for d in m.documents]
