@@ -1,6 +1,7 @@
 """The catalog gives a name to one job only, tells who waits, and may be killed at any moment."""
 
 import asyncio
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import ray
 
 from benchmarks.support.stored_memories import store_memory
+from cluster.storage.durable import StorageFull
 from memory_worker.catalog.actor import catalog
+from memory_worker.catalog.catalog import Catalog
 from memory_worker.catalog.quotas import Quota, QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import (
@@ -27,9 +30,9 @@ from memory_worker.errors import (
     QuotaExceeded,
     VersionChanged,
 )
-from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord
+from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord, Reservation
 from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
-from memory_worker.storage.store import MemoryStore, source_path
+from memory_worker.storage.store import MemoryStore, new_request, source_path
 from tests.support.killed_actors import kill_and_await_restart
 from tests.support.waiting import wait_until
 
@@ -253,6 +256,60 @@ async def test_limits_of_queue_and_tenants(started: Any, store: MemoryStore) -> 
     await begin(memories, "four")
 
 
+@pytest.mark.parametrize(("tenant", "allowed"), [("acme", 3), ("few", 2)])
+async def test_of_many_uploads_at_once_as_many_begin_as_the_quota_allows(
+    started: Any, store: MemoryStore, tenant: str, allowed: int
+) -> None:
+    quotas = QuotasConfig(default=Quota(memories=3), tenants={"few": Quota(jobs=2)})
+    memories = started(quotas, running_jobs=100)
+
+    async def reserve(names: list[str]) -> list[Reservation]:
+        tries = [memories.reserve.remote(tenant, name, create=True) for name in names]
+        results = await asyncio.gather(*tries, return_exceptions=True)
+        assert all(isinstance(result, Reservation | QuotaExceeded) for result in results)
+        return [result for result in results if isinstance(result, Reservation)]
+
+    reserved = await reserve([f"book-{n}" for n in range(16)])
+    assert len(reserved) == allowed
+    await memories.abandon.remote(reserved.pop().key)
+    reserved += await reserve([f"again-{n}" for n in range(16)])
+    assert len(reserved) == allowed, "what is given up counts no more"
+    kill_and_await_restart(memories)  # it knows of no reservation now
+    reserved += await reserve([f"more-{n}" for n in range(16)])
+    assert len(reserved) == 2 * allowed
+    begun = await asyncio.gather(*(memories.begin.remote(r.key, job()) for r in reserved), return_exceptions=True)
+    assert sum(isinstance(result, MemoryRecord) for result in begun) == allowed
+    assert sum(isinstance(result, QuotaExceeded) for result in begun) == allowed
+    assert len([path for path in store.storage.files(tenant) if path.endswith("job.json")]) == allowed
+
+
+async def test_of_many_versions_published_at_once_as_many_are_as_the_quota_has_bytes_for(
+    started: Any, store: MemoryStore
+) -> None:
+    key = MemoryKey("acme", "size", "v000001-00000000")
+    size = store_memory(store, key, {"one": (3, 1)}, publish=False).bytes
+    store.discard(key)
+    memories = started(QuotasConfig(default=Quota(bytes=3 * size)), running_jobs=100)
+    keys = [await begin(memories, f"book-{n}") for n in range(8)]
+    manifests = [store_memory(store, key, {"one": (3, 1)}, publish=False) for key in keys]
+    results = await asyncio.gather(*map(memories.publish.remote, manifests), return_exceptions=True)
+    assert sum(isinstance(result, MemoryRecord) for result in results) == 3
+    assert sum(isinstance(result, QuotaExceeded) for result in results) == 5
+    assert (await memories.usage.remote("acme")).bytes == 3 * size
+
+
+async def test_of_many_that_begin_at_once_the_queue_takes_what_it_holds_and_nothing_is_left_of_others(
+    started: Any, store: MemoryStore
+) -> None:
+    memories = started(waiting_jobs=2)
+    reserved = [await memories.reserve.remote(f"tenant-{n}", "book", create=True) for n in range(8)]
+    begun = await asyncio.gather(*(memories.begin.remote(r.key, job()) for r in reserved), return_exceptions=True)
+    assert sum(isinstance(result, QueueFull) for result in begun) == 6
+    assert len([path for path in store.storage.files("") if path.endswith("job.json")]) == 2
+    kill_and_await_restart(memories)
+    assert (await memories.totals.remote()).running_jobs == 2
+
+
 async def test_old_versions_go_after_a_grace_and_never_under_a_reader(started: Any, store: MemoryStore) -> None:
     memories = started(grace_s=4.0)
     assert await memories.take.remote("runner", 0) is None  # whoever does jobs starts the collection too
@@ -283,6 +340,87 @@ async def test_a_damaged_document_is_made_again(memories: Any, store: MemoryStor
     work = await taken(memories)
     assert (work.record.kind, work.record.documents[0].source) == ("repair", entry.source)
     assert work.base == key and work.key.version != key.version
+
+
+async def test_damage_that_cannot_be_mended_now_is_told_and_leaves_nothing(
+    started: Any, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = started(waiting_jobs=1, running_jobs=1)
+    key = await make(memories, store, "book")
+    path = store.read_manifest(key).documents[0].passages.path
+    other = await begin(memories, "other")
+    assert not await memories.repair.remote(key, path), "the queue is full"
+    assert store.all_versions("acme", "book") == [key.version]
+    await memories.fail.remote(other, "x")
+    full = Catalog(store.storage.root)  # in this process, where storage can be made to refuse
+
+    def refuse(*_: object) -> None:
+        raise StorageFull(store.storage.root)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryStore, "begin", refuse)
+        assert not await full.repair(key, path)
+        with pytest.raises(StorageFull):
+            await full.begin((await full.reserve("acme", "new", create=True)).key, job())
+    assert (await full.get("acme", "book")).job is None and (await full.totals()).waiting_jobs == 0
+    assert await full.take("runner", 0) is None
+    assert await memories.repair.remote(key, path) and (await memories.get.remote("acme", "book")).job
+
+
+async def test_a_manifest_that_storage_lost_is_written_again(memories: Any, store: MemoryStore, tmp_path: Path) -> None:
+    first = await make(memories, store, "book")
+    manifest = await change(memories, store, "book", "two")
+    key = MemoryKey("acme", "book", manifest.version)
+    for name in ("manifest.json", "manifest.backup.json"):
+        (tmp_path / key.path / name).write_bytes(b"{}")
+    assert await memories.restore_manifest.remote(key) == manifest == store.read_manifest(key)
+    with pytest.raises(MemoryNotFound):
+        await memories.restore_manifest.remote(first)
+
+
+@pytest.mark.parametrize("call", ["delete", "remove_document", "cancel"])
+async def test_killed_between_effect_and_reply_the_call_that_ray_repeats_finds_it_done(
+    memories: Any, store: MemoryStore, call: str
+) -> None:
+    await make(memories, store, "book")
+    await change(memories, store, "book", "two")
+    reserved = await memories.reserve.remote("acme", "book", create=False)
+    if call == "cancel":
+        await memories.begin.remote(reserved.key, job("three", base=reserved.base.version))
+
+    def die_after(actor: Any, effect: str) -> None:
+        """Until the actor is started again."""
+        whole = getattr(actor._store, effect)
+
+        def dying(*arguments: Any) -> None:
+            whole(*arguments)
+            os._exit(1)
+
+        setattr(actor._store, effect, dying)
+
+    effect = {"delete": "delete", "remove_document": "publish", "cancel": "fail"}[call]
+    before = await memories.__ray_call__.remote(lambda _: os.getpid())
+    await memories.__ray_call__.remote(die_after, effect)
+    request = new_request()
+    if call == "delete":
+        await memories.delete.remote("acme", "book", request)
+        again = await make(memories, store, "book")
+        await memories.delete.remote("acme", "book", request)
+        assert (await memories.get.remote("acme", "book")).key == again, "another memory, which nobody deleted"
+        with pytest.raises(MemoryNotFound):
+            await memories.delete.remote("acme", "other", new_request())
+    elif call == "remove_document":
+        record = await memories.remove_document.remote("acme", "book", "one", None, request)
+        assert [document.id for document in store.read_manifest(record.key).documents] == ["two"]
+        repeated = await memories.remove_document.remote("acme", "book", "one", reserved.base.version, request)
+        assert repeated.key == record.key
+        with pytest.raises(DocumentNotFound):
+            await memories.remove_document.remote("acme", "book", "one", None, new_request())
+    else:
+        await memories.cancel.remote(reserved.key)
+        record = await memories.get.remote("acme", "book")
+        assert (record.status, record.job, record.failed_change.error) == ("ready", None, "it was cancelled")
+    assert await memories.__ray_call__.remote(lambda _: os.getpid()) != before, "it was killed"
 
 
 async def test_memories_by_tag(memories: Any, store: MemoryStore) -> None:
