@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from cluster.errors import cause_of
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import MemoryNotFound
 from memory_worker.messages import MemoryKey, SegmentGroup
@@ -19,7 +20,6 @@ from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.store import MemoryStore
 from retrieval_worker.cache import SharedCache
 from retrieval_worker.messages import Index
-from serving.errors import cause_of
 from serving.router.manifests import index_of
 
 _DOCUMENT_BYTES, _FILE_BYTES = 3500, 800  # of RAM, for each in a manifest and what is derived from it; a test measures
