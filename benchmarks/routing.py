@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.common import DeploymentID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.serve.request_router import ReplicaID
 
 from benchmarks.report import make_parser, report
 from cluster.routing import MemoryRouting

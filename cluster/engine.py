@@ -11,10 +11,9 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
@@ -23,6 +22,7 @@ from cluster.config import EngineConfig
 from cluster.errors import EngineFailed
 from cluster.messages import EngineStats, Finished, TextDelta
 from cluster.pools.pools import PoolConfig
+from cluster.ray_internals import RunsLeanEngine, lean_engine
 
 _QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -33,7 +33,7 @@ _QUIET = {
 }
 
 
-class EngineServer(LLMServer):
+class EngineServer(RunsLeanEngine, LLMServer):
     """An `LLMServer` whose engine is asked with token ids.
 
     A dead engine fails the health check, and Serve replaces the replica.
@@ -41,15 +41,8 @@ class EngineServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, *, cores: str | None = None) -> None:  # type: ignore[misc]
         """`cores`: CPU cores the engine's process is kept on, such as `0` or `0-3`; none leaves it free."""
-
-        class Engine(_Engine):
-            pinned_to = cores
-
         self._taken = CacheUse()
-        await super().__init__(llm_config, engine_cls=Engine)
-
-    async def _start_engine(self) -> None:
-        await self.engine.start()  # Ray's own would also start a telemetry actor, 400 MB
+        await super().__init__(llm_config, engine_cls=lean_engine(partial(_on_cores, cores)))
 
     async def stream(
         self,
@@ -71,9 +64,8 @@ class EngineServer(LLMServer):
         engine gives it up.
         """
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from cluster.vllm_internals import EngineDeadError, EngineGenerateError, RequestOutputKind, VLLMClientError
 
         params = SamplingParams(
             temperature=temperature,
@@ -115,25 +107,23 @@ class EngineServer(LLMServer):
 
     async def stats(self) -> EngineStats:
         """What the engine is doing now."""
+        from cluster.vllm_internals import has_work
+
         client = self._client
         if client.errored:
             return EngineStats(requests=0, working=False, alive=False)
-        working = await client.engine_core.call_utility_async("has_work")
-        return EngineStats(client.get_num_unfinished_requests(), working, alive=True)
+        return EngineStats(client.get_num_unfinished_requests(), await has_work(client), alive=True)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """`kv_cache_level`: tokens that the requests at work may come to hold, as a share of the KV cache."""
-        cache = self._client.vllm_config.cache_config
-        return {"kv_cache_level": self._taken.tokens / (cache.num_gpu_blocks * cache.block_size)}
+        from cluster.vllm_internals import cache_tokens
+
+        return {"kv_cache_level": self._taken.tokens / cache_tokens(self._client)}
 
     @property
     def tokenizer(self) -> Any:
         """The engine's own Hugging Face tokenizer; calls are synchronous."""
         return self._client.get_tokenizer()
-
-    @property
-    def _client(self) -> Any:  # vLLM's AsyncLLM
-        return self.engine._engine_client
 
 
 class CacheUse:
@@ -221,31 +211,6 @@ def engine_application(
             "placement_group_bundle_label_selector": [pool.node_labels] if pool.node_labels else None,
         },
     )
-
-
-class _Engine(VLLMEngine):
-    """Ray's vLLM engine without the processes that a small one does not need; each would import vllm (10 s)."""
-
-    pinned_to: str | None = None
-
-    async def start(self) -> None:
-        # Ray looks for the model's files in a task of its own; for a folder there is nothing to look for.
-        if Path(self.llm_config.get_engine_config().actual_hf_model_id).is_dir():  # noqa: ASYNC240 (once, at start)
-            self.llm_config.get_or_create_callback().ctx.run_init_node = False
-        await super().start()
-
-    async def shutdown(self) -> None:
-        await super().shutdown()
-        if self._engine_client is not None:
-            self._engine_client.shutdown()
-
-    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
-        parallel = vllm_engine_config.parallel_config
-        if self.llm_config.accelerator_config is not None and parallel.world_size == 1:  # on the CPU
-            # The scheduler's process runs the model too. Its OpenMP threads are already set by the environment.
-            parallel.distributed_executor_backend = "uni"
-        with _on_cores(self.pinned_to if parallel.world_size == 1 else None):
-            return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
 @contextmanager

@@ -13,29 +13,27 @@ nodes) the Recaller has done before it submits. A load that fails fails its requ
 
 import logging
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+
+from cluster.vllm_internals import (
+    ForwardContext,
+    KVCacheBlocks,
+    KVCacheConfig,
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    Request,
+    SchedulerOutput,
+    VllmConfig,
+    cache_writers,
+    get_kv_transfer_group,
+    tensor_parallel_rank,
 )
-from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
-from vllm.model_executor.models.utils import extract_layer_index
-
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon.rope import Rope
 from memory_worker.recall.loading import CacheLayer, Expected, KeeperClient, MemoryLoader, SlotRange, heads_of_rank
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.memory_connector")  # vLLM shows only loggers below its own
 
@@ -51,7 +49,7 @@ class MemoryLoads(KVConnectorMetadata):
 class MemoryConnector(KVConnectorBase_V1):
     """Extra config: `fingerprint` (of the memory model; none accepts any) and what `KeeperClient` takes."""
 
-    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._pending = MemoryLoads()
         self._failed: set[int] = set()
@@ -67,14 +65,14 @@ class MemoryConnector(KVConnectorBase_V1):
 
     # In the scheduler's process.
 
-    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         memory = _memory_of(request)
         if memory is None:
             return 0, False
         slots = memory.slots if isinstance(memory, SlotRange) else 1  # a refused request must load something to fail
         return max(0, min(slots, request.num_tokens - 1) - num_computed_tokens), False
 
-    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         memory = _memory_of(request)
         if memory is None:
             return
@@ -85,13 +83,16 @@ class MemoryConnector(KVConnectorBase_V1):
             start = memory.slots - num_external_tokens
             self._pending.ranges.append(SlotRange(memory.group, memory.slots, start, memory.slots, block_ids))
 
-    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> MemoryLoads:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> MemoryLoads:
         pending, self._pending = self._pending, MemoryLoads()
+        if not scheduler_output.has_sync_kv_loads:  # then vLLM has loads run after the forward pass, too late for these
+            pending.refused += [(f"{each.group} would be loaded too late", each.blocks) for each in pending.ranges]
+            pending.ranges = []
         return pending
 
     # In each worker's process.
 
-    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, MemoryLoads)
         for reason, blocks in metadata.refused:
@@ -99,7 +100,7 @@ class MemoryConnector(KVConnectorBase_V1):
             self._failed |= set(blocks)
         for wanted in metadata.ranges:
             if not self._layers:
-                self._layers = _cache_layers(forward_context)
+                self._layers = [CacheLayer(*each) for each in cache_writers(forward_context)]
             first = wanted.start // self._block_size
             blocks = wanted.blocks[first : -(-wanted.end // self._block_size)]
             try:
@@ -130,16 +131,14 @@ class MemoryConnector(KVConnectorBase_V1):
 class RecallWorker:
     """vLLM worker extension: what the Recaller asks its engine's workers with `collective_rpc`."""
 
-    model_runner: Any
-
     def recall_stats(self) -> dict[str, float]:
-        """`memory_worker.recall.loading.LoadStats` as a dict, and `requests` the worker knows that are not finished."""
+        """`memory_worker.recall.loading.LoadStats` as a dict."""
         connector = get_kv_transfer_group()
         assert isinstance(connector, MemoryConnector)
-        return {**asdict(connector.loader.stats), "requests": len(self.model_runner.requests)}
+        return asdict(connector.loader.stats)
 
 
-def _memory_of(request: "Request") -> SlotRange | str | None:
+def _memory_of(request: Request) -> SlotRange | str | None:
     """All slots that a request asks for, the reason why it must be refused, or none if it asks for none."""
     parameters = request.kv_transfer_params or {}
     if "memory" not in parameters and "num_memory_tokens" not in parameters:
@@ -157,9 +156,7 @@ def _memory_of(request: "Request") -> SlotRange | str | None:
         return str(error)
 
 
-def _loader(vllm_config: "VllmConfig", block_size: int) -> MemoryLoader:
-    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-
+def _loader(vllm_config: VllmConfig, block_size: int) -> MemoryLoader:
     settings = vllm_config.kv_transfer_config.kv_connector_extra_config
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     expected = Expected(
@@ -168,26 +165,11 @@ def _loader(vllm_config: "VllmConfig", block_size: int) -> MemoryLoader:
         model.get_head_size(),
         settings.get("fingerprint"),
     )
-    ranks = parallel.tensor_parallel_size
-    rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
     return MemoryLoader(
         KeeperClient(settings).fetch,
         Rope.from_config(model.hf_text_config.to_dict()),
         expected,
-        heads=heads_of_rank(expected.kv_heads, ranks, rank),
+        heads=heads_of_rank(expected.kv_heads, parallel.tensor_parallel_size, tensor_parallel_rank(vllm_config)),
         block_size=block_size,
         dtype=model.dtype,
     )
-
-
-def _cache_layers(forward_context: "ForwardContext") -> list[CacheLayer]:
-    """The attention layers of this worker (all of them, or its share of the pipeline)."""
-    return [
-        CacheLayer(extract_layer_index(name), partial(_write, layer))
-        for name, layer in forward_context.no_compile_layers.items()
-        if getattr(layer, "kv_cache", None) is not None
-    ]
-
-
-def _write(layer: Any, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    layer.impl.do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots)

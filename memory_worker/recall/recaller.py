@@ -9,7 +9,6 @@ import hmac
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -25,7 +24,7 @@ from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper.keeper import KeptMemory, local_keeper
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
-from memory_worker.models.beacon.checkpoint import fingerprint
+from memory_worker.models.beacon.checkpoint import fingerprint, resolve
 from memory_worker.models.prompts import question_tokens
 from memory_worker.recall.clues import ClueLines
 from memory_worker.recall.groups import memories_of
@@ -63,7 +62,7 @@ class Recaller(ReportsRank, EngineServer):
             "storage_root": storage_root,
             "keeper_budget_bytes": budget,
             "keeper_timeout_s": _KEEPER_TIMEOUT_S,
-            "fingerprint": await asyncio.to_thread(_fingerprint, config.engine.model),
+            "fingerprint": await asyncio.to_thread(_fingerprint_of, config.engine.model),
         }
         await super().__init__(llm_config, cores=cores)
         tokenizer = self.tokenizer
@@ -121,7 +120,7 @@ class Recaller(ReportsRank, EngineServer):
             raise cause_of(error) from None
 
     async def worker_stats(self) -> dict[str, float]:
-        """From the engine's first worker: `memory_worker.recall.loading.LoadStats`, and the `requests` it works on."""
+        """From the engine's first worker: `memory_worker.recall.loading.LoadStats`."""
         stats: list[dict[str, float]] = await self._client.collective_rpc("recall_stats")
         return stats[0]
 
@@ -185,9 +184,9 @@ class Recaller(ReportsRank, EngineServer):
         return hmac.new(self._secret, group.name.encode(), hashlib.sha256).hexdigest()
 
 
-def _fingerprint(model: str) -> str | None:
-    """None for a name on a hub, whose files only vLLM knows where to find."""
-    return fingerprint(Path(model)) if Path(model).is_dir() else None
+def _fingerprint_of(model: str) -> str:
+    """Of a folder, or of what a name on a hub stands for: what is there or, without a network, in the cache here."""
+    return fingerprint(resolve(model))
 
 
 class _Prompt(NamedTuple):

@@ -1,9 +1,14 @@
 """vLLM plugin: lets stock vLLM load checkpoints that hold beacon weights, which its own classes stop at.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`).
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), and asks this module for a
+class by name when it loads a model of it. Recall makes no memory, so that beacon weights are nothing to it.
 """
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "MistralForCausalLM", "LlamaForCausalLM")
+from functools import lru_cache
+
+from memory_worker.models.beacon.checkpoint import FAMILIES
+
+ARCHITECTURES = {f"{family.capitalize()}ForCausalLM": family for family in FAMILIES}
 
 
 def register() -> None:
@@ -11,4 +16,13 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"memory_worker.recall.vllm_classes:{name}")
+        ModelRegistry.register_model(name, f"{__name__}:{name}")
+
+
+@lru_cache
+def __getattr__(name: str) -> type:
+    if name not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cluster.vllm_internals import decoder_without
+
+    return decoder_without("beacon", ARCHITECTURES[name], name)

@@ -12,7 +12,8 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from cluster.routing import MemoryRouter, ReportsRank
+from cluster.ray_internals import MemoryRouter
+from cluster.routing import ReportsRank
 from tests.support.memory_homes import MEMORIES, homes
 from tests.support.waiting import until
 

@@ -34,6 +34,7 @@ from benchmarks.support.recall_engine import (
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
+from tests.support.stock_models import add_beacons, write_model
 
 GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens"
 NEW_TOKENS = 24
@@ -71,6 +72,8 @@ def main(folder: Path, long: bool) -> None:
                 }
             with engine(embedded, connector_config(store, fingerprint="0" * 64)) as llm:
                 seen["other_model"] = recalled(llm, requests[:2])
+            made = write_model(folder / "qwen3", "qwen3", embedded, head_dim=64, initializer_range=1.0)
+            seen["qwen3"] = qwen3(add_beacons(made), store)
         else:
             with engine(embedded, connector_config(store), block_size=BLOCK) as llm:
                 answers = recalled(llm, requests)
@@ -190,6 +193,20 @@ def failures(llm: Any, store: MemoryStore, requests: list[Any], right: list[Any]
     store_slots(store, key("late"), late)
     again = recalled(llm, [missing])[0]
     return {"answers": answers[: len(bad)], "others": same(answers[len(bad) :], right), "retried": len(again)}
+
+
+def qwen3(model: Path, store: MemoryStore) -> dict[str, Any]:
+    """Recalled over a memory of a Qwen3 checkpoint, by an engine that checks the fingerprint."""
+    chance = random.Random(3)
+    parts = memorized(model, 100, chance)
+    fingerprint = BeaconModel.from_pretrained(model, device="cpu").fingerprint
+    store_slots(store, key("qwen3"), parts, fingerprint)
+    questions = [[chance.randrange(4096) for _ in range(9)] for _ in range(4)]
+    reference = Reference(model)
+    right = [reference.continued(reference.cache(parts), question, NEW_TOKENS) for question in questions]
+    with engine(model, connector_config(store, fingerprint=fingerprint)) as llm:
+        answers = recalled(llm, [request(group(key("qwen3"), 2, 100), question, NEW_TOKENS) for question in questions])
+    return {"right": same(answers, right), "different": len({tuple(tokens) for tokens in right})}
 
 
 def goldens(folder: Path, store: MemoryStore) -> dict[str, bool]:

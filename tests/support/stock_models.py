@@ -1,5 +1,6 @@
-"""Small random checkpoints of families that `BeaconModel` does not read, as transformers writes them."""
+"""Small random checkpoints as transformers writes them, of families that `BeaconModel` reads and that it does not."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,4 +59,23 @@ def write_model(folder: Path, family: str, tokenizer: Path, vocabulary: int = 40
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, folder)
+    return folder
+
+
+def add_beacons(folder: Path, window: int = 64) -> Path:
+    """Gives a checkpoint of one of the `FAMILIES` beacon weights: the stock ones and some noise."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in [*weights.items()]:
+        if name.endswith(tuple(f"self_attn.{part}_proj.weight" for part in "qkv")):
+            beacon = name.replace("self_attn.", "self_attn.beacon_")
+            weights[beacon] = weight + 0.05 * torch.randn_like(weight)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.beacon_embed_tokens.weight"] = torch.randn(1, embedding.shape[1]) * embedding.std()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config |= {"beacon_window": window, "beacon_ratio": [2, 4, 8]}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     return folder

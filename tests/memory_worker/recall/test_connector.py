@@ -9,7 +9,7 @@ import torch
 
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.models.beacon import Rope
-from memory_worker.recall.connector import _memory_of
+from memory_worker.recall.connector import MemoryConnector, MemoryLoads, _memory_of
 from memory_worker.recall.loading import CacheLayer, Expected, LoadFailed, MemoryLoader, SlotRange, heads_of_rank
 from memory_worker.storage.manifest import MemoryShape
 
@@ -102,6 +102,17 @@ def chunks_are_their_own_references(monkeypatch: pytest.MonkeyPatch) -> None:
 def wanted(slots: int, start: int = 0, first_block: int = 3) -> SlotRange:
     blocks = tuple(first_block + 2 * i for i in range(-(-slots // BLOCK)))
     return SlotRange(NAME, slots, start, slots, blocks)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_loads_that_would_come_after_the_forward_pass_are_refused(in_time: bool) -> None:
+    """vLLM loads before it only where the scheduler says that there are synchronous loads."""
+    connector = MemoryConnector.__new__(MemoryConnector)
+    connector._pending = MemoryLoads(ranges=[wanted(40)])
+    loads = connector.build_connector_meta(SimpleNamespace(has_sync_kv_loads=in_time))
+    assert loads.ranges == ([wanted(40)] if in_time else [])
+    assert [blocks for _, blocks in loads.refused] == ([] if in_time else [wanted(40).blocks])
+    assert connector._pending == MemoryLoads()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -80,6 +80,11 @@ def test_a_memory_of_another_dtype_than_the_cache_is_cast(seen_long) -> None:
     assert seen_long["bfloat16"]["answered"] == 4
 
 
+@pytest.mark.long
+def test_a_qwen3_memory_is_recalled_as_by_transformers(seen_long) -> None:
+    assert seen_long["qwen3"] == {"right": 4, "different": 4}
+
+
 @pytest.mark.skipif(not (SHARED / "goldens").exists(), reason="the reference tensors lie beside the checkout")
 @pytest.mark.parametrize("which", ["seen", pytest.param("seen_long", marks=pytest.mark.long)])
 def test_the_reference_implementations_memories_continue_as_they_did_there(

@@ -92,11 +92,11 @@ class Deployed:
         return lines.feed(self.tokenizer.decode(tokens)) + lines.close()
 
     async def idle(self) -> None:
-        """Returns when neither the engine's front nor its worker knows of any request."""
+        """Returns when neither the engine's front nor its scheduler knows of any request."""
 
         async def knows_none() -> bool:
-            stats, worker = await self.handle.stats.remote(), await self.handle.worker_stats.remote()
-            return stats.requests == worker["requests"] == 0
+            stats = await self.handle.stats.remote()
+            return not stats.requests and not stats.working
 
         await until(knows_none)
 
