@@ -1,4 +1,4 @@
-"""All private names of Ray that the rooms use: Serve's request routing, and Ray's vLLM engine beneath `ray.serve.llm`.
+"""All private names of Ray that the rooms use: of Serve's request routing, its key-value store, and `ray.serve.llm`.
 
 Nowhere else is one imported, and `tests/cluster/test_internals.py` fails by name for each that another version of Ray
 lacks. Importing this imports Ray Serve, but not vLLM.
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
 from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
@@ -19,6 +20,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 from cluster.routing import MemoryRouting, rank_of
 
 _ASKED_WHEN_FULL = 3  # replicas of a memory's order, as many as Serve's own hash router tries
+_RANKS = "memorag-rank/"  # a key's beginning; then the group, the rank, and the node
 
 
 class MemoryRouter(PowerOfTwoChoicesRequestRouter):
@@ -139,6 +141,18 @@ class MemoryRouter(PowerOfTwoChoicesRequestRouter):
 
 def _rank(replica: RunningReplica) -> int:
     return rank_of({**replica.replica_metadata, **replica.routing_stats}, replica.replica_id.unique_id)
+
+
+def announce_rank(group: str, rank: int, node_id: str) -> None:
+    """Tells the cluster on which node the replica with that rank runs, of the deployment that `group` names."""
+    _internal_kv_del(f"{_RANKS}{group}/{rank}/", del_by_prefix=True)  # where it ran before
+    _internal_kv_put(f"{_RANKS}{group}/{rank}/{node_id}", b"", overwrite=True)
+
+
+def nodes_of_ranks(group: str) -> dict[int, str]:
+    """Where the replicas ran that announced their ranks: those that ended since are still named."""
+    names = [key.decode().removeprefix(f"{_RANKS}{group}/") for key in _internal_kv_list(f"{_RANKS}{group}/")]
+    return {int(rank): node_id for rank, node_id in (name.split("/") for name in names)}
 
 
 class RunsLeanEngine:

@@ -116,7 +116,8 @@ class MemoryKeeper:
         segments = _segments(group, manifests)
         shape = manifests[0].shape
         with contextlib.ExitStack() as held:
-            kept = await self._hold([(key, file) for key, segment in segments for file in segment.files], held)
+            wanted = [(key, file) for key, segment in segments for file in segment.files]
+            kept = await self._hold(group.name, wanted, held)
             files = iter(kept)
             for _, segment in segments:
                 _check(segment, shape, [next(files) for _ in segment.files])
@@ -175,8 +176,10 @@ class MemoryKeeper:
         async with self._turn(key):
             return await self._in_thread(partial(self._store.read_manifest, key))
 
-    async def _hold(self, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack) -> list[_KeptFile]:
-        """These files, each counted as being read until `held` closes; those that are missing are loaded together."""
+    async def _hold(
+        self, group: str, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack
+    ) -> list[_KeptFile]:
+        """These files of a group, each counted as read until `held` closes; missing ones are loaded together."""
 
         def hold(file: _KeptFile) -> _KeptFile:
             file.readers += 1
@@ -184,7 +187,7 @@ class MemoryKeeper:
             return file
 
         async def load_once(key: MemoryKey, file: FileEntry) -> _KeptFile:
-            return hold(await self._once(file, partial(self._load, key, file)))
+            return hold(await self._once(file, partial(self._load, group, key, file)))
 
         found: dict[FileEntry, _KeptFile | BaseException] = {}
         missing: dict[FileEntry, MemoryKey] = {}
@@ -214,12 +217,12 @@ class MemoryKeeper:
             task.add_done_callback(lambda _: self._loading.pop(name))
         return await asyncio.shield(task)
 
-    async def _load(self, key: MemoryKey, file: FileEntry) -> _KeptFile:
+    async def _load(self, group: str, key: MemoryKey, file: FileEntry) -> _KeptFile:
         async with self._turn(key):
             self._evict(file.size)
             self._bytes += file.size  # while it is read, so that loads at the same time share the budget
             try:
-                pulled = await self._pull(key.tenant, file.digest)
+                pulled = await self._pull(group, key.tenant, file.digest)
                 loaded = await self._in_thread(partial(self._read, file)) if pulled is None else pulled
             finally:
                 self._bytes -= file.size
@@ -235,9 +238,9 @@ class MemoryKeeper:
             self._metrics.set_resident(self._bytes, self._slots)
         return self._files[name]
 
-    async def _pull(self, tenant: str, digest: str) -> HeldFile | None:
+    async def _pull(self, group: str, tenant: str, digest: str) -> HeldFile | None:
         """A copy of what a peer holds: it was verified when that peer read it."""
-        fetched = await self._peers.fetch(tenant, digest)
+        fetched = await self._peers.fetch(group, tenant, digest)
         if fetched is None:
             return None
         held, arrays = fetched

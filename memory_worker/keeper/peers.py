@@ -1,7 +1,6 @@
 """The keepers of other nodes, asked for what one's own node lacks before storage is: used by `MemoryKeeper`."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ import numpy.typing as npt
 import ray
 
 from cluster.actors import actor_names
+from cluster.ray_internals import nodes_of_ranks
+from cluster.routing import MemoryRouting, rank_of
 from memory_worker.storage.manifest import MemoryShape
 
 logger = logging.getLogger(__name__)
 
 KEEPER = "memory-keeper-"  # a keeper's actor name, before its node's id
-_ANSWER_S = 1.0  # a peer that takes longer to say what it has is not waited for
+_ASKED = 3  # peers at most for one file
+_ANSWER_S = 0.5  # a peer that takes longer to say what it has is not waited for
 _TRANSFER_S = 30.0  # nor one whose bytes take longer; storage is read then
 _LOOKED_UP_S = 10.0  # how long the list of peers is believed
 
@@ -33,61 +35,56 @@ class HeldFile:
 
 
 class Peers:
-    """All keepers of a namespace but one's own."""
+    """The keepers of a namespace but one's own: for a memory those few are asked that its questions are sent to.
+
+    They are the one on the node of the memory's home, by the order of `MemoryRouting`, then the next in that order,
+    where questions go while the home has much to do. A file that none of them has is read from storage, however many
+    more nodes there are.
+    """
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self._peers: list[Any] = []
+        self._routing = MemoryRouting()
+        self._nodes: list[str] = []  # as the routing counts them; one with several ranks more than once
         self._looked_up = -_LOOKED_UP_S
 
-    async def fetch(self, tenant: str, digest: str) -> tuple[HeldFile, list[npt.NDArray[Any]]] | None:
+    async def fetch(self, memory: str, tenant: str, digest: str) -> tuple[HeldFile, list[npt.NDArray[Any]]] | None:
         """The file as a peer holds it, with its bytes in this node's object store for as long as they are referred to.
 
-        None where no peer has it, or says so in time: nothing that goes wrong with a peer is an error here.
+        `memory` is what requests are routed by, `SegmentGroup.name`. None where none of those asked has it, or says so
+        in time: nothing that goes wrong with a peer is an error here.
         """
         if time.monotonic() - self._looked_up > _LOOKED_UP_S:
-            self._peers = await asyncio.to_thread(self._others)
+            await asyncio.to_thread(self._look_up)
             self._looked_up = time.monotonic()
-        held = await self._first(tenant, digest)
-        if held is None:
-            return None
-        try:
-            # In a thread: the arrays are mapped from shared memory, not copied, and a transfer may take its time.
-            return held, await asyncio.to_thread(ray.get, list(held.chunks), timeout=_TRANSFER_S)
-        except ray.exceptions.RayError as error:
-            logger.info("a peer's copy of %s is gone, it is read from storage: %r", digest, error)
-            return None
+        for node in self._order(memory):
+            try:
+                if held := await asyncio.wait_for(self._ask(node, tenant, digest), _ANSWER_S):
+                    # In a thread: a transfer may take its time. The arrays are mapped from shared memory, not copied.
+                    return held, await asyncio.to_thread(ray.get, list(held.chunks), timeout=_TRANSFER_S)
+            except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
+                logger.info("%s is not had from the keeper of node %s: %r", digest, node, error)
+        return None
 
-    async def _first(self, tenant: str, digest: str) -> HeldFile | None:
-        """What the first peer that has it says."""
+    async def _ask(self, node: str, tenant: str, digest: str) -> HeldFile | None:
+        """Raises `ValueError` where that keeper has ended."""
+        peer = await asyncio.to_thread(ray.get_actor, KEEPER + node, self._namespace)
+        held: HeldFile | None = await peer.held.remote(tenant, digest)
+        return held
 
-        async def ask(peer: Any) -> HeldFile | None:
-            held: HeldFile | None = await peer.held.remote(tenant, digest)
-            return held
+    def _order(self, memory: str) -> list[str]:
+        """The nodes to ask, the likeliest first."""
+        nodes = dict.fromkeys(self._nodes[index] for index in self._routing.order(memory))
+        return list(nodes)[:_ASKED]
 
-        asking = {asyncio.create_task(ask(peer)) for peer in self._peers}
-        deadline = time.monotonic() + _ANSWER_S
-        try:
-            while asking and (left := deadline - time.monotonic()) > 0:
-                done, asking = await asyncio.wait(asking, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    error = task.exception()
-                    if error is None and (held := task.result()) is not None:
-                        return held
-                    if error is not None and not isinstance(error, ray.exceptions.RayError):
-                        raise error
-            return None
-        finally:
-            for task in asking:
-                task.cancel()
-
-    def _others(self) -> list[Any]:
-        own, peers = KEEPER + ray.get_runtime_context().get_node_id(), []
-        for name in actor_names(self._namespace, KEEPER):
-            if name != own:
-                with contextlib.suppress(ValueError):  # it has ended meanwhile
-                    peers.append(ray.get_actor(name, self._namespace))
-        return peers
+    def _look_up(self) -> None:
+        own = ray.get_runtime_context().get_node_id()
+        others = {name.removeprefix(KEEPER) for name in actor_names(self._namespace, KEEPER)} - {own}
+        known = nodes_of_ranks(self._namespace)
+        placed = [(rank, node) for rank, node in known.items() if node in others]
+        placed += [(rank_of({}, node), node) for node in others - set(known.values())]
+        self._nodes = [node for _, node in placed]
+        self._routing.set_ranks([rank for rank, _ in placed])
 
 
 def put_copies(arrays: list[npt.NDArray[Any]]) -> tuple[ray.ObjectRef, ...]:

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import ray
+from ray import serve
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
 
@@ -19,6 +20,7 @@ from cluster.engine import EngineServer, engine_application
 from cluster.errors import EngineFailed, cause_of
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
+from cluster.ray_internals import announce_rank
 from cluster.routing import ReportsRank, route_by_memory
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
@@ -54,6 +56,8 @@ class Recaller(ReportsRank, EngineServer):
         """`secret` keeps the prefix cache's entries of different groups apart; it never leaves the servers."""
         self._config = config
         self._secret = secret
+        self._namespace = namespace
+        self._announced: int | None = None  # the rank
         budget = config.keeper.budget_bytes
         self._keeper = local_keeper(storage_root, budget, namespace)
         llm_config.engine_kwargs["kv_transfer_config"]["kv_connector_extra_config"] = {
@@ -68,6 +72,15 @@ class Recaller(ReportsRank, EngineServer):
         tokenizer = self.tokenizer
         # Its text is never seen; vLLM skips special tokens fastest when it primes its detokenizer with the prompt.
         self._placeholder = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        stats = await super().record_routing_stats()
+        rank = serve.get_replica_context().rank.rank
+        if rank != self._announced:  # keepers ask for a memory where its questions are sent
+            here = ray.get_runtime_context().get_node_id()
+            await asyncio.to_thread(announce_rank, self._namespace, rank, here)
+            self._announced = rank
+        return stats
 
     async def recall(self, request: RecallRequest) -> AsyncGenerator[Clue | RecallUsage, None]:
         """All kinds at once; each clue the moment its line is complete, `RecallUsage` last.

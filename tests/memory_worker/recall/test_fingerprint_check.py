@@ -6,6 +6,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import ray
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineServer
@@ -32,7 +33,7 @@ async def test_the_connector_checks_the_fingerprint(named: str, tmp_path: Path, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(recaller, "local_keeper", lambda *_: None)
-    monkeypatch.setattr(recaller.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="nowhere:1"))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="nowhere:1"))
 
     async def begin(self: EngineServer, config: Any, **_: Any) -> None:
         raise Told(config.engine_kwargs["kv_transfer_config"]["kv_connector_extra_config"]["fingerprint"])
