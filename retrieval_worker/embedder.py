@@ -12,6 +12,9 @@ from retrieval_worker.config import EmbedderConfig
 from retrieval_worker.embedders import load_embedder
 from retrieval_worker.messages import EmbedderDescription, Embeddings
 
+_CHECK_S = 5.0  # a health check waits so long for its computation; Serve gives up on a check after 30 s
+_STILL_S = 120.0  # a model that has computed nothing for so long, and for ten times its slowest batch, is stuck
+
 
 class Embedder:
     """Embeds texts. One replica computes one batch at a time, in a thread.
@@ -29,6 +32,10 @@ class Embedder:
         self._worker: asyncio.Task[None] | None = None
         self._batches = self._texts = self._largest = 0
         self._waited_s = 0.0  # texts of the last batch, on average
+        self._computed = time.monotonic()  # when one last succeeded
+        self._checked = 0.0  # what `_computed` was when a health check last looked
+        self._slowest_s = 0.0  # computation
+        self._check: asyncio.Future[Embeddings] | None = None  # the computation of a health check that is under way
 
     async def embed(self, texts: Sequence[str], query: bool = False) -> Embeddings:
         """Vectors of `texts`, in order; `query` says that they search rather than are searched.
@@ -71,20 +78,45 @@ class Embedder:
         idle = self._worker is None or self._worker.done()
         return {"queue_s": 0.0 if idle else self._waited_s}
 
-    def check_health(self) -> None:
-        """Raises if the compute thread is gone."""
-        self._compute.submit(int)
+    async def check_health(self) -> None:
+        """Has the model embed a word, unless it did something since the last check. Raises what that raises.
+
+        Behind a long batch it waits its turn, over several checks if need be: `TimeoutError` is raised when nothing at
+        all has come out for long, by the measure of what came out before.
+        """
+        if self._check is None:
+            if self._computed > self._checked:
+                self._checked = self._computed
+                return
+            self._check = self._encode(["healthy"])
+        await asyncio.wait([self._check], timeout=_CHECK_S)
+        if self._check.done():
+            check, self._check = self._check, None
+            check.result()
+        elif (still_s := time.monotonic() - self._computed) > max(_STILL_S, 10 * self._slowest_s):
+            raise TimeoutError(f"the embedder has computed nothing for {still_s:.0f} s; its replica must be replaced")
+
+    def _encode(self, texts: list[str]) -> asyncio.Future[Embeddings]:
+        """What the model makes of them, in the compute thread."""
+
+        def encode() -> Embeddings:
+            began = time.monotonic()
+            made = self._model.encode(texts)
+            self._computed = time.monotonic()
+            self._slowest_s = max(self._slowest_s, self._computed - began)
+            return made
+
+        return asyncio.get_running_loop().run_in_executor(self._compute, encode)
 
     async def _run(self) -> None:
         """Computes batches until no call waits."""
-        loop = asyncio.get_running_loop()
         await asyncio.sleep(self._config.batch_wait_ms / 1000)
         while self._waiting:
             batch = self._next_batch()
             texts = [call.texts[row] for call, row in batch]
             now = time.monotonic()
             self._waited_s = sum(now - call.came for call, _ in batch) / max(len(batch), 1)
-            computing = loop.run_in_executor(self._compute, self._model.encode, texts)
+            computing = self._encode(texts)
             await asyncio.wait([computing])
             error = computing.exception()
             if error is None:
