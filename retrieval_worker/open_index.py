@@ -7,8 +7,8 @@ from concurrent.futures import Executor
 from functools import lru_cache, partial
 from itertools import accumulate, chain
 
+from cluster.shared_cache import SharedCache
 from cluster.storage.durable import Storage, StoredFile
-from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import IndexConfig
 from retrieval_worker.index import PassageIndex
 from retrieval_worker.messages import EmbedderDescription, Index, IndexPart, Passage

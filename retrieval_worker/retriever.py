@@ -17,8 +17,8 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.pools.pools import PoolConfig
 from cluster.routing import ReportsRank, route_by_memory
+from cluster.shared_cache import SharedCache
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
-from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import RetrievalConfig
 from retrieval_worker.embedder import Embedder
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed

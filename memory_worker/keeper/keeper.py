@@ -8,17 +8,18 @@ any time and is read again: a reader whose `ray.get` fails because the keeper or
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import lasting_actor
+from cluster.shared_cache import SharedCache
 from memory_worker.errors import DamagedMemory, MixedMemories
 from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, put_copies
 from memory_worker.keeper.tier_metrics import TierMetrics
@@ -95,9 +96,11 @@ class MemoryKeeper:
         self._store = MemoryStore(storage_root)
         self._budget = budget_bytes
         self._chunk_bytes = chunk_bytes
-        self._manifests: OrderedDict[MemoryKey, Manifest] = OrderedDict()  # least recently used first
-        self._files: OrderedDict[tuple[str, str], _KeptFile] = OrderedDict()  # by tenant and digest, likewise
-        self._loading: dict[Hashable, asyncio.Task[Any]] = {}
+        self._manifests: SharedCache[Manifest] = SharedCache(
+            _KEPT_DOCUMENTS, lambda manifest: len(manifest.documents), keep_one=True
+        )
+        self._files: OrderedDict[tuple[str, str], _KeptFile] = OrderedDict()  # by tenant and digest; the last used last
+        self._loading: SharedCache[_KeptFile] = SharedCache(0)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant/memory
         self._peers = Peers(namespace)
@@ -164,17 +167,11 @@ class MemoryKeeper:
         return None
 
     async def _manifest(self, key: MemoryKey) -> Manifest:
-        if key not in self._manifests:
-            self._manifests[key] = await self._once(key, partial(self._read_manifest, key))
-            documents = sum(len(manifest.documents) for manifest in self._manifests.values())
-            while documents > _KEPT_DOCUMENTS and len(self._manifests) > 1:
-                documents -= len(self._manifests.popitem(last=False)[1].documents)
-        self._manifests.move_to_end(key)
-        return self._manifests[key]
+        async def read() -> Manifest:
+            async with self._turn(key):
+                return await self._in_thread(partial(self._store.read_manifest, key))
 
-    async def _read_manifest(self, key: MemoryKey) -> Manifest:
-        async with self._turn(key):
-            return await self._in_thread(partial(self._store.read_manifest, key))
+        return await self._manifests.get(key, read)
 
     async def _hold(
         self, group: str, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack
@@ -187,7 +184,7 @@ class MemoryKeeper:
             return file
 
         async def load_once(key: MemoryKey, file: FileEntry) -> _KeptFile:
-            return hold(await self._once(file, partial(self._load, group, key, file)))
+            return hold(await self._loading.get(file, partial(self._load, group, key, file)))
 
         found: dict[FileEntry, _KeptFile | BaseException] = {}
         missing: dict[FileEntry, MemoryKey] = {}
@@ -208,14 +205,6 @@ class MemoryKeeper:
                 raise result
             files.append(result)
         return files
-
-    async def _once(self, name: Hashable, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """What `work` returns; calls at the same time share it, and one that gives up leaves it to the others."""
-        task = self._loading.get(name)
-        if task is None:
-            task = self._loading[name] = asyncio.create_task(work())
-            task.add_done_callback(lambda _: self._loading.pop(name))
-        return await asyncio.shield(task)
 
     async def _load(self, group: str, key: MemoryKey, file: FileEntry) -> _KeptFile:
         async with self._turn(key):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.shared_cache import SharedCache
 from cluster.storage.durable import Storage, StorageGone
-from retrieval_worker.cache import SharedCache
 from retrieval_worker.config import IndexConfig
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.messages import Embeddings, Index, IndexPart

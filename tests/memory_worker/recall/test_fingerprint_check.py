@@ -8,12 +8,12 @@ import huggingface_hub.constants
 import pytest
 import ray
 
+from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.engine import EngineServer
 from memory_worker.config import MemoryConfig
 from memory_worker.models.beacon.checkpoint import fingerprint
 from memory_worker.recall import recaller
-from tests.support.random_model import ensure_random_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -12,12 +12,14 @@ class SharedCache(Generic[Value]):
     """Values of at most `capacity` in all; each weighs what `weigh` says, or 1.
 
     A value that could not be made is not kept, so that the next caller tries again. One that is heavier than the
-    capacity is given to those who wait for it and not kept.
+    capacity is given to those who wait for it and not kept; with `keep_one`, it is kept alone until another is made.
+    With a capacity of 0 nothing is kept: calls at the same time share one making, and that is all.
     """
 
-    def __init__(self, capacity: int, weigh: Callable[[Value], int] | None = None) -> None:
+    def __init__(self, capacity: int, weigh: Callable[[Value], int] | None = None, *, keep_one: bool = False) -> None:
         self._capacity = capacity
         self._weigh = weigh
+        self._keep_one = keep_one
         self._tasks: OrderedDict[Hashable, asyncio.Future[Value]] = OrderedDict()
         self._weights: dict[Hashable, int] = {}  # of the values that are made
         self._total = 0
@@ -42,12 +44,12 @@ class SharedCache(Generic[Value]):
             del self._tasks[key]
             return
         weight = 1 if self._weigh is None else self._weigh(task.result())
-        if weight > self._capacity:
+        if weight > self._capacity and not self._keep_one:
             del self._tasks[key]
             return
         self._weights[key] = weight
         self._total += weight
-        while self._total > self._capacity:
+        while self._total > self._capacity and len(self._weights) > 1:
             # What is still being made weighs nothing yet, and stays: others would make it a second time.
             oldest = next(each for each in self._tasks if each in self._weights)
             self._total -= self._weights.pop(oldest)
