@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
 from cluster.ray_internals import announce_rank
 from cluster.routing import ReportsRank, route_by_memory
+from cluster.streams import merge_streams
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper.keeper import KeptMemory, local_keeper
@@ -93,24 +94,14 @@ class Recaller(ReportsRank, EngineServer):
             question = question_tokens(self.tokenizer, kind, request.question, request.language)
             prompts[kind] = self._prompt(request, question, self._config.recall.max_clue_tokens)
         memory = await self._fetch_kept(request.group)
-        arrived: asyncio.Queue[Clue | asyncio.Task[int]] = asyncio.Queue()
-        tasks: list[asyncio.Task[int]] = []
-        for kind, prompt in prompts.items():
-            tasks.append(asyncio.create_task(self._clues(kind, prompt, memory, arrived.put_nowait)))
-            tasks[-1].add_done_callback(arrived.put_nowait)
-        completion_tokens, running = 0, len(tasks)
-        try:
-            while running:
-                item = await arrived.get()
+        completion_tokens = 0
+        kinds = (self._clues(kind, prompt, memory) for kind, prompt in prompts.items())
+        async with aclosing(merge_streams(kinds)) as items:
+            async for item in items:
                 if isinstance(item, Clue):
                     yield item
                 else:
-                    completion_tokens += item.result()
-                    running -= 1
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+                    completion_tokens += item
         yield RecallUsage(sum(len(prompt.token_ids) for prompt in prompts.values()), completion_tokens)
 
     async def answer(self, request: MemoryAnswerRequest) -> AsyncGenerator[TextDelta | Finished, None]:
@@ -137,18 +128,18 @@ class Recaller(ReportsRank, EngineServer):
         stats: list[dict[str, float]] = await self._client.collective_rpc("recall_stats")
         return stats[0]
 
-    async def _clues(self, kind: ClueKind, prompt: "_Prompt", memory: KeptMemory, found: Callable[[Clue], None]) -> int:
-        """Tokens generated for the clues of one kind, each given to `found`."""
+    async def _clues(self, kind: ClueKind, prompt: "_Prompt", memory: KeptMemory) -> AsyncGenerator[Clue | int, None]:
+        """The clues of one kind; last the number of tokens generated for them."""
         lines, tokens = ClueLines(self._config.recall.max_clues), 0
         async with aclosing(self._generate(prompt, memory, _CLUE_TOKENS_PER_PIECE)) as pieces:
             async for piece in pieces:
                 ended = isinstance(piece, Finished)
                 for text in lines.close() if isinstance(piece, Finished) else lines.feed(piece.text):
-                    found(Clue(kind, text))
+                    yield Clue(kind, text)
                 tokens = piece.completion_tokens if isinstance(piece, Finished) else tokens + piece.tokens
                 if ended or lines.full:
                     break
-        return tokens
+        yield tokens
 
     async def _generate(
         self, prompt: "_Prompt", memory: KeptMemory, stream_interval: int = 1
