@@ -18,7 +18,7 @@ MEMORY = "acme/book/v000001-00000000:0-1"
 FILE = HeldFile(MemoryShape(layers=1, kv_heads=1, head_dim=8, dtype="float32"), (), (), 32)
 
 
-class Cluster:
+class Keepers:
     """The keepers of many nodes, this process on the first; `holding` are those that have the file."""
 
     def __init__(self, monkeypatch: Any, ranks: dict[int, str]) -> None:
@@ -58,31 +58,31 @@ def order() -> list[str]:
 
 
 async def test_the_home_of_the_memory_is_asked_first_and_alone_where_it_has_the_file(monkeypatch, order) -> None:
-    cluster = Cluster(monkeypatch, RANKS)
-    cluster.holding = set(order)
+    keepers = Keepers(monkeypatch, RANKS)
+    keepers.holding = set(order)
     assert await Peers("tests").fetch(MEMORY, "acme", "digest") == (FILE, [])
-    assert cluster.asked == order[:1]
+    assert keepers.asked == order[:1]
 
 
 async def test_of_many_peers_three_are_asked_for_a_cold_file(monkeypatch, order) -> None:
-    cluster = Cluster(monkeypatch, RANKS)
+    keepers = Keepers(monkeypatch, RANKS)
     assert await Peers("tests").fetch(MEMORY, "acme", "digest") is None
-    assert cluster.asked == order[:3]
+    assert keepers.asked == order[:3]
 
 
 async def test_the_next_is_asked_where_one_has_ended_or_does_not_answer(monkeypatch, order) -> None:
-    cluster = Cluster(monkeypatch, RANKS)
-    cluster.dead, cluster.silent, cluster.holding = {order[0]}, {order[1]}, {order[2]}
+    keepers = Keepers(monkeypatch, RANKS)
+    keepers.dead, keepers.silent, keepers.holding = {order[0]}, {order[1]}, {order[2]}
     assert await Peers("tests").fetch(MEMORY, "acme", "digest") == (FILE, [])
-    assert cluster.asked == order[1:3]
+    assert keepers.asked == order[1:3]
 
 
 async def test_keepers_of_unknown_rank_are_hashed_by_their_nodes(monkeypatch) -> None:
-    cluster = Cluster(monkeypatch, {})
+    keepers = Keepers(monkeypatch, {})
     asked = set()
     for number in range(100):
-        cluster.asked = []
+        keepers.asked = []
         await Peers("tests").fetch(f"acme/book{number}/v1:0-1", "acme", "digest")
-        assert len(set(cluster.asked)) == 3
-        asked.add(cluster.asked[0])
+        assert len(set(keepers.asked)) == 3
+        asked.add(keepers.asked[0])
     assert len(asked) > 50 and NODES[0] not in asked
