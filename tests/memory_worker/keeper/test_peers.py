@@ -32,7 +32,7 @@ class Keepers:
         monkeypatch.setattr(ray, "get", lambda references, timeout: references)
         monkeypatch.setattr(peers, "actor_names", lambda namespace, prefix: [prefix + node for node in NODES])
         monkeypatch.setattr(peers, "nodes_of_ranks", lambda namespace: ranks)
-        monkeypatch.setattr(peers, "_ANSWER_S", 0.05)
+        monkeypatch.setattr(peers, "_ANSWER_S", 60.0)
 
     def keeper(self, name: str, namespace: str) -> Any:
         node = name.removeprefix(KEEPER)
@@ -72,6 +72,7 @@ async def test_of_many_peers_three_are_asked_for_a_cold_file(monkeypatch, order)
 
 async def test_the_next_is_asked_where_one_has_ended_or_does_not_answer(monkeypatch, order) -> None:
     keepers = Keepers(monkeypatch, RANKS)
+    monkeypatch.setattr(peers, "_ANSWER_S", 2.0)
     keepers.dead, keepers.silent, keepers.holding = {order[0]}, {order[1]}, {order[2]}
     assert await Peers("tests").fetch(MEMORY, "acme", "digest") == (FILE, [])
     assert keepers.asked == order[1:3]
