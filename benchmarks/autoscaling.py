@@ -21,12 +21,15 @@ import aiohttp
 from benchmarks.report import make_parser, report, say
 from benchmarks.support.town import memorize_town
 from cluster.pools.pools import ScalingConfig
+from cluster.svg import Axis, Drawing, thin_out
 from serving.config import Profile, load_profile
 from serving.deploy.app import APPLICATION
 from serving.deploy.temporary import measure_on_server
 
 PHASES = ((1, 45.0), (24, 240.0), (1, 210.0))  # clients, seconds
 EVERY_S = 3.0
+WIDTH, HEIGHT, DOTS = 720, 460, 300  # of the picture
+COLOURS = ("#1f6f8b", "#c06014", "#5c8d3d", "#7a5195", "#333333")
 MOST = {"Embedder": 3, "Retriever": 3, "Router": 3, "Ingress": 3, "Generator": 2}
 
 
@@ -128,28 +131,39 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def plot(seen: Seen, path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6))
-    for name, counts in seen.replicas.items():
-        above.step(seen.at, counts, where="post", label=name)
-    above.set_ylabel("replicas running")
-    above.legend(loc="upper right")
-    below.plot(seen.latency_at, seen.latency_s, ".", markersize=2, color="gray", rasterized=True)  # thousands of dots
-    below.set_ylabel("seconds of a question")
-    below.set_xlabel("seconds")
-    below.set_yscale("log")
+    """Replicas above, seconds of questions (a sample of them) below, both over time."""
+    picture, left, right = Drawing(WIDTH, HEIGHT), 60, WIDTH - 110
+    x = Axis(0, sum(seconds for _, seconds in PHASES), left, right)
+    running = Axis(0, max(MOST.values()), 200, 20)
+    low, high = min(seen.latency_s), max(seen.latency_s)
+    took = Axis(low, high, HEIGHT - 50, 230, log=True)
     at = 0.0
     for number, seconds in PHASES:
-        for axes in (above, below):
-            axes.axvspan(at, at + seconds, alpha=0.08 if number > 1 else 0, color="tab:red")
-        below.text(at + 4, max(seen.latency_s), f"{number} clients", va="top")
+        colour = "#fbe9e9" if number > 1 else "#fff"
+        picture.add("rect", x=x(at), y=20, width=x(seconds) - x(0), height=HEIGHT - 70, fill=colour)
+        picture.text(x(at) + 4, 224, f"{number} client{'s' * (number > 1)}")
+        picture.text(x(at), HEIGHT - 32, f"{at:.0f}", "middle")
         at += seconds
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None}, dpi=200)
+    for count in range(max(MOST.values()) + 1):
+        picture.line(left, running(count), right, running(count))
+        picture.text(left - 8, running(count) + 4, f"{count}", "end")
+    for value in (low, (low * high) ** 0.5, high):
+        picture.line(left, took(value), right, took(value))
+        picture.text(left - 8, took(value) + 4, f"{value:.2g} s", "end")
+    for place, (name, counts) in enumerate(seen.replicas.items()):
+        points = [(seen.at[0], counts[0])]
+        for since, before, count in zip(seen.at[1:], counts, counts[1:], strict=False):
+            points += [(since, before), (since, count)] if count != before else []
+        points.append((seen.at[-1], counts[-1]))
+        lift = 2.0 * place  # else equal curves would hide each other
+        picture.curve([(x(since), running(count) - lift) for since, count in points], COLOURS[place])
+        picture.text(right + 10, 34 + 18 * place, name, fill=COLOURS[place])
+    for since, seconds in thin_out([*zip(seen.latency_at, seen.latency_s, strict=True)], DOTS):
+        picture.add("circle", cx=x(since), cy=took(seconds), r=1.5, fill="#888")
+    picture.text(right + 10, running(0) + 4, "replicas running")
+    picture.text(right + 10, took(low) + 4, "of a question")
+    picture.text((left + right) / 2, HEIGHT - 12, "seconds", "middle")
+    path.write_text(picture.render(), encoding="utf-8")
 
 
 def main() -> None:
