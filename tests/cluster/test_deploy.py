@@ -206,7 +206,7 @@ def test_the_ray_service_has_the_fields_of_one():
 def test_the_ray_service_passes_the_schema_of_its_kind():
     """KubeRay's own, which is not ours to ship."""
     if not SCHEMA.exists():
-        pytest.skip(f"{SCHEMA.name} is not here")
+        pytest.skip(f"KubeRay's schema, shared/data/schemas/{SCHEMA.name}, is not beside the checkout")
     with lzma.open(SCHEMA, "rt", encoding="utf-8") as file:
         schema = closed(json.load(file))
     jsonschema.validate(ray_service(), schema)

@@ -282,7 +282,7 @@ async def test_vectors_that_are_not_finite_are_not_written(storage):
     assert not storage.exists("t/m/nan/passages/d.parquet")
 
 
-@pytest.mark.skipif(not BOOK.exists(), reason="the novel is not beside this checkout")
+@pytest.mark.skipif(not BOOK.exists(), reason=f"the novel, shared/data/books/{BOOK.name}, is not beside the checkout")
 @pytest.mark.long
 async def test_a_novel(retriever, storage, record_property):
     text = BOOK.read_bytes().decode()

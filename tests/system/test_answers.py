@@ -25,7 +25,7 @@ TOWN = [asked["question"] for asked in EXAMPLE["questions"][:: len(EXAMPLE["ques
 @pytest.fixture(scope="module")
 def novel(server: Server) -> str:
     if not NOVEL.exists():
-        pytest.skip("the novel is not beside this checkout")
+        pytest.skip(f"the novel, shared/data/books/{NOVEL.name}, is not beside the checkout")
     text = NOVEL.read_text(encoding="utf-8")[:150_000]
     made = memorize(server, [{"id": "novel", "text": text}], id="novel", ratio=16)
     assert made["status"] == "ready" and made["documents"] == [

@@ -50,7 +50,7 @@ def assert_same(slots: Slots, keys: torch.Tensor, values: torch.Tensor, toleranc
     torch.testing.assert_close(slots.values, values, rtol=0, atol=tolerance)
 
 
-@pytest.mark.skipif(not GOLDENS.is_dir(), reason="the golden tensors are not beside the checkout")
+@pytest.mark.skipif(not GOLDENS.is_dir(), reason="the reference tensors, shared/goldens, are not beside the checkout")
 @pytest.mark.parametrize("group_windows", [1, 2, 100])
 @pytest.mark.parametrize(("folder", "name"), golden_cases())
 def test_goldens(folder: str, name: str, group_windows: int) -> None:

@@ -85,7 +85,9 @@ def test_a_qwen3_memory_is_recalled_as_by_transformers(seen_long) -> None:
     assert seen_long["qwen3"] == {"right": 4, "different": 4}
 
 
-@pytest.mark.skipif(not (SHARED / "goldens").exists(), reason="the reference tensors lie beside the checkout")
+@pytest.mark.skipif(
+    not (SHARED / "goldens").exists(), reason="the reference tensors, shared/goldens, are not beside the checkout"
+)
 @pytest.mark.parametrize("which", ["seen", pytest.param("seen_long", marks=pytest.mark.long)])
 def test_the_reference_implementations_memories_continue_as_they_did_there(
     request: pytest.FixtureRequest, which: str
