@@ -26,14 +26,18 @@ def engine(tmp_path_factory, local_ray):
     wait_until(lambda: ray.available_resources().get("CPU") != everything)
     assert ray.available_resources()["CPU"] == everything - 1.0  # the pool's cpus_per_replica and nothing else
     yield handle
-    core = _engine_core()
     serve.delete("engine")
-    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE  # nothing outlives Serve
+    wait_until(lambda: not _engine_cores())  # nothing outlives Serve
+
+
+def _engine_cores() -> list[psutil.Process]:
+    """Living processes of engines that this one has started."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if "EngineCore" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def _engine_core() -> psutil.Process:
-    cores = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()]
-    (core,) = cores  # scheduler and model in one process
+    (core,) = _engine_cores()  # scheduler and model in one process
     return core
 
 
@@ -82,13 +86,18 @@ async def test_a_cancelled_request_is_aborted_in_the_engine(engine):
         stats = await engine.stats.remote()
 
 
-async def test_a_dead_engine_is_a_clear_error_and_is_replaced(engine):
+async def test_a_dead_engine_is_a_clear_error(engine):
     response = engine.options(stream=True).stream.remote([301, 302], max_tokens=900, ignore_eos=True)
     await anext(response)
     _engine_core().kill()
     with pytest.raises(EngineFailed, match="died"):
         async for _ in response:
             pass
+
+
+@pytest.mark.long
+async def test_a_dead_engine_is_replaced(engine):
+    """The one that the test above has killed."""
 
     async def answered() -> Finished | None:  # Serve says nowhere when a replica has been replaced
         try:

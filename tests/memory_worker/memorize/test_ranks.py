@@ -54,7 +54,7 @@ def run_ranks(folder: Path, ranks: int, out: Path) -> list[list[dict[str, int]]]
     return [[json.loads(line) for line in text.splitlines()] for text in printed]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_make_the_memory_of_one(tmp_path: Path, ranks: int) -> None:
     folder = write_checkpoint(tmp_path / "model", beacon_window=ranking.WINDOW)
     model = BeaconModel.from_pretrained(folder)
@@ -124,8 +124,17 @@ def ranked(model_folder: Path, **settings: Any) -> MemoryConfig:
     return config_for(model_folder, ranks=2, group_windows=1, rank_timeout_s=10.0, **settings)
 
 
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (signal.SIGKILL, "rank 1 of a Memorizer's 2 was lost: ActorDiedError"),
+        pytest.param(
+            signal.SIGSTOP, "rank 1 of a Memorizer's 2 was lost: it is silent", marks=pytest.mark.long, id="stopped"
+        ),
+    ],
+)
 async def test_a_lost_rank_fails_the_group_and_the_job_goes_on(
-    local_ray: None, model_folder: Path, tmp_path: Path
+    local_ray: None, model_folder: Path, tmp_path: Path, how: signal.Signals, told: str
 ) -> None:
     store = MemoryStore(str(tmp_path))
     one = Memorizer(config_for(model_folder, group_windows=2), str(tmp_path))
@@ -133,7 +142,7 @@ async def test_a_lost_rank_fails_the_group_and_the_job_goes_on(
     *_, by_one = await steps_until(one, stored_request(store, key_of_one))
 
     memorizer = Memorizer(ranked(model_folder), str(tmp_path), {"CPU": 1})
-    keys = {name: MemoryKey("acme", "book", name) for name in ("whole", "killed", "stopped")}
+    keys = {name: MemoryKey("acme", "book", name) for name in ("whole", "lost")}
     *_, whole = await steps_until(memorizer, stored_request(store, keys["whole"]))
     for document, alone in zip(whole.documents, by_one.documents, strict=True):
         for segment, expected in zip(document.segments, alone.segments, strict=True):
@@ -142,26 +151,22 @@ async def test_a_lost_rank_fails_the_group_and_the_job_goes_on(
                 found, wanted = (store.read_segment(each).tensors() for each in (file, other))
                 torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
 
-    for name, how, told in (
-        ("killed", signal.SIGKILL, "rank 1 of a Memorizer's 2 was lost: ActorDiedError"),
-        ("stopped", signal.SIGSTOP, "rank 1 of a Memorizer's 2 was lost: it is silent"),
-    ):
-        assert memorizer._ranks is not None
-        request, pid = stored_request(store, keys[name]), pid_of(memorizer._ranks._team._actors[0])
-        steps, seen, hit = memorizer.memorize(request), [], False
-        with pytest.raises(LostRank, match=told) as failure:
-            async for step in steps:
-                assert isinstance(step, MemorizeProgress)
-                seen.append(step.done_tokens)
-                if not hit and len(seen) == 5:
-                    os.kill(pid, how)
-                    hit = True
-        assert len(seen) < 10 and is_unavailable(failure.value)
-        resumed, *_, result = await steps_until(memorizer, request)
-        assert 0 < resumed.done_tokens <= seen[-1]
-        assert files_of(result, keys[name]) == files_of(whole, keys["whole"])
-        with suppress(psutil.NoSuchProcess):
-            psutil.Process(pid).wait()  # also one that was stopped is ended with the others
+    assert memorizer._ranks is not None
+    request, pid = stored_request(store, keys["lost"]), pid_of(memorizer._ranks._team._actors[0])
+    steps, seen, hit = memorizer.memorize(request), [], False
+    with pytest.raises(LostRank, match=told) as failure:
+        async for step in steps:
+            assert isinstance(step, MemorizeProgress)
+            seen.append(step.done_tokens)
+            if not hit and len(seen) == 5:
+                os.kill(pid, how)
+                hit = True
+    assert len(seen) < 10 and is_unavailable(failure.value)
+    resumed, *_, result = await steps_until(memorizer, request)
+    assert 0 < resumed.done_tokens <= seen[-1]
+    assert files_of(result, keys["lost"]) == files_of(whole, keys["whole"])
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait()  # also one that was stopped is ended with the others
     ray.kill(memorizer._ranks._team._actors[0])
 
 
