@@ -22,8 +22,7 @@ from benchmarks.report import make_parser, report, say
 from benchmarks.support.town import memorize_town
 from cluster.pools.pools import ScalingConfig
 from cluster.svg import Axis, Drawing, thin_out
-from serving.config import Profile, load_profile
-from serving.deploy.app import APPLICATION
+from serving.config import APPLICATION, Profile, load_profile
 from serving.deploy.temporary import measure_on_server
 
 PHASES = ((1, 45.0), (24, 240.0), (1, 210.0))  # clients, seconds

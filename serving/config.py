@@ -18,7 +18,8 @@ from memory_worker.config import MemoryConfig
 from retrieval_worker.config import RetrievalConfig
 
 _SHIPPED = Path(__file__).parent / "profiles"
-EMBEDDED = "embedded"  # the model name that stands for the language model made on first use
+APPLICATION = "memorag"  # the name of what runs on Ray Serve
+EMBEDDED = "embedded"  # the model name that stands for the language model that comes with the project
 
 
 class ProfileError(MessageError, ValueError):

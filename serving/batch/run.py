@@ -24,11 +24,11 @@ from serving import api
 from serving.batch.answers import Answers, make_answer_row, make_failure_row
 from serving.batch.job import BatchError, BatchJob, BatchReport
 from serving.batch.questions import BatchQuestion, Questions
+from serving.config import APPLICATION
 from serving.errors import ProblemError, problem_for
 
 logger = logging.getLogger(__name__)
 
-_APPLICATION = "memorag"
 _NOT_NOW = (429, 503)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _UNWATCHED_S = 10.0  # how long a run that has ended stays after the last who asked how it went
@@ -80,7 +80,7 @@ class BatchRun:
         job = self._job
         answers = await asyncio.to_thread(Answers, job.output, job.tenant, job.rows_per_part)
         questions = await asyncio.to_thread(Questions, job.questions, job.grouped)
-        router = serve.get_deployment_handle("Router", _APPLICATION)
+        router = serve.get_deployment_handle("Router", APPLICATION)
         kept = await _fetch_kept(router, answers.run)
         self._began = time.monotonic()
         self.tell(state="asking", total=questions.count, ignored=tuple(questions.ignored), parts=answers.parts)

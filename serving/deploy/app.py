@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memory_worker.models import embedded
-from serving.config import EMBEDDED, Profile, ProfileError, load_profile
+from serving.config import APPLICATION, EMBEDDED, Profile, ProfileError, load_profile
 from serving.deploy.local_ray import new_ray_folder, start_ray, stop_ray
 
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` 
     from cluster.pools.placement import ReplicaNeed
     from serving.deploy.daemon import ServerOptions
 
-APPLICATION = "memorag"
 
 logger = logging.getLogger(__name__)
 

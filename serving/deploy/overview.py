@@ -12,8 +12,8 @@ from memory_worker.catalog.actor import CATALOG
 from memory_worker.keeper.keeper import KeeperStats
 from memory_worker.keeper.peers import KEEPER
 from memory_worker.messages import CatalogTotals
-from serving.config import Profile
-from serving.deploy.app import APPLICATION, needs_of
+from serving.config import APPLICATION, Profile
+from serving.deploy.app import needs_of
 from serving.deploy.attach import NotAttached
 
 _ANSWER_S = 10.0
