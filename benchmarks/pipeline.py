@@ -17,8 +17,8 @@ import aiohttp
 
 from benchmarks.report import make_parser, report, say
 from benchmarks.support.town import memorize_town
-from serving.config import load_profile
-from serving.deploy.app import APPLICATION, memories_root
+from serving.config import APPLICATION, load_profile
+from serving.deploy.app import memories_root
 from serving.deploy.temporary import measure_on_server
 
 CLIENTS = (1, 16)
@@ -65,7 +65,7 @@ def engines_alone(storage: str) -> Ask:
         found = await retriever.search.remote(index, queries)
         hits = select_hits(found, clue_weights(found, found[0].grounding), search)
         passages = [hit.passage for hit in hits]
-        sources = tuple(Source(p.memory, p.document, p.start, p.end, p.text) for p in passages)
+        sources = tuple(Source(p.text) for p in passages)
         request = GenerateRequest("answer", question, sources, "en", ANSWER_TOKENS, "benchmark", stream=False)
         async for item in generator.options(stream=True).generate.remote(request):
             if isinstance(item, Generation):

@@ -210,7 +210,7 @@ def _generator_frame() -> dict[str, str]:
         def encode(self, text: str) -> str:
             return text
 
-    source = Source(memory="", document="", start=0, end=1, text="\ue000")
+    source = Source("\ue000")
     request = GenerateRequest("answer", "\ue001", (source,), "en", None, "")
     prompt = build_prompt(Verbatim(), request, 10**6, 1)
     before, between = prompt.messages[0]["content"].removesuffix("\ue001").split("[1] \ue000")

@@ -1,27 +1,21 @@
-"""From `[n]` in a generated text to the passages meant: called by the generators when a text is complete."""
+"""The `[n]` of a generated text: read by the generators when it is complete."""
 
 import re
-from collections.abc import Sequence
 
 from cluster.messages import Finished
-from generator_worker.messages import Citation, Generation, Source
+from generator_worker.messages import Generation
 from generator_worker.prompts import Prompt
 
 _NUMBERS = re.compile(r"[\[【［]\s*(\d{1,4}(?:\s*[,，、;；]\s*\d{1,4})*)\s*[\]】］]")
 
 
-def resolve_citations(text: str, sources: Sequence[Source]) -> tuple[Citation, ...]:
-    """The passages cited in `text`, each once, in order of first mention.
+def find_citations(text: str, passages: int) -> tuple[int, ...]:
+    """The numbers, 1 to `passages`, that `text` cites, each once, in order of first mention.
 
     `[1]`, `[1, 2]`, `[1][2]` and `【1】` are citations; numbers without a passage are ignored.
     """
     mentioned = dict.fromkeys(int(number) for group in _NUMBERS.findall(text) for number in re.findall(r"\d+", group))
-    return tuple(
-        Citation(n, source.memory, source.document, source.start, source.end)
-        for n in mentioned
-        if 1 <= n <= len(sources)
-        for source in [sources[n - 1]]
-    )
+    return tuple(n for n in mentioned if 1 <= n <= passages)
 
 
 def strip_citations(text: str) -> str:
@@ -34,8 +28,8 @@ def finish_generation(pieces: list[str], prompt: Prompt, finished: Finished) -> 
     text = "".join(pieces)
     return Generation(
         text=text,
-        citations=resolve_citations(text, prompt.sources),
         sources=prompt.sources,
+        citations=find_citations(text, len(prompt.sources)),
         prompt_tokens=finished.prompt_tokens,
         completion_tokens=finished.completion_tokens,
         finish_reason=finished.reason,

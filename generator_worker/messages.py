@@ -9,12 +9,8 @@ GenerateTask = Literal["answer", "summarize", "full", "hyde", "rewrite"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A passage given to the generator; its place among those used, from 1, is the `n` that answers cite."""
+    """A text given to the generator: a passage, or for `full` a whole document."""
 
-    memory: str
-    document: str
-    start: int  # characters
-    end: int
     text: str
     score: float = 0.0  # the lowest are dropped first where not all fit the context window
 
@@ -34,23 +30,12 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Citation:
-    """`[n]` in the answer, resolved: the passage's document and character offsets."""
-
-    n: int
-    memory: str
-    document: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
 class Generation:
     """The end of a generated answer. `text` is what the deltas add up to, and may be empty."""
 
     text: str
-    citations: tuple[Citation, ...]
-    sources: tuple[Source, ...]  # those that fitted the context window; citation n is the n-th of them
+    sources: tuple[int, ...]  # indices, ascending, of the request's sources that fitted the context window
+    citations: tuple[int, ...]  # each n of `[n]` in the text, once: the n-th of `sources`, from 1
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str  # stop, or length where max_tokens or the context window ended it

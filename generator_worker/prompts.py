@@ -4,12 +4,13 @@ Called by the generators, with the model's own tokenizer.
 """
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from generator_worker.errors import QuestionTooLong
-from generator_worker.messages import GenerateRequest, Source
+from generator_worker.messages import GenerateRequest
 
 _INSTRUCTIONS = {
     ("answer", "en"): (
@@ -88,7 +89,7 @@ class Prompt:
 
     messages: tuple[dict[str, str], ...]  # chat form
     token_ids: list[int]  # the same, as the model's tokenizer and chat template give it
-    sources: tuple[Source, ...]  # those of the request it holds, in order; the first is passage 1
+    sources: tuple[int, ...]  # indices of those of the request it holds, ascending; the first is passage 1
     max_tokens: int
     stop: list[str]
     cut: bool = False  # the middle of a whole text was left out
@@ -107,8 +108,8 @@ def build_prompt(tokenizer: Any, request: GenerateRequest, max_model_len: int, m
     ranked = sorted(range(len(request.sources)), key=lambda i: (-request.sources[i].score, i))
 
     def attempt(count: int) -> Prompt:
-        kept = tuple(request.sources[i] for i in sorted(ranked[:count]))
-        messages, ids = _render(tokenizer, request, kept)
+        kept = tuple(sorted(ranked[:count]))
+        messages, ids = _render(tokenizer, request, [request.sources[i].text for i in kept])
         left = min(max_tokens, max_model_len - len(ids))
         plain = not getattr(tokenizer, "chat_template", None)
         return Prompt(messages, ids, kept, left, list(_PLAIN_STOP) if plain else [])
@@ -143,7 +144,7 @@ def _full_prompt(tokenizer: Any, request: GenerateRequest, max_model_len: int, m
         half = room // 2
         ends = (offsets[half - 1][1] if half else 0, offsets[len(offsets) - half][0] if half else len(kept))
         part = kept if whole else f"{kept[: ends[0]]}\n…\n{kept[ends[1] :]}"
-        messages, ids = _render(tokenizer, request, (Source("", "", 0, len(part), part),) if part.strip() else ())
+        messages, ids = _render(tokenizer, request, [part] if part.strip() else [])
         left = min(max_tokens, max_model_len - len(ids))
         if len(ids) <= limit or (not room and left > 0):
             plain = not getattr(tokenizer, "chat_template", None)
@@ -170,15 +171,15 @@ class PromptBudget:
 
 
 def _render(
-    tokenizer: Any, request: GenerateRequest, sources: tuple[Source, ...]
+    tokenizer: Any, request: GenerateRequest, texts: Sequence[str]
 ) -> tuple[tuple[dict[str, str], ...], list[int]]:
     labels = _LABELS[request.language]
     instructions = "short" if request.short and request.task == "answer" else request.task
     parts = [_INSTRUCTIONS[instructions, request.language]]
     if request.task == "full":
-        parts.append("\n\n".join([labels["text"], *(source.text.strip() for source in sources)]))
+        parts.append("\n\n".join([labels["text"], *map(str.strip, texts)]))
     elif request.task in ("answer", "summarize"):
-        passages = "\n\n".join(f"[{n}] {source.text.strip()}" for n, source in enumerate(sources, 1))
+        passages = "\n\n".join(f"[{n}] {text.strip()}" for n, text in enumerate(texts, 1))
         parts.append(f"{labels['passages']}\n\n{passages or labels['none']}")
     if request.task != "summarize":
         parts.append(f"{labels['question']}{request.question.strip()}")

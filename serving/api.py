@@ -162,7 +162,7 @@ class ClueOut(BaseModel):
 
 
 class PassageOut(BaseModel):
-    """`text` is exactly the document's characters `start` to `end`; `n` is what the answer cites it by."""
+    """`text` is exactly the document's characters `start` to `end`; an answer cites its first passage as [1]."""
 
     memory: str
     document: str
@@ -173,6 +173,8 @@ class PassageOut(BaseModel):
 
 
 class CitationOut(BaseModel):
+    """`[n]` in the answer means the n-th of its passages, which these name."""
+
     n: int
     memory: str
     document: str

@@ -77,7 +77,8 @@ class Stages:
         """Memorizes `text` on the server. Raises `PlanError` where it is too short to measure with."""
         from ray import serve
 
-        from serving.deploy.app import APPLICATION, memories_root
+        from serving.config import APPLICATION
+        from serving.deploy.app import memories_root
 
         names = ("Memorizer", "Recaller", "Embedder", "Retriever", "Generator")
         handles = {name: serve.get_deployment_handle(name, APPLICATION) for name in names}
@@ -229,7 +230,7 @@ class Stages:
 
         async def once(number: int) -> None:
             at = number % max(1, len(passages) - count)
-            sources = tuple(Source(p.memory, p.document, p.start, p.end, p.text) for p in passages[at : at + count])
+            sources = tuple(Source(p.text) for p in passages[at : at + count])
             request = GenerateRequest("answer", _question(number), sources, "en", None, "calibration", stream=False)
             async for item in generate.remote(request):
                 if isinstance(item, Generation):

@@ -9,14 +9,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import Finished, TextDelta
-from generator_worker.messages import GenerateRequest, GenerateTask, Generation
+from generator_worker.messages import GenerateRequest, GenerateTask, Generation, Source
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from memory_worker.recall.clues import ClueLines
 from memory_worker.storage.manifest import Manifest
@@ -26,7 +26,7 @@ from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
 from serving.router.prepared import Prepared
-from serving.router.shown import clue_out, passage_out, source_of
+from serving.router.shown import citation_out, clue_out, passage_out
 from serving.router.spans import StageSpans
 from serving.router.texts import Texts
 from serving.router.versions import AskedVersions
@@ -254,17 +254,19 @@ class Inquiry:
         self.usage.completion_tokens = generation.completion_tokens
         if generation.cut:
             self.degraded.append("text-cut")
-        kept = {replace(source, score=0.0) for source in generation.sources}
-        self.hits = [hit for hit in self.hits if replace(source_of(hit), score=0.0) in kept]
+        self.hits = [self.hits[index] for index in generation.sources]
         yield await self._answer(generation)
 
     async def _stream_generation(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
         """What the Generator makes of the question and the passages; of the whole text for `full`."""
-        texts = await self._pools.texts.read(self._manifests) if task == "full" else map(source_of, self.hits)
+        if task == "full":
+            sources = await self._pools.texts.read(self._manifests)
+        else:
+            sources = tuple(Source(hit.passage.text, hit.score) for hit in self.hits)
         request = GenerateRequest(
             task=task,
             question=self._question.question,
-            sources=tuple(texts),
+            sources=sources,
             language=self._language,
             max_tokens=None if task in ("hyde", "rewrite") else self._question.max_tokens,
             cache_salt=self._cache_salt,
@@ -299,16 +301,8 @@ class Inquiry:
             self._spans.end_stage("evidence", began, sentences=len(evidence))
         return self._finish(
             answer=generation.text,
-            citations=[
-                api.CitationOut(n=c.n, memory=c.memory, document=c.document, start=c.start, end=c.end)
-                for c in generation.citations
-            ],
-            evidence=[
-                api.EvidenceOut(
-                    memory=e.memory, document=e.document, start=e.start, end=e.end, text=e.text, score=e.score
-                )
-                for e in evidence
-            ],
+            citations=[citation_out(n, self.hits[n - 1]) for n in generation.citations],
+            evidence=[api.EvidenceOut(**asdict(sentence)) for sentence in evidence],
         )
 
     async def _answer_from_memory(self) -> AsyncIterator[TextDelta | api.Answer]:

@@ -1,7 +1,6 @@
-"""What the pipeline found, in the shapes of `serving.api` and of the Generator."""
+"""What the pipeline found, in the shapes of `serving.api`."""
 
 from cluster.messages import TextDelta
-from generator_worker.messages import Source
 from memory_worker.messages import Clue
 from retrieval_worker.messages import Hit
 from serving import api
@@ -25,10 +24,10 @@ def passage_out(hit: Hit) -> api.PassageOut:
     )
 
 
-def source_of(hit: Hit) -> Source:
-    """A passage as the Generator reads it."""
+def citation_out(n: int, hit: Hit) -> api.CitationOut:
+    """`[n]` in an answer, as HTTP shows it."""
     passage = hit.passage
-    return Source(passage.memory, passage.document, passage.start, passage.end, passage.text, hit.score)
+    return api.CitationOut(n=n, memory=passage.memory, document=passage.document, start=passage.start, end=passage.end)
 
 
 def event_out(item: Clue | Hit | TextDelta | api.Answer) -> api.Event:

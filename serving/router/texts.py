@@ -24,5 +24,5 @@ class Texts:
         for manifest in manifests:
             for document in manifest.documents:
                 text = bytes(storage.read(document.source.stored)).decode()
-                sources.append(Source(manifest.memory, document.id, 0, len(text), text))
+                sources.append(Source(text))
         return tuple(sources)

@@ -159,7 +159,7 @@ def test_what_is_trained_on_is_what_is_served_and_the_answer_is_there_to_read(fi
 
     (example,) = made("training_passages", "draft", count=1)
     (record,) = training_passages(random.Random(3).randrange(2**60), 1, **arguments)
-    passages = tuple(Passage("m", "d", 0, 1, part) for part in re.split(r"\[\d\] ", record["text"]) if part)
+    passages = tuple(Passage(part) for part in re.split(r"\[\d\] ", record["text"]) if part)
     for ids, prompt in example.tails:
         question = tokenizer.decode(ids[:prompt]).split("Question: ")[1].split("<|im_end|>")[0]
         served = build_prompt(tokenizer, GenerateRequest("answer", question, passages, "en", None, ""), 10**5, 10)
