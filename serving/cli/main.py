@@ -4,12 +4,12 @@ What was asked for goes to stdout (`--json`: as one JSON value), all else to std
 with what to do, and exit code 1; wrong usage is exit code 2. Heavy modules are imported inside the commands.
 """
 
+import inspect
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,7 +24,7 @@ from serving.cli.status import status
 from serving.cli.train import app as train_app
 
 if TYPE_CHECKING:
-    from serving.client.client import MemoRAG, Memory
+    from serving.client.client import MemoRAG
 
 app = typer.Typer(
     cls=Commands,
@@ -56,6 +56,29 @@ Stream = Annotated[
     bool | None, typer.Option("--stream/--no-stream", help="Show parts as they come; default on a terminal.")
 ]
 Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
+
+
+def _on_server(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that asks a server: with --storage, --url and --json, of which its `out` and `client` are made."""
+
+    def run(*, storage: Storage = STORAGE, url: Url = None, as_json: Json = False, **given: Any) -> None:
+        from serving.client.client import MemoRAG
+        from serving.deploy.daemon import state_of
+
+        if url is None:
+            state = state_of(storage.expanduser().resolve())
+            url = (state.address if state else None) or _DEFAULT_URL
+        with MemoRAG(url, os.environ.get("MEMORAG_API_KEY")) as client:
+            command(Output(as_json), client, **given)
+
+    _, _, *own = inspect.signature(command).parameters.values()
+    *options, _ = inspect.signature(run).parameters.values()
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in [*own, *options]]
+    # Where Typer looks for them.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
 
 
 @app.command()
@@ -107,7 +130,10 @@ def down(storage: Storage = STORAGE, as_json: Json = False) -> None:
 
 
 @app.command()
+@_on_server
 def memorize(
+    out: Output,
+    client: "MemoRAG",
     files: Annotated[
         list[Path],
         typer.Argument(metavar="FILE...", exists=True, help="txt, md, html, pdf, docx; or a folder of such."),
@@ -121,27 +147,25 @@ def memorize(
     ratio: Annotated[int | None, typer.Option(min=1, help="Tokens per slot; otherwise the profile's.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="A memory of each file below a folder.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="With --recursive: files under way at most.")] = 4,
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Make one memory of files, or one of each file below a folder, and wait until all is ready."""
-    out = Output(as_json)
     if recursive and (id or title):
         raise typer.BadParameter("--recursive makes many memories, with ids and titles of their files' names")
     if not recursive and (folder := next((path for path in files if path.is_dir()), None)):
         raise typer.BadParameter(f"{folder} is a folder; with --recursive, each file below it becomes a memory")
-    with _client(storage, url) as client:
-        if recursive:
-            memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), kind=kind, ratio=ratio)
-            return
-        progress = out.progress_lines() if not out.on_terminal else True
-        memory = client.memorize(*files, id=id, title=title, tags=tag or (), kind=kind, ratio=ratio, progress=progress)
-        out.memory(memory.info)
+    if recursive:
+        memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), kind=kind, ratio=ratio)
+        return
+    progress = out.progress_lines() if not out.on_terminal else True
+    memory = client.memorize(*files, id=id, title=title, tags=tag or (), kind=kind, ratio=ratio, progress=progress)
+    out.memory(memory.info)
 
 
 @app.command()
+@_on_server
 def ask(
+    out: Output,
+    client: "MemoRAG",
     id: MemoryId,
     question: Annotated[str, typer.Argument(help="In the language of the text.")],
     task: Annotated[
@@ -150,138 +174,126 @@ def ask(
     max_tokens: MaxTokens = None,
     language: LanguageOption = None,
     stream: Stream = None,
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Answer a question from a memory, with clues, passages, evidence and timings."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        if _streams(out, stream):
-            out.stream(memory.ask(question, task, max_tokens=max_tokens, language=language, stream=True))
-        else:
-            out.answer(memory.ask(question, task, max_tokens=max_tokens, language=language).raw)
+    memory = client.memory(id)
+    if _streams(out, stream):
+        out.stream(memory.ask(question, task, max_tokens=max_tokens, language=language, stream=True))
+    else:
+        out.answer(memory.ask(question, task, max_tokens=max_tokens, language=language).raw)
 
 
 @app.command()
+@_on_server
 def summarize(
+    out: Output,
+    client: "MemoRAG",
     id: MemoryId,
     max_tokens: MaxTokens = None,
     language: LanguageOption = None,
     stream: Stream = None,
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Summarize a memory."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        if _streams(out, stream):
-            out.stream(memory.summarize(max_tokens=max_tokens, language=language, stream=True))
-        else:
-            out.answer(memory.summarize(max_tokens=max_tokens, language=language).raw)
+    memory = client.memory(id)
+    if _streams(out, stream):
+        out.stream(memory.summarize(max_tokens=max_tokens, language=language, stream=True))
+    else:
+        out.answer(memory.summarize(max_tokens=max_tokens, language=language).raw)
 
 
 @memories_app.callback(invoke_without_command=True)
-def memories(context: typer.Context, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
+@_on_server
+def memories(out: Output, client: "MemoRAG", context: typer.Context) -> None:
     """List the memories of a server."""
     if context.invoked_subcommand:
         return
-    out = Output(as_json)
-    with _client(storage, url) as client:
-        out.memories([memory.info for memory in client.memories()])
+    out.memories([memory.info for memory in client.memories()])
 
 
 @memories_app.command("show")
-def memories_show(id: MemoryId, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
+@_on_server
+def memories_show(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Show one memory."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        out.memory(memory.info)
+    memory = client.memory(id)
+    out.memory(memory.info)
 
 
 @memories_app.command("cancel")
-def memories_cancel(id: MemoryId, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
+@_on_server
+def memories_cancel(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Cancel what is being made of a memory."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        memory.cancel()
-        out.result({"cancelled": id}, f"cancelled the job of {id}")
+    memory = client.memory(id)
+    memory.cancel()
+    out.result({"cancelled": id}, f"cancelled the job of {id}")
 
 
 @memories_app.command("delete")
-def memories_delete(id: MemoryId, storage: Storage = STORAGE, url: Url = None, as_json: Json = False) -> None:
+@_on_server
+def memories_delete(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Delete one memory."""
-    out = Output(as_json)
-    with _client(storage, url) as client:
-        client.delete(id)
-        out.result({"deleted": id}, f"deleted {id}")
+    client.delete(id)
+    out.result({"deleted": id}, f"deleted {id}")
 
 
 @app.command("export")
+@_on_server
 def export_memory(
+    out: Output,
+    client: "MemoRAG",
     id: MemoryId,
     file: Annotated[Path, typer.Argument(dir_okay=False, help="Archive to write.")],
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Write a memory to one file, which any server with the same memory model imports."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        with out.waiting(f"exporting {id}"):
-            memory.export(file)
-        size = file.stat().st_size
-        out.result({"memory": id, "file": str(file), "bytes": size}, f"wrote {file} ({size:,} bytes)")
+    memory = client.memory(id)
+    with out.waiting(f"exporting {id}"):
+        memory.export(file)
+    size = file.stat().st_size
+    out.result({"memory": id, "file": str(file), "bytes": size}, f"wrote {file} ({size:,} bytes)")
 
 
 @app.command("import")
+@_on_server
 def import_memory(
+    out: Output,
+    client: "MemoRAG",
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Archive that export wrote.")],
     id: Annotated[str | None, typer.Option(help="Id of the memory; otherwise that in the archive.")] = None,
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Make a memory of an archive."""
-    out = Output(as_json)
-    with _client(storage, url) as client:
-        with out.waiting(f"importing {file}"):
-            memory = client.import_archive(file, id)
-        out.memory(memory.info)
+    with out.waiting(f"importing {file}"):
+        memory = client.import_archive(file, id)
+    out.memory(memory.info)
 
 
 @documents_app.command("put")
+@_on_server
 def documents_put(
+    out: Output,
+    client: "MemoRAG",
     id: MemoryId,
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="txt, md, html, pdf or docx.")],
     document: Annotated[str | None, typer.Option("--as", help="Id of the document; otherwise the file's name.")] = None,
     if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Add a document to a memory, or replace it, and wait until questions see it."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        progress = out.progress_lines() if not out.on_terminal else True
-        memory.documents.put(document or file.name, path=file, if_match=if_match, progress=progress)
-        out.memory(memory.info)
+    memory = client.memory(id)
+    progress = out.progress_lines() if not out.on_terminal else True
+    memory.documents.put(document or file.name, path=file, if_match=if_match, progress=progress)
+    out.memory(memory.info)
 
 
 @documents_app.command("delete")
+@_on_server
 def documents_delete(
+    out: Output,
+    client: "MemoRAG",
     id: MemoryId,
     document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="Id of the document.")],
     if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
-    storage: Storage = STORAGE,
-    url: Url = None,
-    as_json: Json = False,
 ) -> None:
     """Delete a document from a memory; no question sees it any more."""
-    out = Output(as_json)
-    with _memory(storage, url, id) as memory:
-        out.memory(memory.documents.delete(document, if_match=if_match).info)
+    memory = client.memory(id)
+    out.memory(memory.documents.delete(document, if_match=if_match).info)
 
 
 @app.command()
@@ -319,24 +331,6 @@ def doctor(storage: Storage = STORAGE, port: int = 8000, as_json: Json = False) 
 def main() -> None:
     """The console script."""
     app(prog_name="memorag")
-
-
-@contextmanager
-def _client(storage: Path, url: str | None) -> Iterator["MemoRAG"]:
-    from serving.client.client import MemoRAG
-    from serving.deploy.daemon import state_of
-
-    if url is None:
-        state = state_of(storage.expanduser().resolve())
-        url = (state.address if state else None) or _DEFAULT_URL
-    with MemoRAG(url, os.environ.get("MEMORAG_API_KEY")) as client:
-        yield client
-
-
-@contextmanager
-def _memory(storage: Path, url: str | None, id: str) -> Iterator["Memory"]:
-    with _client(storage, url) as client:
-        yield client.memory(id)
 
 
 def _streams(out: Output, stream: bool | None) -> bool:
