@@ -142,7 +142,7 @@ def test_no_test_imports_a_test_and_nothing_else_imports_tests():
 
 def test_what_starts_ray_or_a_server_is_in_a_group():
     """Two modules that each start one, on two workers, would be two too many for the machine."""
-    starts = ("local_ray", "own_ray(", "seen_by(", "Cluster(", "server: Server", "start_ray")
+    starts = ("local_ray", "own_ray(", "run_scenario(", "Cluster(", "server: Server", "start_ray")
     for name, file in modules("tests").items():
         if name.rpartition(".")[2].startswith("test_") and name != __name__:
             text = file.read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def seen_by(name: str, folder: Path, *arguments: Path | str) -> dict[str, Any]:
+def run_scenario(name: str, folder: Path, *arguments: Path | str) -> dict[str, Any]:
     """What the module `name` beside this one prints after `SEEN`, run with `folder` and its other `arguments`.
 
     Temporary files go to `folder`, too: vLLM leaves its sockets behind.

@@ -21,7 +21,7 @@ from memory_worker.models.prompts import gist_frame
 from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, config_for, request_for, stock_model
 from tests.support.memorizing import files_of, steps_until
-from tests.support.scenarios import seen_by
+from tests.support.scenarios import run_scenario
 
 TEXTS = {"story": STORY, "note": NOTE, "dot": "."}
 kinds = pytest.mark.parametrize("kind", get_args(MemoryKind))
@@ -259,7 +259,7 @@ async def test_a_model_with_beacon_weights_makes_beacons_unless_told_otherwise(
 
 @pytest.fixture(scope="module")
 def seen(model: Path, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return seen_by("kind_scenarios", tmp_path_factory.mktemp("asked"), model, stock)
+    return run_scenario("kind_scenarios", tmp_path_factory.mktemp("asked"), model, stock)
 
 
 @kinds

@@ -30,7 +30,7 @@ from memory_worker.models.beacon import BeaconModel, Slots
 from memory_worker.models.beacon.exchange import count_exchanged_bytes, share_out
 from memory_worker.storage.store import MemoryStore
 from serving.errors import is_unavailable
-from tests.support import ranking
+from tests.support import rank_process
 from tests.support.beacon_reference import write_checkpoint
 from tests.support.memorizing import config_for, files_of, steps_until, stored_request
 
@@ -39,10 +39,10 @@ MESSAGE = 320  # bytes that gloo writes around what it is given, at most
 
 
 def run_ranks(folder: Path, ranks: int, out: Path) -> list[list[dict[str, int]]]:
-    """`ranking`, one process for each rank; what each printed for each case."""
+    """`rank_process`, one for each rank; what each printed for each case."""
 
     def start(rank: int, port: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.support.ranking", str(folder), str(rank), str(ranks), port]
+        command = [sys.executable, "-m", "tests.support.rank_process", str(folder), str(rank), str(ranks), port]
         return subprocess.Popen([*command, str(out / str(rank))], stdout=subprocess.PIPE, text=True)
 
     first = start(0, "0")
@@ -56,12 +56,12 @@ def run_ranks(folder: Path, ranks: int, out: Path) -> list[list[dict[str, int]]]
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_make_the_memory_of_one(tmp_path: Path, ranks: int) -> None:
-    folder = write_checkpoint(tmp_path / "model", beacon_window=ranking.WINDOW)
+    folder = write_checkpoint(tmp_path / "model", beacon_window=rank_process.WINDOW)
     model = BeaconModel.from_pretrained(folder)
     slot_bytes = 2 * model.kv_heads * model.head_dim * 4
     printed = run_ranks(folder, ranks, tmp_path)
-    for number, (name, documents, group_windows, ratio) in enumerate(ranking.CASES):
-        passes = list(ranking.compressed(model, documents, group_windows, ratio))
+    for number, (name, documents, group_windows, ratio) in enumerate(rank_process.CASES):
+        passes = list(rank_process.compressed(model, documents, group_windows, ratio))
         expected = Slots.concat([slots for parts in passes for slots in parts])
         for rank in range(ranks):
             found = load_file(tmp_path / str(rank))

@@ -21,7 +21,7 @@ from memory_worker.models.stock import StockModel
 from memory_worker.storage.store import MemoryStore
 from tests.support.kinds_of_memory import NOTE, STORY, config_for, request_for
 from tests.support.memorizing import files_of, steps_until
-from tests.support.scenarios import seen_by
+from tests.support.scenarios import run_scenario
 from tests.support.stock_models import MADE, REFUSED, write_model
 
 ENGINE_FAMILIES = ("glm", "phi3")  # neighbours, half of each head; halves, as Llama does
@@ -214,7 +214,7 @@ async def test_a_memorizer_makes_gists_and_full_memories_and_goes_on_to_the_same
 @pytest.fixture(scope="module")
 def seen(folder: Path, tokenizer: Path, glm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoints = [glm, *(write_model(folder / family, family, tokenizer) for family in ENGINE_FAMILIES[1:])]
-    return seen_by("stock_scenarios", tmp_path_factory.mktemp("asked"), *checkpoints)
+    return run_scenario("stock_scenarios", tmp_path_factory.mktemp("asked"), *checkpoints)
 
 
 @pytest.mark.parametrize("family", ENGINE_FAMILIES)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.scenarios import ROOT, seen_by
+from tests.support.scenarios import ROOT, run_scenario
 
 SHARED = ROOT.parent / "shared"
 QUESTIONS = 32
@@ -13,13 +13,13 @@ TOKENS = 24  # of each answer; what an answer that failed shows instead is its f
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return seen_by("recall_scenarios", tmp_path_factory.mktemp("recall"))
+    return run_scenario("recall_scenarios", tmp_path_factory.mktemp("recall"))
 
 
 @pytest.fixture(scope="module")
 def seen_long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """With engines that the others have no need of."""
-    return seen_by("recall_scenarios", tmp_path_factory.mktemp("long"), "long")
+    return run_scenario("recall_scenarios", tmp_path_factory.mktemp("long"), "long")
 
 
 def test_questions_to_four_memories_at_once_are_answered_as_by_transformers(seen) -> None:

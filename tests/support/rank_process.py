@@ -1,4 +1,4 @@
-"""One rank of several, in a process of its own: `python -m tests.support.ranking MODEL RANK RANKS PORT OUT`.
+"""One rank of several, in a process of its own: `python -m tests.support.rank_process MODEL RANK RANKS PORT OUT`.
 
 Runs each of `CASES` with the other ranks at PORT of this machine (rank 0 is given 0, and prints what it took), writes
 the slots to OUT, and prints a line of JSON for each case.
