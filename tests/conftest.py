@@ -18,7 +18,6 @@ ON_RAY = (
     "tests/cluster/test_routing.py",
     "tests/generator_worker/test_generator.py",
     "tests/memory_worker/catalog/test_catalog.py",
-    "tests/memory_worker/keeper/test_keeper.py",
     "tests/memory_worker/memorize/test_kinds.py",
     "tests/memory_worker/memorize/test_memorizer.py",
     "tests/memory_worker/memorize/test_ranks.py",
