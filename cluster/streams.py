@@ -1,9 +1,11 @@
-"""Several streams read as one: clues of several kinds, and of several groups of segments."""
+"""Streams read as one, or begun again: clues of several kinds and groups, and what a worker that dies did not begin."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeVar
+
+from tenacity import AsyncRetrying
 
 Item = TypeVar("Item")
 
@@ -36,3 +38,24 @@ async def merge_streams(streams: Iterable[AsyncGenerator[Item, None]]) -> AsyncG
         for task in reading:
             task.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def retry_stream(
+    begin: Callable[[], AsyncGenerator[Item, None]], retrying: AsyncRetrying
+) -> AsyncGenerator[Item, None]:
+    """The items of the stream that `begin` makes: again, as `retrying` says, if it fails before its first."""
+
+    async def first() -> tuple[AsyncGenerator[Item, None], list[Item]]:
+        stream = begin()
+        try:
+            return stream, [await anext(stream)]
+        except StopAsyncIteration:
+            return stream, []
+
+    made: tuple[AsyncGenerator[Item, None], list[Item]] = await retrying(first)
+    stream, begun = made
+    async with aclosing(stream):
+        for item in begun:
+            yield item
+        async for item in stream:
+            yield item

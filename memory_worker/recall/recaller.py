@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from cluster.engine import EngineServer, engine_application
 from cluster.errors import EngineFailed, cause_of
@@ -22,7 +23,7 @@ from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
 from cluster.ray_internals import announce_rank
 from cluster.routing import ReportsRank, route_by_memory
-from cluster.streams import merge_streams
+from cluster.streams import merge_streams, retry_stream
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper.keeper import KeptMemory, local_keeper
@@ -145,27 +146,31 @@ class Recaller(ReportsRank, EngineServer):
         self, prompt: "_Prompt", memory: KeptMemory, stream_interval: int = 1
     ) -> AsyncGenerator[TextDelta | Finished, None]:
         """One generation. If the memory went away before the engine read it, it is fetched and tried once more."""
-        for last_try in (False, True):
-            started = False
-            try:
-                async with aclosing(
-                    self.stream(
-                        prompt.token_ids,
-                        max_tokens=prompt.max_tokens,
-                        cache_salt=self._salt(memory.group),
-                        kv_transfer_params={"memory": memory.group.name, "num_memory_tokens": memory.total_slots},
-                        stream_interval=stream_interval,
-                    )
-                ) as pieces:
-                    async for piece in pieces:
-                        started = True
-                        yield piece
-                return
-            except EngineFailed as error:
-                if started or last_try:
-                    raise
-                logger.warning("recalling from %s is tried again: %s", memories_of(memory.group), error)
+
+        def begin() -> AsyncGenerator[TextDelta | Finished, None]:
+            return self.stream(
+                prompt.token_ids,
+                max_tokens=prompt.max_tokens,
+                cache_salt=self._salt(memory.group),
+                kv_transfer_params={"memory": memory.group.name, "num_memory_tokens": memory.total_slots},
+                stream_interval=stream_interval,
+            )
+
+        async def fetch_again(state: RetryCallState) -> None:
+            nonlocal memory
+            assert state.outcome is not None, "it has failed"
+            logger.warning("recalling from %s is tried again: %s", memories_of(memory.group), state.outcome.exception())
             memory = await self._fetch_kept(memory.group)
+
+        once_more = AsyncRetrying(
+            retry=retry_if_exception_type(EngineFailed),
+            stop=stop_after_attempt(2),
+            before_sleep=fetch_again,
+            reraise=True,
+        )
+        async with aclosing(retry_stream(begin, once_more)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _prompt(self, request: RecallRequest | MemoryAnswerRequest, question: list[int], max_tokens: int) -> "_Prompt":
         limit, slots = self._config.engine.max_model_len, request.group.slots

@@ -1,24 +1,24 @@
 """Many files at once, each a memory of its own: what `memorag memorize --recursive` does. It speaks HTTP."""
 
 import hashlib
-import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_when_event_set
+
 from cluster.planning.costs import MemoryKind
+from serving.batch.patience import until_ready
 from serving.batch.progress import OnCount
 from serving.client.client import MemoRAG
 from serving.client.errors import MemoRAGError, ServerUnreachable
 from serving.documents.convert import KINDS
 
-_NOT_NOW = (429, 503)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _ID_CHARACTERS = 100
 
 
@@ -69,13 +69,17 @@ def memorize_folder(
     found = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
     files = [path for path in found if path.suffix.lower() in KINDS]
     given_up = threading.Event()
+    patience = until_ready(patience_s)
+    patience["retry"] |= retry_if_exception_type(ServerUnreachable)
+    patience["stop"] |= stop_when_event_set(given_up)
+    retrying = Retrying(**patience, sleep=sleep_using_event(given_up))
     wanted: dict[str, Any] = {"tags": tags, "kind": kind, "ratio": ratio}
 
     def make(path: Path) -> FileResult:
         name = path.relative_to(folder).as_posix()
         id = memory_id(name)
         try:
-            made = _retry_patiently(lambda: _memorize(client, path, id, name, wanted), patience_s, given_up)
+            made = retrying.copy()(_memorize, client, path, id, name, wanted)
         except (MemoRAGError, OSError) as error:
             return FileResult(name, id, "failed", str(error))
         return FileResult(name, id, "made" if made else "there")
@@ -128,19 +132,6 @@ def _memorize(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str
         client.memory(id).wait(progress=False)  # another made it in the meantime
         return False
     return True
-
-
-def _retry_patiently(make: Callable[[], bool], patience_s: float, given_up: threading.Event) -> bool:
-    deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
-    while True:
-        try:
-            return make()
-        except MemoRAGError as error:
-            later = isinstance(error, ServerUnreachable) or error.status in _NOT_NOW
-            if not later or given_up.is_set() or time.monotonic() + pause_s > deadline:
-                raise
-        given_up.wait(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _is_hidden(path: Path) -> bool:

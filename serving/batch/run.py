@@ -7,7 +7,6 @@ end and keep them (`serving.router.once`), and the new process collects them bef
 
 import asyncio
 import logging
-import random
 import threading
 import time
 from collections import Counter
@@ -18,19 +17,19 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from tenacity import AsyncRetrying
 
 from cluster.errors import cause_of
 from serving import api
 from serving.batch.answers import Answers, make_answer_row, make_failure_row
 from serving.batch.job import BatchError, BatchJob, BatchReport
+from serving.batch.patience import until_ready
 from serving.batch.questions import BatchQuestion, Questions
 from serving.config import APPLICATION
 from serving.errors import ProblemError, problem_for
 
 logger = logging.getLogger(__name__)
 
-_NOT_NOW = (429, 503)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _UNWATCHED_S = 10.0  # how long a run that has ended stays after the last who asked how it went
 
 
@@ -184,16 +183,15 @@ class _Asking:
     async def _answer(self, question: BatchQuestion) -> api.Answer:
         """Raises `ProblemError`: of the kind "not now" only when patience is over."""
         arguments = self._name, question.key.hex(), self._job.tenant, [question.memory], _check(question)
-        deadline, pause_s = time.monotonic() + self._job.patience_s, _FIRST_PAUSE_S
-        while True:
+
+        async def ask() -> api.Answer:
             try:
-                return await self._router.answer_once.remote(*arguments)
+                answer: api.Answer = await self._router.answer_once.remote(*arguments)
             except Exception as error:  # a boundary: whatever it is becomes a row
-                problem = problem_for(error)
-                if problem.status not in _NOT_NOW or time.monotonic() + pause_s > deadline:
-                    raise problem from error
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                raise problem_for(error) from error
+            return answer
+
+        return await AsyncRetrying(**until_ready(self._job.patience_s))(ask)
 
 
 def _check(question: BatchQuestion) -> api.Question:

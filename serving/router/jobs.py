@@ -13,6 +13,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
+from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_fixed
 
 from cluster.errors import cause_of
 from memory_worker.catalog.quotas import QuotasConfig
@@ -66,13 +67,16 @@ class Jobs:
 
     async def run_forever(self) -> None:
         """Takes jobs as the catalog gives them."""
+
+        async def take() -> Job | None:
+            taken: Job | None = await self._catalog.take.remote(self._runner, _TAKE_S, self._settings)
+            return taken
+
+        # Whatever is raised: without this loop no job is ever done.
+        log = before_sleep_log(logger, logging.ERROR, exc_info=True)
+        retrying = AsyncRetrying(wait=wait_fixed(1.0), before_sleep=log)
         while True:
-            try:
-                job: Job | None = await self._catalog.take.remote(self._runner, _TAKE_S, self._settings)
-            except Exception:  # a boundary: without this loop no job is ever done
-                logger.exception("no job could be taken; trying again")
-                await asyncio.sleep(1.0)
-                continue
+            job: Job | None = await retrying(take)
             if job:
                 task = asyncio.create_task(self._run(job))
                 self._running.add(task)
@@ -105,21 +109,25 @@ class Jobs:
     async def _make(self, job: Job) -> Manifest:
         """The version's manifest, once all that it names is durable. A worker that dies is waited for."""
         base = await self._manifest_of(job.base) if job.base else None
-        for attempt in range(1, _ATTEMPTS + 1):
+
+        async def make() -> Manifest:
             report = _Report(self._catalog, self._runner, job)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    reporting = group.create_task(report.keep_up())
-                    encoding = group.create_task(self._memorize(job, base, report))
-                    indexing = group.create_task(self._index(job, report))
-                    encoded, indexed = await encoding, await indexing
-                    reporting.cancel()
-                return _manifest(job, base, encoded, indexed)
-            except Exception as error:
-                if not is_unavailable(error) or attempt == _ATTEMPTS:
-                    raise
-                logger.warning("making %s goes on with another worker: %s", job.key.path, cause_of(error))
-        raise AssertionError("the last attempt returns or raises")
+            async with asyncio.TaskGroup() as group:
+                reporting = group.create_task(report.keep_up())
+                encoding = group.create_task(self._memorize(job, base, report))
+                indexing = group.create_task(self._index(job, report))
+                encoded, indexed = await encoding, await indexing
+                reporting.cancel()
+            return _manifest(job, base, encoded, indexed)
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(is_unavailable),
+            stop=stop_after_attempt(_ATTEMPTS),
+            before_sleep=before_sleep_log(logger, logging.WARNING),
+            reraise=True,
+        )
+        made: Manifest = await retrying(make)
+        return made
 
     async def _memorize(self, job: Job, base: Manifest | None, report: "_Report") -> MemorizeResult:
         record = job.record

@@ -8,14 +8,17 @@ and answer are picked as evidence. If recall fails, the question goes on as plai
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
+from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, wait_fixed
 
 from cluster.messages import Finished, TextDelta
+from cluster.streams import merge_streams, retry_stream
 from generator_worker.messages import GenerateRequest, GenerateTask, Generation, Source
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from memory_worker.recall.clues import ClueLines
@@ -134,51 +137,42 @@ class Inquiry:
         """
         if not kinds:
             return
-        arrived: asyncio.Queue[Clue | asyncio.Task[None]] = asyncio.Queue()
-        asking = [asyncio.create_task(self._recall_group(group, kinds, arrived.put_nowait)) for group in self._groups]
-        for task in asking:
-            task.add_done_callback(arrived.put_nowait)
         known: set[tuple[ClueKind, str]] = set()
-        running = len(asking)
+        groups = (self._recall_group(group, kinds, required) for group in self._groups)
         try:
-            while running:
-                item = await arrived.get()
-                if isinstance(item, Clue):
-                    if (item.kind, item.text.casefold()) not in known:
-                        known.add((item.kind, item.text.casefold()))
-                        self.clues.append(item)
-                        yield item
-                    continue
-                running -= 1
-                error = item.exception()
-                if error is None:
-                    continue
-                # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
-                if required or is_callers_fault(error):
-                    raise error
-                names = ", ".join(manifest.memory for manifest in self._manifests)
-                logger.warning("recall failed for %s, going on without: %r", names, error)
-                await self._pools.on_damage(self._manifests, error)
-                if "recall" not in self.degraded:
-                    self.degraded.append("recall")
+            async with aclosing(merge_streams(groups)) as clues:
+                async for clue in clues:
+                    if (clue.kind, clue.text.casefold()) not in known:
+                        known.add((clue.kind, clue.text.casefold()))
+                        self.clues.append(clue)
+                        yield clue
         finally:
-            for task in asking:
-                task.cancel()
             self._spans.end_stage("recall", self._started, clues=len(self.clues), groups=len(self._groups))
         self.timings.recall = self._elapsed_ms()
 
     async def _recall_group(
-        self, group: SegmentGroup, kinds: tuple[ClueKind, ...], found: Callable[[Clue], None]
-    ) -> None:
+        self, group: SegmentGroup, kinds: tuple[ClueKind, ...], required: bool
+    ) -> AsyncGenerator[Clue, None]:
         request = RecallRequest(group, self._question.question, kinds, self._language)
         deadline = min(self._deadline, time.monotonic() + self._pools.recall_deadline_s)
         recaller = self._pools.recaller.options(stream=True, session_id=group.name)
-        async for item in _retry_stream(lambda: recaller.recall.remote(request), deadline):
-            if isinstance(item, RecallUsage):
-                self.usage.recall_prompt_tokens += item.prompt_tokens
-                self.usage.recall_completion_tokens += item.completion_tokens
-            else:
-                found(item)
+        try:
+            async with aclosing(_stream(lambda: recaller.recall.remote(request), deadline)) as items:
+                async for item in items:
+                    if isinstance(item, RecallUsage):
+                        self.usage.recall_prompt_tokens += item.prompt_tokens
+                        self.usage.recall_completion_tokens += item.completion_tokens
+                    else:
+                        yield item
+        except Exception as error:
+            # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
+            if required or is_callers_fault(error):
+                raise
+            names = ", ".join(manifest.memory for manifest in self._manifests)
+            logger.warning("recall failed for %s, going on without: %r", names, error)
+            await self._pools.on_damage(self._manifests, error)
+            if "recall" not in self.degraded:
+                self.degraded.append("recall")
 
     async def _draft(self) -> AsyncIterator[Clue]:
         """What the generator, which has not seen the text, would search with: for comparison with clues."""
@@ -275,7 +269,7 @@ class Inquiry:
         )
         generator = self._pools.generator.options(stream=True)
         try:
-            async for item in _retry_stream(lambda: generator.generate.remote(request), self._deadline):
+            async for item in _stream(lambda: generator.generate.remote(request), self._deadline):
                 yield item
         except Exception as error:
             # A boundary: the passages were found and are worth having even without an answer.
@@ -317,7 +311,7 @@ class Inquiry:
         )
         pieces: list[str] = []
         recaller = self._pools.recaller.options(stream=True, session_id=request.group.name)
-        async for item in _retry_stream(lambda: recaller.answer.remote(request), self._deadline):
+        async for item in _stream(lambda: recaller.answer.remote(request), self._deadline):
             if isinstance(item, Finished):
                 self.usage.recall_prompt_tokens = item.prompt_tokens
                 self.usage.recall_completion_tokens = item.completion_tokens
@@ -353,27 +347,24 @@ class Inquiry:
 
     async def _call(self, method: Any, *arguments: Any) -> Any:
         """What a deployment's method returns; a replica that dies is waited for, and its successor asked."""
-        while True:
-            try:
-                async with asyncio.timeout(self._deadline - time.monotonic()):
-                    return await method.remote(*arguments)
-            except Exception as error:
-                if not is_unavailable(error) or time.monotonic() >= self._deadline:
-                    raise
-                logger.warning("a retrieval call is repeated: %r", error)
-            await asyncio.sleep(_RETRY_S)
+
+        async def call() -> Any:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                return await method.remote(*arguments)
+
+        return await _until_available(self._deadline)(call)
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started) * 1000
 
 
-async def _retry_stream(call: Callable[[], Any], deadline: float) -> AsyncIterator[Any]:
+def _stream(call: Callable[[], Any], deadline: float) -> AsyncGenerator[Any, None]:
     """The items of the stream that `call` starts; started again if its replica dies before the first item.
 
     Raises `TimeoutError` when it has not ended by `deadline` (monotonic seconds). Closing it cancels the stream.
     """
-    while True:
-        began = False
+
+    async def begin() -> AsyncGenerator[Any, None]:
         stream = call()
         try:
             iterator = aiter(stream)
@@ -382,12 +373,19 @@ async def _retry_stream(call: Callable[[], Any], deadline: float) -> AsyncIterat
                     item = await asyncio.wait_for(anext(iterator), deadline - time.monotonic())
                 except StopAsyncIteration:
                     return
-                began = True
                 yield item
-        except Exception as error:
-            if began or not is_unavailable(error) or time.monotonic() >= deadline:
-                raise
-            logger.warning("a stream is started again: %r", error)
         finally:
             stream.cancel()
-        await asyncio.sleep(_RETRY_S)
+
+    return retry_stream(begin, _until_available(deadline))
+
+
+def _until_available(deadline: float) -> AsyncRetrying:
+    """Calls again what failed for want of a replica, until `deadline` (monotonic seconds)."""
+    return AsyncRetrying(
+        retry=retry_if_exception(is_unavailable),
+        stop=lambda _: time.monotonic() >= deadline,
+        wait=wait_fixed(_RETRY_S),
+        before_sleep=before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
