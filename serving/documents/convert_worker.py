@@ -10,8 +10,8 @@ import json
 import re
 import resource
 import sys
-from html.parser import HTMLParser
 
+_DEPTH = 2048  # elements within each other, which is what lxml takes
 _OPEN_FILES = 32  # the libraries are loaded one at a time, and the converter's runtime takes a handful
 
 
@@ -69,10 +69,24 @@ def _text(data: bytes, mime_type: str) -> str:
 
 def _html_text(data: bytes) -> str:
     """What a browser would show. Not kreuzberg's: its plain text leaves out what stands in a `div` without a `p`."""
-    parser = _ShownText()
-    parser.feed(_decode(data))
-    parser.close()
-    return "".join(parser.parts)
+    import lxml.html
+    from inscriptis import Inscriptis
+    from inscriptis.css_profiles import CSS_PROFILES
+    from inscriptis.html_properties import Display
+    from inscriptis.model.config import ParserConfig
+    from inscriptis.model.html_element import HtmlElement
+
+    hidden, line = HtmlElement(display=Display.none), HtmlElement(display=Display.block)
+    style = CSS_PROFILES["strict"] | dict.fromkeys(("noscript", "template"), hidden)
+    style |= dict.fromkeys(("dd", "dt", "option", "section", "tr"), line)
+    if not (page := _decode(data).strip()):
+        return ""
+    parser = lxml.html.HTMLParser(huge_tree=True, encoding="utf-8")
+    tree = lxml.html.document_fromstring(page.encode(), parser=parser)
+    if any(entry.type_name == "ERR_RESOURCE_LIMIT" for entry in parser.error_log):  # what comes after it is lost
+        raise _Unreadable(f"it has more than {_DEPTH:,} elements within each other")
+    sys.setrecursionlimit(20 * _DEPTH)
+    return str(Inscriptis(tree, ParserConfig(css=style, table_cell_separator=" ")).get_text()).strip()
 
 
 def _decode(data: bytes) -> str:
@@ -97,60 +111,6 @@ _BROWSERS_READ_AS = {
     "gb2312": "gb18030",
     "gbk": "gb18030",
 }
-_HIDDEN = {"script", "style", "template", "title", "noscript"}
-_LINES = {"br", "li", "tr", "dt", "dd", "option"}
-_BLOCKS = {
-    "address", "article", "aside", "blockquote", "body", "center", "details", "dialog", "div", "dl", "fieldset",
-    "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "html",
-    "legend", "main", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "ul",
-}  # fmt: skip
-_SPACE = " \t\n\f\r"  # a no-break space is none
-
-
-class _ShownText(HTMLParser):
-    """Collects `parts`: paragraphs with an empty line between, lines, and words with one space between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self._hidden = 0  # elements that hide their text and are open
-        self._preformatted = 0  # open elements that keep their white space
-        self._gap = ""  # what separates the next word from the last
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._hidden += tag in _HIDDEN
-        self._preformatted += tag == "pre"
-        self._separate(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
-        self._preformatted = max(0, self._preformatted - (tag == "pre"))
-        self._separate(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden or not data:
-            return
-        words = data if self._preformatted else " ".join(re.findall(rf"[^{_SPACE}]+", data))
-        if data[0] in _SPACE:
-            self._widen(" ")
-        if words:
-            self.parts += [self._gap if self.parts else "", words]
-            self._gap = " " if not self._preformatted and data[-1] in _SPACE else ""
-
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
-        """A comment, as to browsers; the standard library knows some of these and fails at the others."""
-        return self.parse_bogus_comment(i)
-
-    def _separate(self, tag: str) -> None:
-        if tag in _BLOCKS:
-            self._widen("\n\n")
-        elif tag in _LINES:
-            self._widen("\n")
-        elif tag in ("td", "th"):
-            self._widen(" ")
-
-    def _widen(self, gap: str) -> None:
-        self._gap = max(self._gap, gap, key=lambda g: (g.count("\n"), len(g)))
 
 
 def _fail(kind: str, reason: str) -> int:

@@ -39,11 +39,16 @@ def test_html_gives_its_text_without_scripts_and_tags() -> None:
 @pytest.mark.parametrize(
     "page, text",
     [
-        ("<div>one</div><div>two <p>three</p></div>four", "one\n\ntwo\n\nthree\n\nfour"),
-        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table><ul><li>d<li>e</ul>", "a b\nc\n\nd\ne"),
-        ("x\n <i>y</i>, <b>z</b>w<br>v<pre>a\n b</pre>u", "x y, zw\nv\n\na\n b\n\nu"),
-        ("<title>T</title><style>p{}</style>&lt;b&gt;&nbsp;&#x1;c<!-- d --><![if !x]>e<![endif]>", "<b>\xa0ce"),
-        ("1 < 2 & 3 <![bogus[ x ]]>4</p></nothing><unknown>5", "1 < 2 & 3 4\n\n5"),
+        ("<div>one</div><div>two <p>three</p></div>four", "one\ntwo\n\nthree\n\nfour"),
+        (
+            "<table><tr><td>a</td><td>b</td></tr><tr><td>c</table><ul><li>d<li>e</ul>",
+            "a b\nc\n\n  * d\n  * e",
+        ),
+        ("x\n <i>y</i>, <b>z</b>w<br>v<pre>a\n b</pre>u", "x y, zw\nv\na\n b\nu"),
+        ("<title>T</title><style>p{}</style>&lt;b&gt;&nbsp;c<!-- d --><![if !x]>e<![endif]>", "<b> ce"),
+        ("<?xml version='1.0' encoding='utf-8'?><select><option>a<option>b</select><dl><dt>c<dd>d</dl>", "a\nb\nc\nd"),
+        ("a<noscript>b</noscript><template>c</template><!-- d --> e", "a e"),
+        ("1 < 2 & 3 <![bogus[ x ]]>4</p></nothing><unknown>5", "1 < 2 & 3 45"),
     ],
 )
 def test_html_gives_what_a_browser_shows(page: str, text: str) -> None:
@@ -152,9 +157,14 @@ def test_a_bomb_is_refused(bomb: str) -> None:
         read_document(name, {"a.docx": docx_bomb, "a.pdf": pdf_bomb}[name](mebibytes), small())
 
 
+def nested(depth: int) -> bytes:
+    return b"<p>Gate</p>" + b"<div>" * depth + b"opens" + b"</div>" * depth + b"twice"
+
+
 def test_deep_nesting_loses_no_text() -> None:
-    page = b"<p>Gate</p>" + b"<div>" * 200_000 + b"opens" + b"</div>" * 200_000 + b"twice"
-    assert read_document("a.html", page, small()) == "Gate\n\nopens\n\ntwice"
+    assert read_document("a.html", nested(2000), small()) == "Gate\n\nopens\ntwice"
+    with pytest.raises(UnsupportedDocument, match=r"'a.html' .* more than 2,048 elements within each other"):
+        read_document("a.html", nested(200_000), small())
 
 
 def test_too_much_text_is_refused() -> None:
