@@ -14,7 +14,7 @@ SEED    ?= 0
 WORKERS ?= 2
 SOAK    := .memorag-soak
 
-.PHONY: install lock hooks up down test test-long test-all browser lint soak bench docs
+.PHONY: install lock hooks up down test test-long test-all ready-to-test browser lint soak bench docs
 
 install: $(READY)
 
@@ -47,14 +47,17 @@ lint: install
 # Two workers, whatever the machine has: one for the tests on a server, one for those on Ray, and both for the others.
 RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
 
-test: lint browser
+test: ready-to-test
 	@$(RUN_TESTS) -m "not long"
 
-test-long: install browser
+test-long: install
 	@$(RUN_TESTS) -m long
 
-test-all: lint browser
+test-all: ready-to-test
 	@$(RUN_TESTS)
+
+ready-to-test:
+	@$(MAKE) --no-print-directory -j2 lint browser
 
 browser:
 	@sh tests/support/install_browser.sh
