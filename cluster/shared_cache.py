@@ -13,10 +13,19 @@ class SharedCache(Generic[Value]):
 
     A value that could not be made is not kept, so that the next caller tries again. One that is heavier than the
     capacity is given to those who wait for it and not kept; with `keep_one`, it is kept alone until another is made.
-    With a capacity of 0 nothing is kept: calls at the same time share one making, and that is all.
+    With a capacity of 0 nothing is kept: calls at the same time share one making, and that is all. Values go
+    `seconds` after they were made, where that is given.
     """
 
-    def __init__(self, capacity: int, weigh: Callable[[Value], int] | None = None, *, keep_one: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        weigh: Callable[[Value], int] | None = None,
+        *,
+        keep_one: bool = False,
+        seconds: float | None = None,
+    ) -> None:
+        self._seconds = seconds
         self._capacity = capacity
         self._weigh = weigh
         self._keep_one = keep_one
@@ -39,6 +48,10 @@ class SharedCache(Generic[Value]):
         self._tasks.move_to_end(key)
         return await asyncio.shield(task)
 
+    def tasks(self) -> dict[Hashable, "asyncio.Future[Value]"]:
+        """What is kept and what is being made, by key."""
+        return dict(self._tasks)
+
     def _settle(self, key: Hashable, task: "asyncio.Future[Value]") -> None:
         if task.cancelled() or task.exception() is not None:
             del self._tasks[key]
@@ -49,8 +62,16 @@ class SharedCache(Generic[Value]):
             return
         self._weights[key] = weight
         self._total += weight
+        if self._seconds is not None:
+            asyncio.get_running_loop().call_later(self._seconds, self._expire, key, task)
         while self._total > self._capacity and len(self._weights) > 1:
             # What is still being made weighs nothing yet, and stays: others would make it a second time.
-            oldest = next(each for each in self._tasks if each in self._weights)
-            self._total -= self._weights.pop(oldest)
-            del self._tasks[oldest]
+            self._drop(next(each for each in self._tasks if each in self._weights))
+
+    def _expire(self, key: Hashable, task: "asyncio.Future[Value]") -> None:
+        if self._tasks.get(key) is task:
+            self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        self._total -= self._weights.pop(key)
+        del self._tasks[key]
