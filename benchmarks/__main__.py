@@ -36,6 +36,7 @@ TARGETS = {
     "batch": {},
     "autoscaling": {"failed_requests": "0"},
     "plan": {},
+    "manifests": {"router_1000_over_1": "≤ 1.10", "bytes_1000_over_1": "≤ 1.10", "sent_1000_over_1": "≤ 1.10"},
     "routing": {"hits": "≥ 0.95, out of reach: best_without_foresight", "highest_load_of_all_runs": "≤ 1.25"},
 }
 

@@ -65,11 +65,6 @@ class ModelShape:
         return (self.matrix_parameters + self.vocabulary * self.hidden * (1 if self.tied else 2)) * self.dtype_bytes
 
     @property
-    def beacon_bytes(self) -> int:
-        """Of what a memory model has besides: its beacons' projections."""
-        return self.layers * self.hidden * self.head_dim * (self.heads + 2 * self.kv_heads) * self.dtype_bytes
-
-    @property
     def slot_bytes(self) -> int:
         """Keys and values of one position, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes

@@ -111,11 +111,6 @@ def estimate_writing(engine: Engine, assumed: Assumptions, *, tokens: float, pro
     return requests * tokens / (read_s + tokens * _step_s(engine, assumed, requests, context))
 
 
-def estimate_recall_s(engine: Engine, assumed: Assumptions, *, tokens: float, requests: int, context: float) -> float:
-    """Seconds until the clues of one question are there, asked alone: so many requests, written together."""
-    return tokens * _step_s(engine, assumed, requests, context)
-
-
 def estimate_memorize_flops(
     engine: Engine, assumed: Assumptions, kind: MemoryKind, ratio: int, group_windows: int
 ) -> float:

@@ -35,7 +35,6 @@ class Rates(Settings):
         None, gt=0, description="bytes/s that one rank receives from the others; none takes the exchange for nothing"
     )
     recall_questions_per_s: float = Field(gt=0, description="questions whose clues one Recaller recalls a second")
-    recall_s: float = Field(gt=0, description="seconds until the clues of one question are there, asked alone")
     embed_passages_per_s: float = Field(gt=0, description="passages one Embedder embeds a second")
     search_questions_per_s: float = Field(gt=0, description="questions one Retriever searches a second, with clues")
     search_texts: float = Field(gt=0, description="texts embedded for one question: itself and its clues")

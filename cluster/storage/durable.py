@@ -8,13 +8,11 @@ import errno
 import hashlib
 import io
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -25,7 +23,6 @@ from cluster.storage.files import files_at
 
 _MAX_PATH_CHARACTERS = 1024
 _MAX_NAME_BYTES = 200  # file systems take 255, of which a temporary name needs 37 more
-_COPY_BYTES = 1 << 20
 _TORN = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # being written, or left by a writer that died
 
 
@@ -133,13 +130,6 @@ class Storage:
             self._abandon(stream, place, error)
             raise
 
-    def move_in(self, local_path: Path, path: str) -> StoredFile:
-        """Makes a local file the file `path`, durably; then the local one is gone."""
-        with local_path.open("rb") as source, self.writer(path) as writer:
-            shutil.copyfileobj(source, writer, _COPY_BYTES)
-        local_path.unlink()
-        return writer.stored
-
     def read(self, file: StoredFile) -> pa.Buffer:
         """The whole file, after its size and digest were checked; a large local one is memory-mapped.
 
@@ -149,26 +139,6 @@ class Storage:
             buffer, digest = self._files.read(self._full(file.path))
         _check(file, buffer.size, digest)
         return buffer
-
-    def copy_out(self, file: StoredFile, sink: IO[bytes]) -> None:
-        """Writes the whole file to `sink`, in little memory.
-
-        Raises `DamagedFile` as `read` does, and then before the last byte: an incomplete copy is never a whole file.
-        """
-        held, size, digest = b"", 0, hashlib.sha256()
-        with self._telling_damage(file.path):
-            source = self._files.open_read(self._full(file.path))
-        with source:
-            while size <= file.size:
-                with self._telling_damage(file.path):
-                    part = self._files.read_part(source, _COPY_BYTES)
-                if not part:
-                    break
-                sink.write(held)
-                held, size = part, size + len(part)
-                digest.update(part)
-        _check(file, size, digest.hexdigest())
-        sink.write(held)
 
     def read_unverified(self, path: str) -> pa.Buffer:
         """The whole file without a check: for manifests, which carry the digests of the others."""

@@ -59,13 +59,6 @@ class RemoteFiles:
             buffer = source.read_buffer(source.size())
         return buffer, hashlib.sha256(memoryview(buffer)).hexdigest()
 
-    def open_read(self, path: str) -> IO[bytes]:
-        return self._system.open_input_file(path)
-
-    def read_part(self, stream: IO[bytes], max_bytes: int) -> bytes:
-        """The next bytes; none at the end."""
-        return stream.read(max_bytes)
-
     def list(self, path: str, recursive: bool) -> list[fs.FileInfo]:
         """What is in the folder; nothing if it is not there."""
         return self._system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
@@ -118,15 +111,12 @@ class LocalFiles(RemoteFiles):
         The digest is taken by reading: a bad sector is then an error, where touching a mapped page of it kills
         the process.
         """
-        with self.open_read(path) as source:
+        with open(path, "rb", buffering=0) as source:  # noqa: PTH123
             if os.fstat(source.fileno()).st_size < _MAP_BYTES:
                 data = source.read()
                 return pa.py_buffer(data), hashlib.sha256(data).hexdigest()
-            digest = hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.file_digest(source, "sha256").hexdigest()
             return pa.py_buffer(mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)), digest
-
-    def open_read(self, path: str) -> IO[bytes]:
-        return open(path, "rb", buffering=0)  # noqa: PTH123
 
 
 def files_at(root: str) -> tuple[RemoteFiles, str]:

@@ -94,7 +94,7 @@ class Stages:
         note("measuring the Memorizer …")
         flops = await self._memorizer(seconds)
         note("measuring the Recaller …")
-        alone, recalled, clues = await self._recaller(seconds)
+        recalled, clues = await self._recaller(seconds)
         note("measuring Embedder and Retriever …")
         passages = await self._passages()
         embedded = await self._embedder([passage.text for passage in passages], seconds)
@@ -110,7 +110,6 @@ class Stages:
             memorize_kind=self.manifest.kind,
             memorize_flops=flops,
             recall_questions_per_s=recalled.per_s,
-            recall_s=alone,
             embed_passages_per_s=embedded,
             search_questions_per_s=searched.per_s,
             search_texts=1 + len(clues),
@@ -164,8 +163,8 @@ class Stages:
         ).flops
         return (await self.memorize(seconds)).per_s * flops / ranks_of(kind, self.profile.memory.memorize.ranks)
 
-    async def _recaller(self, seconds: float) -> "tuple[float, Busy, list[str]]":
-        """Seconds of one question alone, questions a second of many, and the clues of one."""
+    async def _recaller(self, seconds: float) -> "tuple[Busy, list[str]]":
+        """Questions a second, and the clues of one."""
         from memory_worker.messages import Clue, RecallRequest
         from memory_worker.recall.groups import segment_groups
         from serving.router.pipeline import CLUE_KINDS
@@ -183,8 +182,7 @@ class Stages:
             clues[:] = found or clues
 
         await once(0)
-        alone = await _busy(once, 1, seconds / 2)
-        return 1 / alone.per_s, await _busy(once, CLIENTS, seconds), clues
+        return await _busy(once, CLIENTS, seconds), clues
 
     async def _passages(self) -> "list[Passage]":
         """Some passages of the memory, as a search finds them."""

@@ -153,9 +153,6 @@ def estimate_rates(
         ),
         link_bytes_per_s=rank.processor.link_gb_per_s * 1e9,
         recall_questions_per_s=recalled / (written * assumed.clue_kinds * groups),
-        recall_s=estimates.estimate_recall_s(
-            engine, assumed, tokens=written, requests=assumed.clue_kinds * groups, context=context
-        ),
         embed_passages_per_s=estimates.estimate_embedding(
             embedder, node.processor(pools.retrieval), assumed, passage_tokens
         ),

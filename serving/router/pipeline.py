@@ -27,7 +27,7 @@ from retrieval_worker.config import SearchConfig
 from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
-from serving.errors import ProblemError, is_callers_fault, is_unavailable, problem_for
+from serving.errors import is_callers_fault, is_unavailable, problem_for
 from serving.router.prepared import Prepared
 from serving.router.shown import citation_out, clue_out, passage_out
 from serving.router.spans import StageSpans
@@ -300,15 +300,8 @@ class Inquiry:
         )
 
     async def _answer_from_memory(self) -> AsyncIterator[TextDelta | api.Answer]:
-        if len(self._groups) > 1:
-            raise ProblemError(
-                422,
-                f"these memories make {len(self._groups)} prompts, and the task 'memory' answers from one; ask with "
-                "the task 'memorag', which asks all of them for clues",
-            )
-        request = MemoryAnswerRequest(
-            self._groups[0], self._question.question, self._language, self._question.max_tokens
-        )
+        (group,) = self._groups  # `QuestionLimits` lets no more pass
+        request = MemoryAnswerRequest(group, self._question.question, self._language, self._question.max_tokens)
         pieces: list[str] = []
         recaller = self._pools.recaller.options(stream=True, session_id=request.group.name)
         async for item in _stream(lambda: recaller.answer.remote(request), self._deadline):

@@ -7,6 +7,7 @@ from typing import Any
 from serving import api
 from serving.config import Profile
 from serving.errors import ProblemError
+from serving.router.versions import AskedVersions
 
 
 class QuestionLimits:
@@ -14,6 +15,7 @@ class QuestionLimits:
 
     def __init__(self, profile: Profile) -> None:
         self._limits, self._longest = profile.limits, profile.memory.recall.longest_question
+        self._memory = profile.memory
         self._model = Path(profile.memory.engine.model)
         self._tokenizer: Any = None
 
@@ -39,6 +41,36 @@ class QuestionLimits:
                 422,
                 f"the question has {tokens} tokens; beside a memory, the model's window has room for {self._longest} "
                 "(recall.question_tokens): memorize long texts instead",
+            )
+
+    async def check_answer_from_memory(self, asked: AskedVersions, question: api.Question) -> None:
+        """Raises `ProblemError` where memories, question and answer do not fit one prompt: task 'memory' has one only.
+
+        Slots and tokens are places of the same window.
+        """
+        window, recall = self._memory.engine.max_model_len, self._memory.recall
+        if len(kinds := {manifest.kind for manifest in asked.manifests}) > 1:
+            raise ProblemError(
+                422,
+                f"memories of the kinds {' and '.join(sorted(kinds))} cannot be read together, and the task 'memory' "
+                "answers from one reading: ask them apart, or with the task 'memorag'",
+            )
+        answer = question.max_tokens or recall.max_answer_tokens
+        if len(asked.groups) > 1:
+            slots = asked.manifests[0].head_slots + sum(m.slots - m.head_slots for m in asked.manifests)
+            raise ProblemError(
+                422,
+                f"what is asked has {slots:,} slots, and the task 'memory' reads all of them at once: the model's "
+                f"window of {window:,} tokens holds {self._memory.group_slots:,} beside question and answer. Ask with "
+                "the task 'memorag', which reads them group by group, or memorize at a higher ratio",
+            )
+        slots, tokens = asked.groups[0].slots, await asyncio.to_thread(self._tokens, question.question)
+        if slots + tokens + answer >= window:  # what stands around the question takes some, too
+            raise ProblemError(
+                422,
+                f"{slots:,} memory slots, {tokens:,} tokens of the question and {answer:,} of the answer do not fit "
+                f"the model's window of {window:,} tokens: ask for max_tokens of "
+                f"{window - slots - recall.question_tokens:,} or less, or with the task 'memorag'",
             )
 
     def _tokens(self, text: str) -> int:

@@ -1,6 +1,7 @@
 """The Router: the life of memories and questions over the worker pools. The ingress and Ray clients call it."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import TypeVar
@@ -31,6 +32,8 @@ from serving.router.shown import clue_out, event_out, passage_out
 from serving.router.texts import Texts
 from serving.router.usage_metrics import UsageMetrics
 from serving.router.versions import AskedVersions, Versions
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
 _Result = TypeVar("_Result")
@@ -388,6 +391,8 @@ class Router(KeyedAnswers):
                 groups = asked.groups
             except Exception as error:
                 raise problem_for(error) from error
+        if question.task == "memory":
+            await self._limits.check_answer_from_memory(asked, question)
         return Inquiry(self._pools, asked, groups, question, salt_of(self._secret, tenant), seconds)
 
     async def _problem(self, manifests: Sequence[Manifest], error: BaseException) -> ProblemError:
@@ -403,7 +408,10 @@ class Router(KeyedAnswers):
         for manifest in manifests if path else ():
             if path in {file.path for file in manifest.files}:
                 key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
-                return bool(await _problems(self._catalog.repair.remote(key, path)))
+                try:
+                    return bool(await self._catalog.repair.remote(key, path))
+                except Exception:  # a boundary: what was asked goes on, or fails, for its own reason
+                    logger.exception("%s is damaged, and making it again could not be begun", path)
         return False
 
 

@@ -92,6 +92,19 @@ async def test_passages_are_numbered_over_all_parts_and_know_where_they_are_from
             opened.place(wrong)
 
 
+async def test_an_index_that_is_open_is_known_by_its_name(storage, threads):
+    shelf = shelf_of(storage, threads, cached_indexes=1)
+    parts = index_of(write_made(storage, "t/a/v1/one.parquet", 5, seed=1)).parts
+    index = Index(parts, "t/a/v1")
+    assert await shelf.open(index.by_name) is None
+    opened, again = await asyncio.gather(shelf.open(index), shelf.open(index.by_name))
+    assert opened is again is await shelf.open(Index(None, "t/a/v1"))
+    await shelf.open(Index(parts, "t/a/v2"))
+    assert await shelf.open(index.by_name) is None, "another has taken its place"
+    assert await shelf.open(index) is not None
+    assert Index(parts).by_name == Index(parts), "what has no name is given whole"
+
+
 async def test_a_new_version_reads_only_the_new_document(shelf, storage):
     old = [write_made(storage, f"t/a/v1/{i}.parquet", 10, seed=i) for i in range(4)]
     await shelf.open(index_of(*old))

@@ -26,7 +26,7 @@ from cluster.storage.files import RemoteFiles
 
 CHANGES = ("create_folder", "open_write", "write", "sync", "close", "rename", "sync_folder")
 DELETES = ("delete_file", "delete_folder")
-READS = ("read", "open_read", "read_part", "list", "kind")
+READS = ("read", "list", "kind")
 
 
 class Crash(BaseException):

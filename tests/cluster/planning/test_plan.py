@@ -33,7 +33,6 @@ RATES = Rates(
     machine="a machine",
     memorize_flops=1e12,
     recall_questions_per_s=10.0,
-    recall_s=0.3,
     embed_passages_per_s=200.0,
     search_questions_per_s=40.0,
     search_texts=5.0,

@@ -1,7 +1,6 @@
 """Files appear whole or not at all, and are read back only as they were written."""
 
 import errno
-import io
 import os
 import pickle
 from dataclasses import replace
@@ -53,33 +52,6 @@ def test_a_file_is_not_read_unless_it_is_as_recorded(storage: Storage) -> None:
     storage.write("data", b"0123456780")
     with pytest.raises(DamagedFile, match=r"'data' does not match its SHA-256.*memorize the document again"):
         storage.read(stored)
-
-
-@pytest.mark.parametrize("size", [0, 10, 1 << 20, (1 << 20) + 1, 3_000_000])
-def test_a_file_moves_in_and_is_copied_out(storage: Storage, tmp_path: Path, size: int) -> None:
-    spooled = tmp_path / "spooled"
-    spooled.write_bytes(data := os.urandom(size))
-    stored = storage.move_in(spooled, "a/b")
-    assert not spooled.exists() and storage.read(stored).to_pybytes() == data
-    storage.copy_out(stored, sink := io.BytesIO())
-    assert sink.getvalue() == data
-
-
-@pytest.mark.parametrize("size", [10, 3_000_000])
-def test_a_copy_of_a_damaged_file_is_never_whole(storage: Storage, size: int) -> None:
-    data = os.urandom(size)
-    stored = storage.write("data", data)
-    storage.write("data", data[:-1] + bytes([data[-1] ^ 1]))
-    for record, reason in (
-        (stored, "does not match its SHA-256"),
-        (replace(stored, size=size - 1), f"has {size} bytes instead of {size - 1}"),
-        (replace(stored, size=size + 1), f"has {size} bytes instead of {size + 1}"),
-        (replace(stored, path="other"), "is missing"),
-        (replace(stored, path="data/below a file"), "is missing"),
-    ):
-        with pytest.raises(DamagedFile, match=reason):
-            storage.copy_out(record, sink := io.BytesIO())
-        assert len(sink.getvalue()) < min(size, record.size)
 
 
 def test_a_file_is_deleted_if_it_is_there(storage: Storage) -> None:
@@ -142,7 +114,6 @@ def test_a_root_that_is_gone_is_not_taken_for_files_that_are(tmp_path: Path) -> 
     root.rename(away)
     for attempt in (
         lambda: storage.read(stored),
-        lambda: storage.copy_out(stored, io.BytesIO()),
         lambda: storage.read_unverified("a/data"),
         lambda: storage.record("a/data"),
         lambda: storage.exists("a/data"),

@@ -11,10 +11,11 @@ import pytest
 from serving import api
 from serving.batch.answers import ANSWERS, Answers, make_answer_row, make_failure_row
 from serving.batch.job import BatchError, BatchReport
-from serving.batch.memorize import memory_id
+from serving.batch.memorize import memorize_folder, memory_id
 from serving.batch.progress import Rate
 from serving.batch.questions import BatchQuestion, _check_columns, _conform, questions_in, questions_of
 from serving.batch.run import _check
+from serving.client.client import Memory
 from serving.errors import ProblemError
 from serving.router.once import KeyedAnswers
 
@@ -208,6 +209,22 @@ def test_where_questions_lie(tmp_path):
     kept = questions_of(table, str(tmp_path / "out"))
     assert pq.read_table(kept).equals(table) and kept == questions_of(table, str(tmp_path / "out"))
     Answers(str(tmp_path / "out"), "default", 10)  # a table beside the answers is no stranger there
+
+
+@pytest.mark.parametrize("also", [
+    {"failed_change": {"kind": "put", "version": "v2", "error": "it was cancelled"}},
+    {"error": "it was cancelled"},
+    {"job": {"kind": "put", "version": "v2"}},
+])  # fmt: skip
+def test_a_file_whose_memory_is_ready_is_there_whatever_became_of_its_last_change(tmp_path, also):
+    (tmp_path / "book.txt").write_text("the gate")
+
+    class Client:
+        def memory(self, id):
+            return Memory(self, {"id": id, "status": "ready", "version": "v1", "job": None} | also)
+
+    report = memorize_folder(Client(), tmp_path)
+    assert [(file.file, file.state, file.error) for file in report.files] == [("book.txt", "there", None)]
 
 
 def test_every_file_has_an_id_of_its_own():

@@ -33,6 +33,7 @@ class Server:
         self.asked = Counter()
         self.memories = set()
         self.refuse = set()  # questions
+        self.also: dict = {}  # what is said of every memory beside
         self.answer = "In March [1]."
         self.phrases = Counter()  # whether a phrase was asked for
         state = self
@@ -40,7 +41,13 @@ class Server:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 name = unquote(self.path.rpartition("/")[2])
-                self.say(*((200, ready(name)) if name in state.memories else (404, {"detail": "none", "status": 404})))
+                self.say(
+                    *(
+                        (200, ready(name) | state.also)
+                        if name in state.memories
+                        else (404, {"detail": "none", "status": 404})
+                    )
+                )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -108,6 +115,18 @@ def test_each_text_is_memorized_once_and_nothing_is_asked_twice(server, tmp_path
     assert go(server, tmp_path).rows == first.rows and server.asked == asked
     go(server, tmp_path, [*METHODS, "full"])
     assert server.asked.total() == asked.total() + 3 and server.asked["full", "Who sleeps?"] == 1
+
+
+@pytest.mark.parametrize("also", [
+    {"failed_change": {"kind": "put", "version": "v2", "error": "it was cancelled"}},
+    {"error": "it was cancelled"},
+    {"job": {"kind": "put", "state": "running", "version": "v2", "done_tokens": 0, "total_tokens": 9, "documents": []}},
+])  # fmt: skip
+def test_a_ready_memory_is_asked_whatever_became_of_its_last_change(server, tmp_path, also):
+    go(server, tmp_path)
+    server.also = also
+    (tmp_path / "rows.jsonl").unlink()
+    assert len(go(server, tmp_path).rows) == len(EXAMPLES) * len(METHODS) and server.asked["memorize"] == 2
 
 
 def test_what_failed_is_asked_again(server, tmp_path):
