@@ -13,13 +13,11 @@ whole manifest from the Catalog, `index_of` and the segment groups made anew, th
 question's four calls to the Retriever.
 """
 
-import argparse
 import asyncio
 import hashlib
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +25,7 @@ from unittest import mock
 
 from ray import cloudpickle
 
-from benchmarks.report import report
+from benchmarks.report import make_parser, report
 from generator_worker.messages import GenerateRequest, Generation
 from memory_worker.catalog.catalog import Catalog
 from memory_worker.messages import (
@@ -57,8 +55,7 @@ SHAPE = MemoryShape(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for rows and ratios")
+    parser = make_parser(__doc__)
     parser.add_argument("--questions", type=int, default=200, help="on each memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
