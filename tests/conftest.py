@@ -46,11 +46,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two groups come first, so that both workers begin with one; a server whose API keys are on comes last."""
+    """The two groups come first, so that both workers begin with one.
 
-    def rank(item: pytest.Item) -> tuple[int, bool]:
+    Of those on a server, tests with one of their own come before the session's has started, for two fill the memory;
+    then those on the session's; last those that turn API keys on there.
+    """
+
+    def rank(item: pytest.Item) -> tuple[int, bool, bool]:
         group = 0 if item.nodeid.startswith(ON_THE_SERVER) else 1 if item.nodeid.startswith(ON_RAY) else 2
-        return group, "keyed" in getattr(item, "fixturenames", ())
+        fixtures = getattr(item, "fixturenames", ())
+        return group, "server" in fixtures, "keyed" in fixtures
 
     items.sort(key=rank)
 

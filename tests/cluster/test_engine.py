@@ -97,7 +97,8 @@ async def test_a_dead_engine_is_a_clear_error(engine):
 
 @pytest.mark.long
 async def test_a_dead_engine_is_replaced(engine):
-    """The one that the test above has killed."""
+    for core in _engine_cores():
+        core.kill()
 
     async def answered() -> Finished | None:  # Serve says nowhere when a replica has been replaced
         try:
