@@ -1,12 +1,15 @@
 """The sentences that best support an answer, chosen by their vectors: used by the Retriever."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from retrieval_worker.messages import Evidence, Passage
-from retrieval_worker.sentences import sentences
+
+_CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff]")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class Sentences:
 
 def sentence_texts(text: str) -> tuple[list[tuple[int, int]], list[str]]:
     """Slices of the sentences of a passage's text, and the sentences."""
-    slices = sentences(text)
+    slices = split_sentences(text)
     return slices, [text[start:end] for start, end in slices]
 
 
@@ -47,3 +50,26 @@ def choose(candidates: Iterable[tuple[Passage, Sentences]], targets: np.ndarray,
 def _same(one: Evidence, other: Evidence) -> bool:
     same_document = (one.memory, one.document) == (other.memory, other.document)
     return one.text == other.text or (same_document and one.start < other.end and other.start < one.end)
+
+
+def split_sentences(text: str, language: str | None = None) -> list[tuple[int, int]]:
+    """Slices `(start, end)` of the sentences of `text`, in order, without surrounding white space.
+
+    `language` is a code such as en or zh; none detects Chinese by its script. What holds no letter or
+    digit is not a sentence.
+    """
+    from sentencex import get_sentence_boundaries
+
+    slices = []
+    for boundary in get_sentence_boundaries(language or detect_language(text), text):
+        start, end = boundary["start_index"], boundary["end_index"]
+        piece = text[start:end]
+        if any(character.isalnum() for character in piece):
+            start += len(piece) - len(piece.lstrip())
+            slices.append((start, start + len(piece.strip())))
+    return slices
+
+
+def detect_language(text: str) -> str:
+    """`zh` where Chinese characters outweigh Latin words (of some four letters each), else `en`."""
+    return "zh" if 4 * len(_CJK.findall(text)) > len(_LATIN.findall(text)) else "en"

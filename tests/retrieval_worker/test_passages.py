@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from retrieval_worker.evidence import detect_language, split_sentences
 from retrieval_worker.passages import cut
-from retrieval_worker.sentences import detect_language, sentences
 
 ENGLISH = "Mr. Darcy bowed. “Are you sure?” said she.\n\nThe gate was opened at 9.30 p.m.; nobody came!\n"
 CHINESE = "你好。他说：“天气好吗？”然后走了！\n第二段，没有人来。"
@@ -47,7 +47,7 @@ def test_slices_are_exact_ordered_and_lose_nothing(size, overlap):
 @pytest.mark.parametrize("text", ["", " ", "\n\r\n\t", "\u3000\u00a0"])
 def test_white_space_has_no_passages(text):
     assert cut(text, 800) == []
-    assert sentences(text) == []
+    assert split_sentences(text) == []
 
 
 @pytest.mark.parametrize("text", ["x" * 700_000, "天" * 300_000, "word " * 140_000])
@@ -65,7 +65,7 @@ def test_paragraphs_stay_whole_where_they_fit():
 def test_sentences_are_exact_slices():
     for text in [*random_texts(), ENGLISH, CHINESE]:
         covered = 0
-        for start, end in sentences(text):
+        for start, end in split_sentences(text):
             assert start >= covered and text[start:end] == text[start:end].strip() != ""
             assert not any(c.isalnum() for c in text[covered:start])
             covered = end
@@ -74,7 +74,7 @@ def test_sentences_are_exact_slices():
 
 def test_sentences_of_both_languages():
     def read(text):
-        return [text[a:b] for a, b in sentences(text)]
+        return [text[a:b] for a, b in split_sentences(text)]
 
     assert read("Mr. Darcy bowed.  “Are you sure?”\n\nNobody came!") == [
         "Mr. Darcy bowed.",
