@@ -50,7 +50,6 @@ class LoadStats:
 
     fetched: int = 0  # times a group was asked of the keeper
     rotated_slots: int = 0
-    written_slots: int = 0
     tail_hits: int = 0  # loads served from a tail kept rotated
     failed: int = 0
     seconds: float = 0.0
@@ -107,7 +106,6 @@ class MemoryLoader:
             for layer in layers:
                 layer.write(rotated[0, layer.index], rotated[1, layer.index], part)
             done += rotated.shape[2]
-        self.stats.written_slots += done
         self.stats.seconds += time.perf_counter() - began
 
     def _rotate_range(self, wanted: SlotRange, device: torch.device) -> Iterator[Tensor]:
