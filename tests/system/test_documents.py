@@ -214,7 +214,7 @@ def test_jobs_can_be_cancelled(server: Server, memory: dict):
 
 def test_events_tell_rate_and_time_left(server: Server):
     with server.client() as client:
-        client.post("/v1/memories", json={"id": "paced", "documents": [{"text": text("one", "first", 3000)}]})
+        client.post("/v1/memories", json={"id": "paced", "documents": [{"text": text("one", "first", 1600)}]})
         events = follow(client, "paced")
         client.delete("/v1/memories/paced")
     progress = [data for name, data in events if name == "progress"]
