@@ -9,7 +9,7 @@ from tests.support.processes import kill_part
 from tests.support.server import Server, follow, segment_files
 from tests.support.waiting import wait_until
 
-TEXT = text("killed", 2000)  # some 60,000 tokens: what is made is written after half of them
+TEXT = text("killed", 2000)  # some 60,000 tokens, of which every 4,096 are written
 
 
 def test_a_job_whose_memorizer_is_killed_goes_on_to_the_same_files(server: Server) -> None:
