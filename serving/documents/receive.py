@@ -27,7 +27,7 @@ from serving.config import LimitsConfig
 from serving.documents.archive import MEDIA_TYPE, Archive
 from serving.documents.convert import detect_language
 from serving.documents.uploads import StoredText, document_id, store_file, store_text
-from serving.errors import ProblemError, problem_for
+from serving.errors import ProblemError
 
 _MEMORY_BYTES = 1 << 20  # of a body that is held in memory before it goes to disk
 
@@ -114,9 +114,9 @@ class Receiver:
                 kind=wanted.kind,
                 ratio=wanted.ratio,
             )
-        except BaseException as error:
+        except BaseException:
             await router.abandon.remote(reserved.key)
-            raise problem_for(error) if isinstance(error, Exception) else error from error
+            raise
 
     async def _import(self, request: Request, router: DeploymentHandle, tenant: str) -> api.MemoryOut:
         """A new memory of an archive; its id is the archive's own, or the query's `id`."""
@@ -130,9 +130,9 @@ class Receiver:
             try:
                 manifest = await asyncio.to_thread(archive.unpack, self._storage, reserved.key)
                 return await router.adopt.remote(manifest)
-            except BaseException as error:
+            except BaseException:
                 await router.abandon.remote(reserved.key)
-                raise problem_for(error) if isinstance(error, Exception) else error from error
+                raise
 
     async def _put_file(
         self,
@@ -163,9 +163,9 @@ class Receiver:
         try:
             stored = await self._store(store, source_path(reserved.key, document))
             return await router.change.remote(reserved, stored.document)
-        except BaseException as error:
+        except BaseException:
             await router.abandon.remote(reserved.key)
-            raise problem_for(error) if isinstance(error, Exception) else error from error
+            raise
 
     def _files(self, files: Sequence[UploadFile]) -> list[_Incoming]:
         def incoming(number: int, file: UploadFile) -> _Incoming:
@@ -240,9 +240,6 @@ def _texts(storage: Storage, documents: Sequence[api.DocumentIn]) -> list[_Incom
 
 def _check_ids(ids: Sequence[str]) -> None:
     for number, id in enumerate(ids):
-        try:
-            check_id(id, "document")
-        except Exception as error:
-            raise problem_for(error) from error
+        check_id(id, "document")
         if id in ids[:number]:
             raise ProblemError(422, f"two documents are called {id!r}; give each its own id")

@@ -23,7 +23,7 @@ from serving import api
 from serving.config import Profile
 from serving.documents.archive import MEDIA_TYPE, pack
 from serving.documents.receive import Receiver, if_match
-from serving.errors import ProblemError, problem_for
+from serving.errors import problem_for
 from serving.http.admission import InFlight
 from serving.http.body_limit import BodyLimit
 from serving.http.gate import Gate, Gated
@@ -166,7 +166,7 @@ def _add_memory_routes(app: FastAPI) -> None:
     @app.get("/v1/memories/{memory}/events", responses=_SSE, response_class=EventSourceResponse)
     async def memory_events(request: Request, tenant: Tenant, memory: MemoryId) -> EventSourceResponse:
         """Server-sent events: `progress` while a memory is made or changed, then `ready` or `failed`."""
-        return await _events(_router(request).options(stream=True).events.remote(tenant, memory))
+        return await stream_events(_router(request).options(stream=True).events.remote(tenant, memory))
 
     @app.get("/v1/memories/{memory}/archive", responses={200: _TAR}, response_class=StreamingResponse)
     async def export_memory(request: Request, tenant: Tenant, memory: MemoryId) -> StreamingResponse:
@@ -186,10 +186,7 @@ def _add_document_routes(app: FastAPI) -> None:
     async def get_document(request: Request, tenant: Tenant, memory: MemoryId, document: str) -> PlainTextResponse:
         """The text of a document; every offset in answers counts its characters."""
         source: FileEntry = await _router(request).source.remote(tenant, memory, document)
-        try:
-            text = await asyncio.to_thread(_storage(request).read, source.stored)
-        except Exception as error:
-            raise problem_for(error) from error
+        text = await asyncio.to_thread(_storage(request).read, source.stored)
         return PlainTextResponse(text.to_pybytes())
 
     @app.put("/v1/memories/{memory}/documents/{document}", status_code=202, openapi_extra=_PUT_BODY)
@@ -306,21 +303,18 @@ async def _ask(
     questions = _questions(request)
     if question.stream:
         asked = _router(request).options(stream=True).ask
-        return await _events(asked.remote(tenant, memories, tag, question), questions)
+        return await stream_events(asked.remote(tenant, memories, tag, question), questions)
     async with questions:
         return await _router(request).answer.remote(tenant, memories, tag, question)
 
 
-async def _events(events: Any, counted: InFlight | None = None) -> EventSourceResponse:
+async def stream_events(events: Any, counted: InFlight | None = None) -> EventSourceResponse:
     """The Router's events as server-sent events. A failure before the first is an ordinary problem response."""
     if counted:
         await counted.__aenter__()
     try:
         iterator = aiter(events)
         first: api.Event = await anext(iterator)
-        if first.name == "error":
-            members = {k: v for k, v in first.data.items() if k not in ("type", "title", "status", "detail")}
-            raise ProblemError(first.data["status"], first.data["detail"], members)
     except BaseException:
         events.cancel()
         if counted:
@@ -332,6 +326,8 @@ async def _events(events: Any, counted: InFlight | None = None) -> EventSourceRe
             yield _line(first)
             async for event in iterator:
                 yield _line(event)
+        except Exception as error:  # noqa: BLE001  the response has begun: it ends with what went wrong
+            yield _line(api.Event(name="error", data=problem_for(error).body()))
         finally:  # the client may have gone: what is still being made for it is cancelled
             events.cancel()
             if counted:

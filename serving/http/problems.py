@@ -5,8 +5,10 @@ import logging
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
 
+from cluster.errors import ExpectedError, cause_of
 from serving.errors import ProblemError, problem_for
 
 logger = logging.getLogger("ray.serve")  # as all that is logged on a replica
@@ -30,10 +32,10 @@ STATUSES = {
 
 def add_error_handlers(app: FastAPI) -> None:
     """Makes every failure of `app` a problem."""
-    app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_failure)
+    for kind in (ExpectedError, RayError, TimeoutError, Exception):  # the last one's is called outside all others
+        app.add_exception_handler(kind, _on_failure)
 
 
 def problem_response(problem: ProblemError) -> Response:
@@ -43,11 +45,11 @@ def problem_response(problem: ProblemError) -> Response:
     )
 
 
-async def _on_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ProblemError)
-    if error.status >= 500:
-        logger.error("%s %s: %d, %s", request.method, request.url.path, error.status, error.detail)
-    return problem_response(error)
+async def _on_problem(request: Request, problem: ProblemError, cause: BaseException | None = None) -> Response:
+    if problem.status >= 500:
+        what = request.method, request.url.path, problem.status, problem.detail
+        logger.error("%s %s: %d, %s", *what, exc_info=None if isinstance(cause, ExpectedError) else cause)
+    return problem_response(problem)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
@@ -74,4 +76,4 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:
-    return await _on_problem(request, problem_for(error))
+    return await _on_problem(request, problem_for(error), cause_of(error))

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Sequence
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -20,7 +19,7 @@ from serving.config import Profile
 from serving.documents.uploads import memory_id
 from serving.errors import ProblemError, damaged_path, problem_for
 from serving.router.jobs import Jobs
-from serving.router.kinds import choose_kind, require_same_model
+from serving.router.kinds import require_same_model
 from serving.router.manifests import memory_out, progress_out
 from serving.router.once import KeyedAnswers
 from serving.router.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools
@@ -36,11 +35,10 @@ from serving.router.versions import AskedVersions, Versions
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
 _EVENT_WAIT_S = 10.0  # how long one poll of the catalog waits for a change
-_Result = TypeVar("_Result")
 
 
 class Router(KeyedAnswers):
-    """One replica. All methods take the tenant first; failures are `ProblemError`s."""
+    """One replica. All methods take the tenant first. What they raise is for `serving.errors.problem_for`."""
 
     def __init__(
         self,
@@ -94,24 +92,19 @@ class Router(KeyedAnswers):
         self._check_documents(documents)
         await self._choose_kind(kind, ratio)
         name = memory if memory is not None else memory_id(title)
-        return await _problems(self._catalog.reserve.remote(tenant, name, create=True))
+        return await self._catalog.reserve.remote(tenant, name, create=True)
 
     async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
         """Where the text of a document is put before `change` begins its job."""
-        try:
-            check_id(document, "document")
-        except Exception as error:
-            raise problem_for(error) from error
-        reserved: Reservation = await _problems(
-            self._catalog.reserve.remote(tenant, memory, create=False, if_match=if_match)
-        )
+        check_id(document, "document")
+        reserved: Reservation = await self._catalog.reserve.remote(tenant, memory, create=False, if_match=if_match)
         try:
             base = await self._base(reserved)
             if document not in {entry.id for entry in base.documents}:
                 self._check_documents(len(base.documents) + 1)
             require_same_model(base, await self._memory_model())
             await self._choose_kind(base.kind, base.ratio)
-        except ProblemError:
+        except Exception:
             await self.abandon(reserved.key)
             raise
         return reserved
@@ -120,11 +113,11 @@ class Router(KeyedAnswers):
         """Where the files of an archive are put before `adopt`. Raises where another model encoded it."""
         require_same_model(manifest, await self._memory_model(), memory)
         self._check_documents(len(manifest.documents))
-        return await _problems(self._catalog.reserve.remote(tenant, memory, create=True))
+        return await self._catalog.reserve.remote(tenant, memory, create=True)
 
     async def adopt(self, manifest: Manifest) -> api.MemoryOut:
         """A memory of files that are in storage already."""
-        return await self._show(await _problems(self._catalog.adopt.remote(manifest)))
+        return await self._show(await self._catalog.adopt.remote(manifest))
 
     async def create(
         self,
@@ -147,7 +140,7 @@ class Router(KeyedAnswers):
             title=title,
             tags=tuple(dict.fromkeys(tags)),
         )
-        return await self._show(await _problems(self._catalog.begin.remote(key, job)))
+        return await self._show(await self._catalog.begin.remote(key, job))
 
     async def change(self, reserved: Reservation, document: JobDocument) -> api.MemoryOut:
         """Begins to add or replace a document whose text is in storage; the present version is asked until then."""
@@ -162,7 +155,7 @@ class Router(KeyedAnswers):
             title=base.title,
             tags=base.tags,
         )
-        return await self._show(await _problems(self._catalog.begin.remote(reserved.key, job)))
+        return await self._show(await self._catalog.begin.remote(reserved.key, job))
 
     async def abandon(self, key: MemoryKey) -> None:
         """Gives up what was reserved, with the texts put there."""
@@ -171,26 +164,26 @@ class Router(KeyedAnswers):
     async def remove_document(self, tenant: str, memory: str, document: str, if_match: str | None) -> api.MemoryOut:
         """Removes a document; the version without it is there when this returns."""
         removed = self._catalog.remove_document.remote(tenant, memory, document, if_match, new_request())
-        return await self._show(await _problems(removed))
+        return await self._show(await removed)
 
     async def cancel(self, tenant: str, memory: str) -> None:
         """Ends the job of the memory."""
         job = (await self._record(tenant, memory)).job
         if job is None:
-            raise problem_for(NoJob(memory))
-        await _problems(self._catalog.cancel.remote(job.key))
+            raise NoJob(memory)
+        await self._catalog.cancel.remote(job.key)
 
     async def get(self, tenant: str, memory: str) -> api.MemoryOut:
         return await self._show(await self._record(tenant, memory))
 
     async def list_memories(self, tenant: str, cursor: str | None, limit: int, tag: str | None) -> api.MemoryList:
-        records, following = await _problems(self._catalog.list.remote(tenant, cursor, limit, tag))
+        records, following = await self._catalog.list.remote(tenant, cursor, limit, tag)
 
         async def show(record: MemoryRecord) -> api.MemoryOut | None:
             try:
                 return await self._show(record)
-            except ProblemError as problem:
-                if problem.status != 404:
+            except Exception as error:
+                if problem_for(error).status != 404:
                     raise
                 return None  # it has been deleted since
 
@@ -199,7 +192,7 @@ class Router(KeyedAnswers):
 
     async def delete(self, tenant: str, memory: str) -> None:
         """Deletes the memory and all its versions; ends its job, if it is being made or changed."""
-        await _problems(self._catalog.delete.remote(tenant, memory, new_request()))
+        await self._catalog.delete.remote(tenant, memory, new_request())
 
     async def manifest(self, tenant: str, memory: str) -> Manifest:
         """The present version, whose files stay for the retention's grace."""
@@ -231,14 +224,7 @@ class Router(KeyedAnswers):
         )
 
     async def events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
-        """Progress of a memory's job, until it has made the memory ready, or failed; error where that is deleted."""
-        try:
-            async for event in self._events(tenant, memory):
-                yield event
-        except ProblemError as problem:  # the response may have begun: it ends with what went wrong
-            yield api.Event(name="error", data=problem.body())
-
-    async def _events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
+        """Progress of a memory's job, until it has made the memory ready, or failed. Raises where that is deleted."""
         record = await self._record(tenant, memory)
         began, first = time.monotonic(), record.job.done_tokens if record.job else 0
         followed = record.job.key if record.job else None
@@ -246,7 +232,7 @@ class Router(KeyedAnswers):
             rate = (record.job.done_tokens - first) / max(time.monotonic() - began, 1e-3)
             progress = progress_out(record.status, record.job, rate)
             yield api.Event(name="progress", data=progress.model_dump())
-            record = await _problems(self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S))
+            record = await self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S)
         lost = record.failed_change is not None and record.failed_change.key == followed
         shown = await self._show(record)
         yield api.Event(name="failed" if lost or record.error else "ready", data=shown.model_dump(mode="json"))
@@ -256,7 +242,7 @@ class Router(KeyedAnswers):
     async def ask(
         self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
     ) -> AsyncIterator[api.Event]:
-        """Events clue, passage, token; last done, or error."""
+        """Events clue, passage, token; last done."""
         manifests: Sequence[Manifest] = ()
         try:
             asked, seconds = await self._read_many(tenant, memories, tag)
@@ -266,8 +252,8 @@ class Router(KeyedAnswers):
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
                 yield event_out(item)
-        except Exception as error:  # noqa: BLE001  the response has begun: the failure travels as its last event
-            yield api.Event(name="error", data=(await self._problem(manifests, error)).body())
+        except Exception as error:
+            raise await self._problem(manifests, error) from error
 
     async def answer(self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question) -> api.Answer:
         """The whole answer at once."""
@@ -353,31 +339,31 @@ class Router(KeyedAnswers):
 
     async def _choose_kind(self, kind: MemoryKind | None, ratio: int | None) -> tuple[MemoryKind, int]:
         """What a memory is made as, for which these are asked."""
-        return choose_kind(await self._memory_model(), kind, ratio, self._profile.memory.memorize.ratio)
+        return (await self._memory_model()).choose_kind(kind, ratio, self._profile.memory.memorize.ratio)
 
     async def _record(self, tenant: str, memory: str) -> MemoryRecord:
-        return await _problems(self._catalog.get.remote(tenant, memory))
+        return await self._catalog.get.remote(tenant, memory)
 
     async def _read(self, tenant: str, memory: str) -> Manifest:
-        lease: ReadLease = await _problems(self._catalog.read.remote(tenant, memory))
-        return await _problems(self._versions.manifest(lease.key))
+        lease: ReadLease = await self._catalog.read.remote(tenant, memory)
+        return await self._versions.manifest(lease.key)
 
     async def _show(self, record: MemoryRecord) -> api.MemoryOut:
         if record.status != "ready":
             return memory_out(record, None)
-        return memory_out(record, await _problems(self._versions.manifest(record.key)))
+        return memory_out(record, await self._versions.manifest(record.key))
 
     async def _base(self, reserved: Reservation) -> Manifest:
         assert reserved.base is not None, "a change has a base"
-        return await _problems(self._versions.manifest(reserved.base))
+        return await self._versions.manifest(reserved.base)
 
     async def _read_many(self, tenant: str, memories: Sequence[str], tag: str | None) -> tuple[AskedVersions, float]:
         """The present versions, and for how many seconds their files stay."""
-        found: Sequence[ReadLease] = await _problems(self._catalog.read_many.remote(tenant, memories, tag))
+        found: Sequence[ReadLease] = await self._catalog.read_many.remote(tenant, memories, tag)
         if not found:
             missing = f"no ready memory has the tag {tag!r}" if tag else "no memory is named"
             raise ProblemError(404 if tag else 422, f"{missing}; give ids in 'memories', or a tag that memories have")
-        asked = await _problems(self._versions.of([lease.key for lease in found]))
+        asked = await self._versions.of([lease.key for lease in found])
         return asked, min(lease.seconds for lease in found)
 
     async def _inquiry(self, tenant: str, asked: AskedVersions, seconds: float, question: api.Question) -> Inquiry:
@@ -387,10 +373,7 @@ class Router(KeyedAnswers):
             model = await self._memory_model()
             for manifest in asked.manifests:
                 require_same_model(manifest, model)
-            try:
-                groups = asked.groups
-            except Exception as error:
-                raise problem_for(error) from error
+            groups = asked.groups
         if question.task == "memory":
             await self._limits.check_answer_from_memory(asked, question)
         return Inquiry(self._pools, asked, groups, question, salt_of(self._secret, tenant), seconds)
@@ -419,11 +402,3 @@ def router_deployment(profile: Profile) -> serve.Deployment:
     """The Router on the CPU pool of `profile`. One that is replaced ends its questions first."""
     options = profile.pools.cpu.deployment_options() | {"graceful_shutdown_timeout_s": profile.limits.question_s}
     return serve.deployment(Router, name="Router", **options)
-
-
-async def _problems(called: Awaitable[_Result]) -> _Result:
-    """What an actor's method returns; its failure as a `ProblemError`."""
-    try:
-        return await called
-    except Exception as error:
-        raise problem_for(error) from error

@@ -1,12 +1,18 @@
 """Each failure is the right problem, whoever wrapped it on its way."""
 
 import copy
+import json
 import pickle
+from collections.abc import AsyncIterator
 from dataclasses import fields
 
+import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from ray import cloudpickle
 from ray.exceptions import RayActorError, RayTaskError
+from sse_starlette import ServerSentEvent
 
 from cluster.errors import EngineFailed, ExpectedError, MessageError, cause_of
 from cluster.storage.durable import DamagedFile, StorageFull, StorageGone
@@ -14,8 +20,12 @@ from generator_worker import errors as generator_errors
 from memory_worker import errors as memory_errors
 from memory_worker.errors import DamagedMemory, MemoryNotFound, QuotaExceeded, VersionChanged
 from retrieval_worker import errors as retrieval_errors
+from serving import api
 from serving import errors as serving_errors
 from serving.errors import ProblemError, damaged_path, is_callers_fault, is_unavailable, problem_for
+from serving.http.admission import InFlight
+from serving.http.ingress import stream_events
+from serving.http.problems import add_error_handlers
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -109,3 +119,60 @@ def test_which_file_is_damaged_and_who_may_be_asked_again() -> None:
     assert all(is_unavailable(wrapped(e)) for e in (RayActorError(), EngineFailed("x"), TimeoutError()))
     assert not any(is_unavailable(wrapped(e)) for e in (MemoryNotFound("m"), DamagedFile("a", "b"), ValueError()))
     assert problem_for(ProblemError(401, "no key")).headers == {"WWW-Authenticate": "Bearer"}
+
+
+def told(error: Exception) -> httpx.Response:
+    """What an application answers in which a route raises `error`."""
+    app = FastAPI()
+    add_error_handlers(app)
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise error
+
+    return TestClient(app, raise_server_exceptions=False).get("/fails")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryNotFound("m"), 404),
+        (StorageFull("/x"), 507),
+        (RayActorError(), 503),
+        (ValueError("a secret of ours"), 500),
+    ],
+)
+def test_errors_become_problems_at_the_edge_of_http_wherever_they_were_raised(error: Exception, status: int) -> None:
+    for form in (error, RayTaskError("f", "traceback", error).as_instanceof_cause(), wrapped(error)):
+        response = told(form)
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.status_code == response.json()["status"] == status and "secret" not in response.text
+
+
+async def test_what_fails_before_the_first_event_is_a_problem_and_later_an_event() -> None:
+    class Events:
+        cancelled = False
+
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        async def __aiter__(self) -> AsyncIterator[api.Event]:
+            for _ in range(self.count):
+                yield api.Event(name="token", data={"text": "a"})
+            raise RayTaskError("ask", "traceback", ProblemError(503, "not now", {"clues": []})).as_instanceof_cause()
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    counted = InFlight(1)
+    events = Events(0)
+    with pytest.raises(ProblemError):
+        await stream_events(events, counted)
+    assert events.cancelled and counted.count == 0
+    events = Events(2)
+    response = await stream_events(events, counted)
+    assert counted.count == 1
+    *tokens, last = [line async for line in response.body_iterator]
+    assert len(tokens) == 2 and events.cancelled and counted.count == 0
+    assert isinstance(last, ServerSentEvent) and last.event == "error"
+    assert json.loads(last.data) == ProblemError(503, "not now", {"clues": []}).body()

@@ -2,11 +2,12 @@
 
 import pytest
 
+from cluster.errors import ExpectedError
 from cluster.storage.durable import Storage
 from memory_worker.messages import KindDescription, MemorizerDescription
 from memory_worker.models.fingerprint import KINDS, fingerprint_of
-from serving.errors import ProblemError
-from serving.router.kinds import choose_kind, require_same_model
+from serving.errors import problem_for
+from serving.router.kinds import require_same_model
 from tests.support import manifests as made
 
 STOCK = MemorizerDescription(
@@ -29,7 +30,7 @@ STOCK = MemorizerDescription(
     ],
 )
 def test_what_is_left_out_is_chosen(kind, ratio, right) -> None:
-    assert choose_kind(STOCK, kind, ratio, 4) == right
+    assert STOCK.choose_kind(kind, ratio, 4) == right
 
 
 @pytest.mark.parametrize(
@@ -42,9 +43,9 @@ def test_what_is_left_out_is_chosen(kind, ratio, right) -> None:
     ],
 )
 def test_what_cannot_be_made_is_said(kind, ratio, words) -> None:
-    with pytest.raises(ProblemError, match=words) as raised:
-        choose_kind(STOCK, kind, ratio, 4)
-    assert raised.value.status == 422
+    with pytest.raises(ExpectedError, match=words) as raised:
+        STOCK.choose_kind(kind, ratio, 4)
+    assert problem_for(raised.value).status == 422
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +55,6 @@ def test_a_memory_is_read_by_the_model_that_made_it_alone(tmp_path, kind) -> Non
     require_same_model(own, STOCK)
     others = [fingerprint_of(other, STOCK.fingerprint) for other in KINDS if other != kind]
     for fingerprint in (*others, fingerprint_of(kind, "b" * 64)):
-        with pytest.raises(ProblemError, match="was encoded by the model") as raised:
+        with pytest.raises(ExpectedError, match="was encoded by the model") as raised:
             require_same_model(own.model_copy(update={"fingerprint": fingerprint}), STOCK)
-        assert raised.value.status == 409
+        assert problem_for(raised.value).status == 409
