@@ -99,7 +99,7 @@ class Receiver:
         self, router: DeploymentHandle, tenant: str, wanted: api.CreateMemory, documents: Sequence[_Incoming]
     ) -> api.MemoryOut:
         _check_ids([document.id for document in documents])
-        reserved: Reservation = await router.reserve.remote(
+        reserved, kind, ratio = await router.reserve.remote(
             tenant, wanted.id, wanted.title, wanted.kind, wanted.ratio, len(documents)
         )
         try:
@@ -111,8 +111,8 @@ class Receiver:
                 language=language,
                 title=wanted.title,
                 tags=wanted.tags,
-                kind=wanted.kind,
-                ratio=wanted.ratio,
+                kind=kind,
+                ratio=ratio,
             )
         except BaseException:
             await router.abandon.remote(reserved.key)

@@ -87,12 +87,16 @@ class Router(KeyedAnswers):
         kind: MemoryKind | None,
         ratio: int | None,
         documents: int,
-    ) -> Reservation:
-        """Where the texts of a new memory are put before `create` begins its job. A name is made if none is given."""
+    ) -> tuple[Reservation, MemoryKind, int]:
+        """Where the texts of a new memory are put before `create` begins its job, and the kind and ratio it gets.
+
+        A name is made if none is given. Raises what is wrong with any of it, before a text is sent.
+        """
         self._check_documents(documents)
-        await self._choose_kind(kind, ratio)
+        model, usual = await self._memory_model(), self._profile.memory.memorize.ratio
+        chosen, fitting = model.choose_kind(kind, ratio, usual)
         name = memory if memory is not None else memory_id(title)
-        return await self._catalog.reserve.remote(tenant, name, create=True)
+        return await self._catalog.reserve.remote(tenant, name, create=True), chosen, fitting
 
     async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
         """Where the text of a document is put before `change` begins its job."""
@@ -103,7 +107,6 @@ class Router(KeyedAnswers):
             if document not in {entry.id for entry in base.documents}:
                 self._check_documents(len(base.documents) + 1)
             require_same_model(base, await self._memory_model())
-            await self._choose_kind(base.kind, base.ratio)
         except Exception:
             await self.abandon(reserved.key)
             raise
@@ -127,11 +130,10 @@ class Router(KeyedAnswers):
         language: str,
         title: str | None,
         tags: Sequence[str],
-        kind: MemoryKind | None,
-        ratio: int | None,
+        kind: MemoryKind,
+        ratio: int,
     ) -> api.MemoryOut:
         """Begins to make a memory of texts that are in storage; it is `memorizing` when this returns."""
-        kind, ratio = await self._choose_kind(kind, ratio)
         job = JobRecord(
             documents=tuple(documents),
             memory_kind=kind,
@@ -336,10 +338,6 @@ class Router(KeyedAnswers):
         if self._model is None:
             self._model = await self._memorizer.describe.remote()
         return self._model
-
-    async def _choose_kind(self, kind: MemoryKind | None, ratio: int | None) -> tuple[MemoryKind, int]:
-        """What a memory is made as, for which these are asked."""
-        return (await self._memory_model()).choose_kind(kind, ratio, self._profile.memory.memorize.ratio)
 
     async def _record(self, tenant: str, memory: str) -> MemoryRecord:
         return await self._catalog.get.remote(tenant, memory)

@@ -36,9 +36,9 @@ class Router:
     begun: list[tuple] = field(default_factory=list)
     abandoned: list[MemoryKey] = field(default_factory=list)
 
-    async def reserve(self, *asked) -> Reservation:
+    async def reserve(self, *asked) -> tuple[Reservation, str, int]:
         self.reserved.append(asked)
-        return Reservation(made.KEY, None)
+        return Reservation(made.KEY, None), asked[3] or "beacon", asked[4] or 4
 
     async def reserve_change(self, *asked) -> Reservation:
         self.reserved.append(asked)

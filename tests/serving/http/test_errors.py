@@ -143,7 +143,9 @@ def told(error: Exception) -> httpx.Response:
     ],
 )
 def test_errors_become_problems_at_the_edge_of_http_wherever_they_were_raised(error: Exception, status: int) -> None:
-    for form in (error, RayTaskError("f", "traceback", error).as_instanceof_cause(), wrapped(error)):
+    once = RayTaskError("f", "traceback", error).as_instanceof_cause()
+    twice = RayTaskError("g", "traceback", once).as_instanceof_cause()  # from the Catalog through the Router
+    for form in (error, once, cloudpickle.loads(cloudpickle.dumps(twice)), wrapped(error)):
         response = told(form)
         assert response.headers["content-type"] == "application/problem+json"
         assert response.status_code == response.json()["status"] == status and "secret" not in response.text
