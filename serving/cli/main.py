@@ -6,6 +6,8 @@ with what to do, and exit code 1; wrong usage is exit code 2. Heavy modules are 
 
 import inspect
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +90,7 @@ def up(
     storage: Storage = STORAGE,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until interrupted.")] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the server to be ready.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress until it is given up.")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Start a server on this machine; return when it is ready, with its address."""
@@ -330,6 +332,9 @@ def doctor(storage: Storage = STORAGE, port: int = 8000, as_json: Json = False) 
 
 def main() -> None:
     """The console script."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a command that is asked to end cleans up, as after Ctrl-C
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     app(prog_name="memorag")
 
 

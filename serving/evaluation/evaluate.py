@@ -73,11 +73,8 @@ def own_server(profile: str, folder: Path, on_wait: Callable[[str], None]) -> It
 
     storage = folder.resolve() / "storage"
     options = daemon.ServerOptions(profile, str(storage), port=0)
-    state, _ = daemon.start(options, timeout_s=3600, on_wait=on_wait)
-    try:
+    with daemon.borrowed(options, on_wait=on_wait) as state:
         yield str(state.address)
-    finally:
-        daemon.stop(storage)
 
 
 def forget(folder: Path) -> None:

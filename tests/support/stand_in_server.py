@@ -1,7 +1,7 @@
 """A server process for lifecycle tests: all of `run_server`, with a tiny HTTP server in place of Ray and vLLM.
 
 It behaves as its profile's name says: `ready`, `crash` (while starting), `stubborn` (never stops by itself),
-`slow` (never ready); and redeployed, `refused…` or `fatal`.
+`slow` (never ready), `gradual` (ready after 10 s, in which it says what it does); and redeployed, `refused…`, `fatal`.
 Like the real one it has a child process, which ignores SIGTERM, in its temporary folder.
 """
 
@@ -49,6 +49,10 @@ class Running:
             raise RuntimeError("the engine would not start")
         if options.profile == "slow":
             threading.Event().wait()
+        if options.profile == "gradual":
+            for step in range(10):
+                print(f"step {step}", flush=True)
+                threading.Event().wait(1)
         self.server = http.server.ThreadingHTTPServer((options.host, options.port), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.address = f"http://{options.host}:{self.server.server_port}"
@@ -74,4 +78,4 @@ class Running:
 if __name__ == "__main__":
     profile, storage, host, port = sys.argv[1:]
     os.environ["MEMORAG_STAND_IN"] = "1"
-    run_server(ServerOptions(profile, storage, host, int(port)), deploy=Running)
+    run_server(ServerOptions(profile, storage, host, int(port)), deploy=Running, starter=0)

@@ -1,10 +1,17 @@
 """A server's life, with real processes: started, found, killed, cleaned up after."""
 
+import fcntl
+import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -13,7 +20,7 @@ import pytest
 
 from serving.deploy import daemon
 from serving.deploy.daemon import DaemonError, ServerOptions, ServerState
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, wait_until
 
 STAND_IN = Path(__file__).parents[3] / "tests" / "support" / "stand_in_server.py"
 
@@ -120,11 +127,143 @@ def test_a_crash_while_starting_shows_the_log_and_leaves_nothing(storage: Path) 
 
 def test_a_server_that_is_never_ready_is_given_up(storage: Path) -> None:
     for timeout_s in (2, 16, 128):  # until it comes as far as to have something to leave
-        with pytest.raises(DaemonError, match=f"was not ready after {timeout_s} s"):
+        with pytest.raises(DaemonError, match=f"was not ready, and did nothing for {timeout_s} s"):
             up(storage, "slow", timeout_s=timeout_s)
         if "child " in (storage / "server.log").read_text():
             break
     assert_nothing_left(storage, None, child_of(storage))
+
+
+def test_a_start_that_gets_on_is_waited_for(storage: Path) -> None:
+    """It takes longer than the time limit, as on a slow machine, but something moves all the while."""
+    begun = time.monotonic()
+    state = up(storage, "gradual", timeout_s=8)
+    assert time.monotonic() - begun > 8 and httpx.get(f"{state.address}/readyz").is_success
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("command", ["up", "up --foreground", "evaluate"])
+def test_a_command_that_ends_while_its_server_starts_leaves_nothing(tmp_path: Path, command: str, number: int) -> None:
+    storage = tmp_path / "storage"
+    words = [*command.split(), "--storage", str(storage)] if "up" in command else _evaluation(tmp_path)
+    with _run_memorag(words, "slow", tmp_path) as process:
+        wait_until(lambda: _is_said(storage, process, "child "))
+        state = daemon.state_of(storage)
+        assert state
+        server = state.process()
+        process.send_signal(number)
+        code = process.wait(timeout=120)
+    child = child_of(storage)
+    assert code == (-number if number == signal.SIGKILL else {"up --foreground": 1}.get(command, 128 + number))
+    if server and (command, number) != ("up --foreground", signal.SIGKILL):
+        wait_until(lambda: not server.is_running() and not lives(child))
+        wait_until(lambda: not Path(state.temporary).exists() and not (storage / "server.json").exists())
+    assert daemon.stop(storage) is ((command, number) == ("up --foreground", signal.SIGKILL))
+    assert_nothing_left(storage, None, child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_a_command_borrows_ends_with_it(tmp_path: Path, number: int) -> None:
+    storage = tmp_path / "storage"
+    with _run_memorag(_evaluation(tmp_path), "ready", tmp_path) as process:
+        wait_until(lambda: bool(_runs(process) and (state := daemon.state_of(storage)) and state.address))
+        state = daemon.state_of(storage)
+        process.send_signal(number)
+        process.wait(timeout=120)
+    assert state
+    wait_until(lambda: not (storage / "server.json").exists() and state.process() is None)
+    assert_nothing_left(storage, state, child_of(storage))
+
+
+def test_a_server_whose_lock_file_was_deleted_takes_it_again(storage: Path) -> None:
+    state = up(storage)
+    (storage / "server.lock").unlink()
+    with pytest.raises(DaemonError, match=rf"server {state.pid} owns .*memorag down --storage"):
+        daemon.run_server(ServerOptions("ready", str(storage)))
+    (storage / "server.lock").unlink()
+    wait_until(lambda: _is_locked(storage / "server.lock"))
+    with pytest.raises(DaemonError, match=r"another server owns"):
+        daemon.run_server(ServerOptions("ready", str(storage)))
+    assert httpx.get(f"{state.address}/readyz").is_success
+
+
+def test_a_server_that_lost_its_storage_ends(storage: Path) -> None:
+    """Another server has the lock, or the folder is gone."""
+    state, child = up(storage), child_of(storage)
+    theirs = storage / "theirs"
+    with theirs.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        theirs.rename(storage / "server.lock")
+        wait_until(lambda: state.process() is None)
+    assert "another server owns" in (storage / "server.log").read_text()
+    assert not lives(child) and not Path(state.temporary).exists()
+    assert (storage / "server.json").exists(), "it may be the other server's"
+    other = storage / "folder"
+    state, child = up(other), child_of(other)
+    shutil.rmtree(other)
+    wait_until(lambda: state.process() is None)
+    assert not lives(child) and not Path(state.temporary).exists() and not other.exists()
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _evaluation(folder: Path) -> list[str]:
+    """`memorag evaluate`, of one question; its server's storage is `folder`/storage."""
+    dataset = folder / "questions.jsonl"
+    row = {"input": "Who?", "context": "Ann opened the gate.", "answers": ["Ann"], "dataset": "narrativeqa", "_id": "1"}
+    dataset.write_text(json.dumps(row | {"length": 4, "language": "en", "all_classes": None}) + "\n")
+    return ["evaluate", str(dataset), str(folder)]
+
+
+@contextmanager
+def _run_memorag(words: list[str], behaviour: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """The command line `memorag`, whose servers are stand-ins that behave so."""
+    script = f"""
+import sys
+from serving.deploy import daemon
+from tests.support import stand_in_server
+daemon._command = lambda options: [sys.executable, {str(STAND_IN)!r}, {behaviour!r}, options.storage, options.host, "0"]
+daemon._deploy = lambda options, temporary: stand_in_server.Running(
+    daemon.replace(options, profile={behaviour!r}, port=0), temporary
+)
+from serving.cli.main import main
+main()
+"""
+    with (folder / "command.log").open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, text=True
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _runs(process: "subprocess.Popen[str]") -> bool:
+    assert process.poll() is None, "the command ended by itself"
+    return True
+
+
+def _is_said(storage: Path, process: "subprocess.Popen[str]", words: str) -> bool:
+    if not _runs(process) or not (storage / "server.json").exists():
+        return False
+    log = storage / "server.log"
+    if not log.exists():  # --foreground: what it says goes where the command's own words go
+        log = storage.parent / "command.log"
+        if words in log.read_text():
+            shutil.copy(log, storage / "server.log")
+            return True
+    return words in log.read_text()
 
 
 def test_a_port_in_use_is_said_before_anything_starts(storage: Path) -> None:
