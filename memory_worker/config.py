@@ -14,12 +14,12 @@ class MemorizeConfig(Settings):
     kind: MemoryKind | None = Field(
         None,
         description="kind of memory where a request names none; none takes beacon where the model has beacon weights, "
-        "else gist",
+        "else pruned, else gist",
     )
     ratio: int = Field(
         4,
         description="tokens for each slot where a request names none: for beacon exactly, and divides the window; for "
-        "gist at least; full has a slot for every token",
+        "pruned exactly, and is 2, 3, 4, 8 or 16; for gist at least; full has a slot for every token",
     )
     group_windows: int | None = Field(
         None,

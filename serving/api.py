@@ -32,12 +32,13 @@ class CreateMemory(_Request):
     kind: MemoryKind | None = Field(
         None,
         description="beacon: compressed by trained beacons; full: a slot for every token; gist: what the model writes "
-        "down of every 4096 tokens. Left out: the profile's, else beacon where the model has beacon weights, else gist",
+        "down of every 4096 tokens; pruned: of the slots of full those that repeating the text needs most. "
+        "Left out: the profile's, else beacon where the model has beacon weights, else pruned",
     )
     ratio: int | None = Field(
         None,
         description="tokens for each slot: exactly for beacon, where it divides the memory model's window, at least "
-        "for gist; full takes 1 only",
+        "for gist; 2, 3, 4, 8 or 16 for pruned; full takes 1 only",
     )
     documents: list[DocumentIn] = Field(min_length=1)
 
@@ -144,6 +145,9 @@ class MemoryOut(BaseModel):
     tokens: int
     passages: int
     bytes: int
+    dropped: float | None = Field(
+        None, description="of a pruned memory: share of the attention that repeating the text pays, which was dropped"
+    )
     documents: list[DocumentOut]
     created: str
     job: JobOut | None = None

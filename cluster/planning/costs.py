@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from cluster.errors import MessageError
 
-MemoryKind = Literal["beacon", "full", "gist"]
+MemoryKind = Literal["beacon", "full", "gist", "pruned"]
 GIST_WINDOW = 4096  # tokens that are condensed to one gist
+PRUNED_RATIOS = (2, 3, 4, 8, 16)
+REPEATED_TOKENS = 512  # of a pruned memory's text, that are repeated at a time
 
 
 class PlanError(MessageError, ValueError):
@@ -102,7 +104,15 @@ def slots_of(tokens: int, ratio: int) -> int:
 
 def window_of(shape: ModelShape, kind: MemoryKind) -> int:
     """Tokens that become slots together."""
-    return GIST_WINDOW if kind == "gist" else shape.window
+    windows = {"gist": GIST_WINDOW, "pruned": pruned_window(shape.window)}
+    return windows.get(kind, shape.window)
+
+
+def pruned_window(window: int) -> int:
+    """Tokens that are pruned together by a model with that `window`: three of them, some 1,500 at least; all ratios
+    divide it."""
+    step = math.lcm(*PRUNED_RATIOS)
+    return max(1536, 3 * window // step * step)
 
 
 def segment_tokens_of(shape: ModelShape, kind: MemoryKind, ratio: int, slots: int) -> int:
@@ -112,20 +122,26 @@ def segment_tokens_of(shape: ModelShape, kind: MemoryKind, ratio: int, slots: in
 
 
 def ranks_of(kind: MemoryKind, ranks: int) -> int:
-    """How many of a Memorizer's ranks share the work: gists are made by one."""
-    return 1 if kind == "gist" else ranks
+    """How many of a Memorizer's ranks share the work: gists and pruned memories are made by one."""
+    return 1 if kind in ("gist", "pruned") else ranks
 
 
 def window_flops(shape: ModelShape, tokens: int, ratio: int, slots: int, kind: MemoryKind = "beacon") -> float:
     """Of a window of `tokens` with `slots` before it; `ratio` is 1 for `full`. A gist is taken to be as long as it may.
 
     The window of a gist is read alone, with the gist being written behind it; then the gist is read after the slots.
+    What is pruned is read, and then repeated behind what was read, where attention to the stretch is computed twice.
     """
     kept = slots_of(tokens, ratio)
     if kind == "full":
         return _row_flops(shape, tokens, slots)
     if kind == "gist":
         return _row_flops(shape, tokens + kept, 0) + _row_flops(shape, kept, slots)
+    if kind == "pruned":
+        scored = 3.0 * tokens * min(tokens, REPEATED_TOKENS) * shape.layers * shape.heads * shape.head_dim
+        stretches = (min(REPEATED_TOKENS, tokens - start) for start in range(0, tokens, REPEATED_TOKENS))
+        repeated = sum(_row_flops(shape, rows, slots + tokens) for rows in stretches)
+        return _row_flops(shape, tokens, slots) + repeated + scored
     return _row_flops(shape, tokens + kept, slots)
 
 
@@ -150,7 +166,8 @@ def estimate_memorizing(
     """One text, in segments that each follow the head alone, `group_windows` of a rank to a pass.
 
     Ranks of a pass have equal shares but for what does not divide; the exchange is not hidden behind any work. Gists
-    are made by one rank: `ranks` must be 1 then, and the rate what is reached while they are written.
+    and pruned memories are made by one rank: `ranks` must be 1 then, and of gists the rate what is reached while they
+    are written.
     """
     flops = compute_s = exchange_s = 0.0
     received = passes = 0

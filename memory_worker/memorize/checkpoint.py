@@ -22,7 +22,7 @@ from memory_worker.storage.segments import Segment
 from memory_worker.storage.store import MemoryStore, checkpoint_path, head_path, segment_path
 
 if TYPE_CHECKING:
-    from memory_worker.models.beacon import Slots
+    from memory_worker.models.beacon import Part, Slots
 
 FORMAT = 1
 logger = logging.getLogger("ray.serve")
@@ -148,7 +148,7 @@ class CheckpointedSegments:
         self._head = start.head
         self._planned = plan.segments()
         self._written = list(start.segments)
-        self._pending: list[tuple[int, int, Slots]] = []  # segment, tokens, their slots
+        self._pending: list[Part] = []
         self._first = len(self._written) - (start.unfinished is not None)
         self.remaining = self._planned[self._first :]  # to be encoded; of an unfinished segment, the rest
         if start.unfinished is not None:
@@ -157,18 +157,18 @@ class CheckpointedSegments:
             self.remaining[0] = replace(unfinished, start=unfinished.start + done)
         self.done_tokens = sum(segment.tokens for segment in self._written)  # grows with what is pending
 
-    def add(self, number: int, tokens: int, slots: "Slots") -> None:
-        """The next `tokens` of `remaining[number]`: whole windows, or up to its end."""
-        self._pending.append((self._first + number, tokens, slots.to("cpu")))
-        self.done_tokens += tokens
+    def add(self, part: "Part") -> None:
+        """The next tokens of `remaining[part.document]`: whole windows, or up to its end."""
+        self._pending.append(replace(part, slots=part.slots.to("cpu")))
+        self.done_tokens += part.tokens
 
     def flush(self, *, everything: bool = False) -> None:
         """Between two groups of windows: writes what is pending if that is enough, or `everything`."""
-        windows = sum(-(-tokens // self._plan.window) for _, tokens, _ in self._pending)
+        windows = sum(-(-part.tokens // self._plan.window) for part in self._pending)
         if not windows or (windows < self._plan.checkpoint_windows and not everything):
             return
-        for number, parts in groupby(self._pending, key=lambda part: part[0]):
-            self._write(number, [(tokens, slots) for _, tokens, slots in parts])
+        for number, parts in groupby(self._pending, key=lambda part: part.document):
+            self._write(self._first + number, [*parts])
         self._pending.clear()
         checkpoint = Checkpoint(plan=self._plan, head=self._head, segments=tuple(self._written))
         self._store.storage.write(checkpoint_path(self._key), checkpoint.model_dump_json(indent=1).encode())
@@ -178,19 +178,23 @@ class CheckpointedSegments:
         written = zip(self._planned, self._written, strict=False)
         return [tuple(entry for _, entry in own) for _, own in groupby(written, key=lambda pair: pair[0].document)]
 
-    def _write(self, number: int, parts: "list[tuple[int, Slots]]") -> None:
+    def _write(self, number: int, parts: "list[Part]") -> None:
         planned = self._planned[number]
         before = self._written.pop() if number < len(self._written) else None
         first_window = before.tokens // self._plan.window if before else 0
         path = segment_path(self._key, self._plan.documents[planned.document].id, planned.index, first_window)
         with self._store.write_segment(path, self._plan.shape) as file:
-            for _, slots in parts:
-                file.append(slots.keys, slots.values, window_slots=self._plan.window // self._plan.ratio)
-        tokens = sum(tokens for tokens, _ in parts)
-        entry = SegmentEntry(tokens=tokens, slots=file.slots, files=(file.entry,))
+            for part in parts:
+                file.append(part.slots.keys, part.slots.values, window_slots=self._plan.window // self._plan.ratio)
+        tokens = sum(part.tokens for part in parts)
+        dropped = sum(part.tokens * part.dropped for part in parts) / tokens
+        entry = SegmentEntry(tokens=tokens, slots=file.slots, files=(file.entry,), dropped=dropped)
         if before:
             entry = SegmentEntry(
-                tokens=before.tokens + tokens, slots=before.slots + file.slots, files=(*before.files, file.entry)
+                tokens=before.tokens + tokens,
+                slots=before.slots + file.slots,
+                files=(*before.files, file.entry),
+                dropped=(before.tokens * before.dropped + tokens * dropped) / (before.tokens + tokens),
             )
         self._written.append(entry)
 

@@ -43,6 +43,7 @@ from memory_worker.storage.store import MemoryStore, head_path
 if TYPE_CHECKING:
     from memory_worker.models.stock import MemoryModel
 
+_USUAL_KINDS: tuple[MemoryKind, ...] = ("beacon", "pruned", "gist")  # the first that the model can make
 _Step = MemorizeProgress | MemorizeResult
 _PIECE_CHARACTERS = 100_000  # bounds what a tokenizer holds beside the tokens themselves
 
@@ -85,7 +86,7 @@ class Memorizer:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(config.engine.model)
         # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
-        self._encoders = encoders(self._model, self._ranks, self._tokenizer)
+        self._encoders = encoders(self._model, self._ranks, self._tokenizer, room=config.group_slots)
         self._description = _describe(config, self._model, self._encoders)
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
@@ -209,7 +210,7 @@ class Memorizer:
             group_windows=plan.group_windows,
         ):
             for part in group:
-                segments.add(part.document, part.tokens, part.slots)
+                segments.add(part)
             segments.flush()
             yield MemorizeProgress(segments.done_tokens, plan.tokens)
         segments.flush(everything=True)
@@ -260,7 +261,8 @@ def _describe(config: MemoryConfig, model: "MemoryModel", made: Mapping[MemoryKi
     shape = MemoryShape(
         layers=model.layers, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=config.memorize.dtype
     )
-    kind = config.memorize.kind or ("beacon" if "beacon" in made else "gist")
+    usual = next(kind for kind in _USUAL_KINDS if kind in made)
+    kind = config.memorize.kind or usual
     if kind not in made:
         raise UnsupportedKind(kind, config.engine.model, tuple(made))
     kinds = {name: KindDescription(encoder.window, encoder.ratios) for name, encoder in made.items()}

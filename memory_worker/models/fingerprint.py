@@ -5,11 +5,12 @@ import json
 from functools import lru_cache
 
 from cluster.planning.costs import GIST_WINDOW, MemoryKind
-from memory_worker.models.prompts import gist_prompts_digest
+from memory_worker.models.prompts import gist_prompts_digest, repeat_prompts_digest
 
-KINDS: tuple[MemoryKind, ...] = ("beacon", "full", "gist")
+KINDS: tuple[MemoryKind, ...] = ("beacon", "full", "gist", "pruned")
 _FULL_RECIPE = 1  # each counts changes of how the same model makes a memory of that kind
 _GIST_RECIPE = 1
+_PRUNED_RECIPE = 1
 
 
 @lru_cache
@@ -20,5 +21,9 @@ def fingerprint_of(kind: MemoryKind, model: str) -> str:
     """
     if kind == "beacon":
         return model
-    recipe = [_FULL_RECIPE] if kind == "full" else [_GIST_RECIPE, GIST_WINDOW, gist_prompts_digest()]
-    return hashlib.sha256(json.dumps([model, kind, *recipe]).encode()).hexdigest()
+    recipes: dict[MemoryKind, list[int | str]] = {
+        "full": [_FULL_RECIPE],
+        "gist": [_GIST_RECIPE, GIST_WINDOW, gist_prompts_digest()],
+        "pruned": [_PRUNED_RECIPE, repeat_prompts_digest()],
+    }
+    return hashlib.sha256(json.dumps([model, kind, *recipes[kind]]).encode()).hexdigest()

@@ -91,6 +91,14 @@ _GIST: dict[Language, tuple[str, str]] = {
     ),
 }
 
+_REPEAT: dict[Language, tuple[str, str]] = {
+    "en": (
+        "\n\nRepeat the previous context exactly.",
+        "\n\nRepeat the part of the previous context exactly, starting with",
+    ),
+    "zh": ("\n\n请逐字重复上面的文本。", "\n\n请逐字重复上面文本中的一部分，从这里开始："),
+}
+
 _ASK: dict[Language, str] = {"en": "\n\nQuestion:\n", "zh": "\n\n问题：\n"}
 
 
@@ -128,6 +136,19 @@ def gist_frame(tokenizer: Any, language: Language, tokens: int) -> tuple[list[in
 def gist_prompts_digest() -> str:
     """Of the words that ask for gists: other words make other gists."""
     return hashlib.sha256(json.dumps(_GIST, sort_keys=True).encode()).hexdigest()
+
+
+def repeat_frames(tokenizer: Any, language: Language) -> tuple[list[int], list[int], list[int]]:
+    """Token ids between a text and its repetition: where all of it is repeated from its beginning; and, where it is
+    from a later place, those before and after the tokens that stand before that place."""
+    first, later = (_frame(tokenizer, "", told, enable_thinking=False)[1] for told in _REPEAT[language])
+    told, after = _REPEAT[language][1], later[len(_REPEAT[language][1]) :]
+    return _encode(tokenizer, first), _encode(tokenizer, told), _encode(tokenizer, after)
+
+
+def repeat_prompts_digest() -> str:
+    """Of the words by which a text is repeated: others score otherwise."""
+    return hashlib.sha256(json.dumps(_REPEAT, sort_keys=True).encode()).hexdigest()
 
 
 def _render(tokenizer: Any, language: Language, instruction: str) -> tuple[str, str]:

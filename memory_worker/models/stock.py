@@ -5,7 +5,8 @@ takes from its cache what a memory is made of. A cache has keys turned to their 
 how a checkpoint turns keys must be known (`beacon.rope`), and is tested on every checkpoint that is loaded.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory_worker.models.beacon import BeaconModel, Part, Rope, Slots, UnsupportedCheckpoint
+from memory_worker.models.beacon import BeaconModel, Part, Repetition, Rope, Slots, UnsupportedCheckpoint
+from memory_worker.models.beacon.attention import most_attention
 from memory_worker.models.beacon.checkpoint import DEFAULT_WINDOW, families, fingerprint, read_config, resolve
+from memory_worker.models.beacon.model import SINKS
 from memory_worker.models.beacon.windows import token_ids
 
 _PROBE_TOKENS = 24
@@ -24,6 +27,9 @@ _PROBE_SHIFT = 4096  # positions: even slow dimensions of a head turn visibly ov
 # Mean error of a key's dimensions, relative to each. Turned wrongly, some are off by 1 and more; half precision alone
 # makes up to a few hundredths, which grow with the layers before.
 _EXACT, _HALF_FIRST_LAYER, _HALF = 0.02, 0.1, 0.3
+_WATCHED_SDPA = "memorag_watched_sdpa"  # the name under which transformers finds `_attend_watched`
+# Gets each layer's rotated queries [1, heads, rows, head_dim] and keys [1, kv_heads, slots, head_dim], and their scale.
+_watch: ContextVar[Callable[[int, Tensor, Tensor, float | None], None]] = ContextVar("watch")
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,50 @@ class StockModel:
             yield tuple(_join([*parts]) for _, parts in groupby(group, key=lambda part: part.document))
 
     @torch.no_grad()
+    def read_scored(
+        self, tokens: Sequence[int] | Tensor, *, memory: Slots, repetitions: Sequence[Repetition]
+    ) -> tuple[Slots, Tensor]:
+        """As `BeaconModel.read_scored`. Raises `UnsupportedCheckpoint` where `can_score` is false."""
+        cache = self._cache(memory)
+        ids = token_ids(tokens, self._model.get_input_embeddings().num_embeddings)
+        slots = Slots.concat([self._read(window, cache) for window in ids.split(self.window)])
+        scores = torch.zeros(self.layers, self.kv_heads, len(ids), device=self.device)
+        end = len(memory) + len(ids)
+        for repetition in repetitions:
+            watched: set[int] = set()
+
+            def watch(
+                layer: int,
+                queries: Tensor,
+                keys: Tensor,
+                scale: float | None,
+                watched: set[int] = watched,
+                repeated: Repetition = repetition,
+            ) -> None:
+                watched.add(layer)
+                first = keys[0, :, : min(SINKS, len(memory))]
+                stretch = keys[0, :, len(memory) + repeated.start : len(memory) + repeated.end]
+                most = most_attention(queries[0], first, stretch, keys[0, :, end:], scale)
+                scores[layer, :, repeated.start : repeated.end] = most
+
+            self._read_watched(repetition.tokens, cache, watch)
+            cache.crop(end)
+            if watched != {*range(self.layers)}:
+                raise _unfit(self.folder, "transformers does not show what its layers attend to")
+        return slots, scores
+
+    @cached_property
+    def can_score(self) -> bool:
+        """Whether `read_scored` works: transformers shows what the layers of most families attend to, not of all."""
+        probe = torch.zeros(2, dtype=torch.int64)
+        (head,) = self.compress_documents([probe], ratio=None)
+        try:
+            self.read_scored(probe, memory=head[0].slots, repetitions=[Repetition(0, 2, probe)])
+        except (UnsupportedCheckpoint, ValueError):
+            return False
+        return True
+
+    @torch.no_grad()
     def generate_each(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
     ) -> list[list[int]]:
@@ -152,6 +202,28 @@ class StockModel:
         for layer, keys in zip(cache.layers, self.rope.rotate_layers(slots.keys, places), strict=True):
             layer.keys[0, :, first:] = keys
         return slots
+
+    def _read_watched(
+        self, ids: Tensor, cache: Any, watch: Callable[[int, Tensor, Tensor, float | None], None]
+    ) -> None:
+        """Reads `ids` [tokens] behind `cache`, to which they are added, with `watch` at every layer's attention.
+
+        Raises `ValueError` where transformers has another attention for the model than that of torch.
+        """
+        used = self._model.config._attn_implementation
+        if used != "sdpa":
+            raise ValueError(f"{self.folder} is read with {used!r} attention, which nothing can watch")
+        places = torch.arange(len(ids), device=self.device) + cache.get_seq_length()
+        _register_watched_sdpa()
+        self._model.set_attn_implementation(_WATCHED_SDPA)
+        token = _watch.set(watch)
+        try:
+            self._model.base_model(
+                input_ids=ids[None].to(self.device), position_ids=places[None], past_key_values=cache, use_cache=True
+            )
+        finally:
+            _watch.reset(token)
+            self._model.set_attn_implementation(used)
 
     def _cache(self, memory: Slots | None) -> Any:
         """A cache of transformers that holds `memory`, turned to its slots."""
@@ -248,6 +320,22 @@ def _join(parts: list[Part]) -> Part:
     """Consecutive parts of a document as one."""
     slots = parts[0].slots if len(parts) == 1 else Slots.concat([part.slots for part in parts])
     return Part(parts[0].document, sum(part.tokens for part in parts), slots, parts[-1].last)
+
+
+def _register_watched_sdpa() -> None:
+    """Makes `_attend_watched` known to transformers, with the masks of the attention that it wraps."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_WATCHED_SDPA, _attend_watched)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_WATCHED_SDPA, sdpa_mask)
+
+
+def _attend_watched(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    _watch.get()(module.layer_idx, query, key, others.get("scaling"))
+    return sdpa_attention_forward(module, query, key, value, mask, **others)
 
 
 def _until(tokens: list[int], stop: Collection[int]) -> list[int]:

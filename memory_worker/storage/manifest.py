@@ -78,6 +78,7 @@ class SegmentEntry(_Part):
     tokens: int = Field(gt=0)
     slots: int = Field(gt=0)
     files: tuple[FileEntry, ...]  # in slot order, whole windows each
+    dropped: float = Field(0.0, ge=0, le=1, description="share of its pairs' scores that was dropped")
 
 
 class DocumentEntry(_Part):
@@ -165,6 +166,13 @@ class Manifest(_Part):
     @property
     def tokens(self) -> int:
         return sum(document.tokens for document in self.documents)
+
+    @property
+    def dropped(self) -> float | None:
+        """Of a pruned memory, the share of the pairs' scores that was dropped: token by token, over all segments."""
+        if self.kind != "pruned":
+            return None
+        return sum(segment.tokens * segment.dropped for segment in self.segments) / max(1, self.tokens)
 
     @property
     def bytes(self) -> int:

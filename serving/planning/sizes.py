@@ -62,7 +62,7 @@ def read_shape(model: str, files: Mapping[str, Path]) -> ModelShape:
 
 def kind_of(model: str, files: Mapping[str, Path]) -> MemoryKind:
     """The kind of memories that a model makes where nobody names one."""
-    return "beacon" if _read_config(model, files).get("beacon_window") else "gist"
+    return "beacon" if _read_config(model, files).get("beacon_window") else "pruned"
 
 
 def _read_config(model: str, files: Mapping[str, Path]) -> Mapping[str, Any]:

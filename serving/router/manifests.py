@@ -34,6 +34,7 @@ def memory_out(record: MemoryRecord, manifest: Manifest | None) -> api.MemoryOut
             tokens=manifest.tokens,
             passages=manifest.passage_count,
             bytes=manifest.bytes,
+            dropped=manifest.dropped,
             documents=[api.DocumentOut(id=d.id, characters=d.characters, tokens=d.tokens) for d in manifest.documents],
             created=manifest.created,
             job=_job_out(job),

@@ -16,7 +16,7 @@ from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, n
 from memory_worker.storage.store import MemoryStore
 from tests.support.memorizing import steps_until
 
-RATIOS: dict[MemoryKind, int] = {"beacon": 8, "full": 1, "gist": 32}
+RATIOS: dict[MemoryKind, int] = {"beacon": 8, "full": 1, "gist": 32, "pruned": 4}
 
 _LINE = "The keeper of light {} wrote down nineteen ships, {} storms and the name of every sailor he drew ashore.\n"
 NOTE = "".join(_LINE.format(n, n * n) for n in range(20))

@@ -38,8 +38,9 @@ def test_a_memory_of_each_kind_is_asked(server: Server, memories: dict[str, dict
     memory = memories[kind]
     assert (memory["kind"], memory["ratio"]) == (kind, RATIOS[kind])
     head = len(server.manifest(memory["id"], memory["version"])["head_tokens"])
-    least = {"beacon": -(-memory["tokens"] // 8), "full": memory["tokens"], "gist": 1}[kind]
+    least = 1 if kind == "gist" else -(-memory["tokens"] // RATIOS[kind])
     most = 4096 // 32 if kind == "gist" else least
+    assert (0 < memory["dropped"] < 1) if kind == "pruned" else memory["dropped"] is None
     assert head + least <= memory["slots"] <= head + most and memory["tokens"] > 4096 // 32
     with server.client() as client:
         for task in ("memorag", "memory", "summarize"):
@@ -57,7 +58,7 @@ def test_memories_of_all_kinds_are_asked_at_once(server: Server, memories: dict[
         assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"], answer.text
         assert len(answer.json()["memories"]) == len(memories) and answer.json()["clues"]
         together = {"question": "Who lit the lamps?", "tag": TAG, "task": "memory"}
-        check_problem(client.post("/v1/answer", json=together), 422, "make 3 prompts")
+        check_problem(client.post("/v1/answer", json=together), 422, "make 4 prompts")
 
 
 @pytest.mark.parametrize("kind", RATIOS)
@@ -102,6 +103,7 @@ def test_what_a_kind_cannot_be_is_refused(server: Server):
         for body, words in [
             ({"kind": "full", "ratio": 4}, "ratio 4 does not fit a full memory"),
             ({"kind": "gist", "ratio": 1}, "use one of 2, 4, 8, 16, 32"),
+            ({"kind": "pruned", "ratio": 32}, "use one of 2, 3, 4, 8, 16"),
             ({"kind": "whole"}, "kind"),
         ]:
             check_problem(client.post("/v1/memories", json={"documents": documents, **body}), 422, words)
@@ -127,7 +129,7 @@ def stock(tmp_path_factory) -> Iterator[Server]:
     storage = tmp_path_factory.mktemp("stock")
     settings = yaml.safe_load((ROOT / "serving" / "profiles" / "embedded.yaml").read_text())
     settings["memory"]["engine"]["model"] = str(stock_model(storage))
-    settings["memory"]["memorize"]["ratio"] = 32
+    settings["memory"]["memorize"]["ratio"] = 16
     profile = storage / "profile.yaml"
     profile.write_text(yaml.safe_dump(settings))
     running = Server("", storage)
@@ -139,9 +141,9 @@ def stock(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.mark.long  # a server of its own
-def test_a_model_without_beacon_weights_serves_gists(stock: Server):
-    memory = memorize(stock, [{"id": "d", "text": WORDS["gist"]}], id="stock")
-    assert (memory["kind"], memory["ratio"]) == ("gist", 32)
+def test_a_model_without_beacon_weights_prunes(stock: Server):
+    memory = memorize(stock, [{"id": "d", "text": WORDS["pruned"]}], id="stock")
+    assert (memory["kind"], memory["ratio"]) == ("pruned", 16)
     full = memorize(stock, [{"id": "d", "text": WORDS["full"]}], id="whole", kind="full")
     assert full["kind"] == "full" and full["slots"] > full["tokens"]
     question = {"question": "Who lit the lamp?", "max_tokens": 8}
@@ -151,4 +153,4 @@ def test_a_model_without_beacon_weights_serves_gists(stock: Server):
             assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"], answer.text
             assert answer.json()["clues"] and answer.json()["passages"]
         refused = client.post("/v1/memories", json={"kind": "beacon", "documents": [{"text": "The gate."}]})
-        check_problem(refused, 422, "which has no beacon weights: use one of full, gist")
+        check_problem(refused, 422, "which has no beacon weights: use one of full, gist, pruned")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.planning.costs import MemoryKind
 from memory_worker.memorize.kinds.gist import GistEncoder
+from memory_worker.memorize.kinds.pruned import PrunedEncoder
 from memory_worker.memorize.kinds.reading import ReadingEncoder
 from memory_worker.messages import Language
 
@@ -56,12 +57,17 @@ class Encoder(Protocol):
         """
 
 
-def encoders(model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any) -> dict[MemoryKind, Encoder]:
-    """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared."""
+def encoders(model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any, *, room: int) -> dict[MemoryKind, Encoder]:
+    """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared. `room`: slots that
+    a prompt of the engine may hold."""
+    from memory_worker.models.beacon.checkpoint import max_positions
+
     made: dict[MemoryKind, Encoder] = {
         "full": ReadingEncoder(model, ranks, beacons=False),
         "gist": GistEncoder(model, tokenizer),
     }
+    if model.can_score:
+        made["pruned"] = PrunedEncoder(model, tokenizer, room=room, positions=max_positions(model.folder))
     if model.has_beacons:
         made["beacon"] = ReadingEncoder(model, ranks, beacons=True)
     return made

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # The CPU kernel repacks the keys and values it is given: pieces bound that copy and stay in the cache.
 _CPU_SLOTS_AT_ONCE = 8192
+_SCORED_ROWS = 256  # of a repetition, scored together: bounds what is held of its attention
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, slot_keys: Tensor, slot_values: Tensor, out: Tensor) -> None:
@@ -35,6 +36,30 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, slot_keys: Tensor, slo
             attended = torch.lerp(attended, seen, share_of_seen)
             lse = torch.logaddexp(lse, seen_lse)
     out.view(rows, heads, head_dim).copy_(attended.transpose(0, 1))
+
+
+def most_attention(queries: Tensor, first: Tensor, keys: Tensor, own: Tensor, scale: float | None = None) -> Tensor:
+    """The most attention that any of `queries` pays to each of `keys`, as [kv_heads, keys] float32.
+
+    `queries` [heads, rows, head_dim] see `first` and `keys` [kv_heads, …, head_dim], and causally `own`, the keys of
+    their own rows, [kv_heads, rows, head_dim], all rotated; attention to these together is 1. `scale` is by which
+    products are multiplied, 1 / sqrt(head_dim) where it is not said.
+    """
+    heads, rows, head_dim = queries.shape
+    kv_heads, count = keys.shape[:2]
+    seen = torch.cat([keys, first, own], dim=1).to(torch.float32).transpose(1, 2)
+    before = seen.shape[2] - rows
+    most = torch.full((kv_heads, count), -torch.inf, device=keys.device)
+    for start in range(0, rows, _SCORED_ROWS):
+        end = min(start + _SCORED_ROWS, rows)
+        block = queries[:, start:end].to(torch.float32) * (head_dim**-0.5 if scale is None else scale)
+        products = block.reshape(kv_heads, -1, head_dim) @ seen[:, :, : before + end]  # group by group of heads
+        products = products.unflatten(1, (heads // kv_heads, end - start))
+        later = torch.ones(end - start, end - start, dtype=torch.bool, device=keys.device).triu_(1)
+        products[..., before + start :].masked_fill_(later, -torch.inf)
+        shares = products[..., :count] - products.logsumexp(dim=-1, keepdim=True)
+        most = torch.maximum(most, shares.amax(dim=(1, 2)))
+    return most.exp_()
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,12 @@ def resolve(path: str | Path) -> Path:
     return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
 
 
+def max_positions(folder: Path) -> int | None:
+    """Positions that a checkpoint was trained for; none where its config does not say."""
+    config = read_config(folder)
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of `folder`/config.json. Raises `UnsupportedCheckpoint`."""
     file = folder / "config.json"

@@ -18,15 +18,16 @@ from torch.nn.functional import linear
 
 from cluster.errors import MessageError
 from memory_worker.models.beacon import checkpoint
-from memory_worker.models.beacon.attention import attend
+from memory_worker.models.beacon.attention import attend, most_attention
 from memory_worker.models.beacon.checkpoint import Layer, Shape, UnsupportedCheckpoint, Weights
 from memory_worker.models.beacon.exchange import Exchange
 from memory_worker.models.beacon.layers import add_linear, add_mlp, rms_norm
 from memory_worker.models.beacon.rope import Rope, rotate_by
 from memory_worker.models.beacon.slots import Part, Slots
-from memory_worker.models.beacon.windows import Group, Rows, Text, Window, slots_of, token_ids
+from memory_worker.models.beacon.windows import Group, Repetition, Rows, Text, Window, slots_of, token_ids
 
 RATIOS = (2, 4, 8, 16, 32)
+SINKS = 4  # first slots that attention to a repeated stretch is shared with, as in KVzip
 # Measured on two CPU cores with benchmarks/memorize.py; on a GPU enough rows to fill it at window 2048.
 _GROUP_WINDOWS = {"cpu": 4, "cuda": 8}
 
@@ -47,6 +48,7 @@ class _Pass:
     in_place: tuple[Tensor, Tensor]  # the RoPE table of the rows
     at_slot: tuple[Tensor, Tensor]  # and of the slots that the whole group becomes
     exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # own kept keys, values: the whole group's
+    watch: Callable[[int, Tensor, Tensor], None] | None  # gets each layer's index, and rotated queries and keys
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class BeaconModel:
     def has_beacons(self) -> bool:
         """Whether it can compress; without, every token that it reads becomes a slot."""
         return self.weights.beacon is not None
+
+    can_score = True  # see `StockModel.can_score`
 
     @property
     def layers(self) -> int:
@@ -185,6 +189,34 @@ class BeaconModel:
         if ratio is not None:
             self.check_ratio(ratio)
         return self._encode(texts, group_windows, exchange)
+
+    def read_scored(
+        self, tokens: Sequence[int] | Tensor, *, memory: Slots, repetitions: Sequence[Repetition]
+    ) -> tuple[Slots, Tensor]:
+        """The slots of `tokens`, all kept, that follow `memory`; and how much attention repeating them pays to each.
+
+        Scores are float32 [layers, kv_heads, tokens]: those of a stretch are the most attention that any token of its
+        repetition pays, shared with the memory's first slots and with the repetition itself (KVzip, arXiv 2505.23416,
+        section 3). 0 outside of what is repeated. Nothing is compressed, so any model can. Raises as `compress`.
+        """
+        text = self._begin(tokens, memory, head=len(tokens), room=max(len(r.tokens) for r in repetitions))
+        slots = Slots.concat([part.slots for (part,) in self._encode(iter([text]), None)])
+        scores = torch.zeros(self.layers, self.kv_heads, len(tokens), device=self.device)
+        for repetition in repetitions:
+            ids = token_ids(repetition.tokens, len(self.weights.embedding))
+            window = Window(0, len(ids), 0, len(memory) + len(tokens))
+            stretch = slice(len(memory) + repetition.start, len(memory) + repetition.end)
+
+            def watch(
+                layer: int, queries: Tensor, own: Tensor, stretch: slice = stretch, repeated: Repetition = repetition
+            ) -> None:
+                keys = text.keys[layer]
+                most = most_attention(queries, keys[:, : min(SINKS, len(memory))], keys[:, stretch], own)
+                scores[layer, :, repeated.start : repeated.end] = most
+
+            again = Text(0, ids, [window], text.keys, text.values)  # in the room behind, each in the place of the last
+            self._run([(again, window)], watch=watch)
+        return slots, scores
 
     def logits(self, tokens: Sequence[int] | Tensor, memory: Slots | None = None) -> Tensor:
         """Logits [tokens, vocab] float32 of `tokens` that follow `memory`, with stock weights alone."""
@@ -302,13 +334,19 @@ class BeaconModel:
             yield tuple(parts)
 
     @torch.inference_mode()
-    def _run(self, group: Group, fresh: Tensor | None = None, exchange: Exchange | None = None) -> list[Tensor]:
+    def _run(
+        self,
+        group: Group,
+        fresh: Tensor | None = None,
+        exchange: Exchange | None = None,
+        watch: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> list[Tensor]:
         """One pass of `group` through all layers; writes its kept keys and values into the texts' buffers.
 
         `fresh` [layers, kv_heads, kept, head_dim] takes the same keys unrotated. Returns the last hidden states of
         each window that this rank ran, [rows, hidden].
         """
-        present = self._prepare(group, exchange)
+        present = self._prepare(group, exchange, watch)
         rows = present.rows
         ordinary = torch.ones(rows.count, dtype=torch.bool)
         ordinary[rows.beacons] = False
@@ -323,7 +361,9 @@ class BeaconModel:
             add_mlp(hidden, layer, self.shape.epsilon)
         return [hidden[start : start + count] for start, count in rows.spans]
 
-    def _prepare(self, group: Group, exchange: Exchange | None) -> _Pass:
+    def _prepare(
+        self, group: Group, exchange: Exchange | None, watch: Callable[[int, Tensor, Tensor], None] | None
+    ) -> _Pass:
         mine, gather = group, None
         if exchange:
             work = [self._work(window) for _, window in group]
@@ -339,6 +379,7 @@ class BeaconModel:
             self.rope.table(rows.positions.to(self.device)),
             self.rope.table(slots_of(group).to(self.device)),
             gather,
+            watch,
         )
 
     def _work(self, window: Window) -> float:
@@ -370,6 +411,8 @@ class BeaconModel:
             text.keys[index, :, place] = slot_keys[:, source]
             text.values[index, :, place] = kept_values[:, source]
             at += window.kept
+        if present.watch:
+            present.watch(index, turned[: shape.heads], turned[shape.heads :])
         attended = torch.empty(len(hidden), shape.heads * shape.head_dim, dtype=self.dtype, device=self.device)
         for (start, count), (text, window) in zip(present.rows.spans, present.mine, strict=True):
             own = slice(start, start + count)

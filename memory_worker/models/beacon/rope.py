@@ -27,7 +27,7 @@ class UnsupportedRope(MessageError, ValueError):
 
 @dataclass(frozen=True)
 class Rope:
-    """Frequencies and scale; positions may be any integers from 0."""
+    """Frequencies and scale; positions may be any integers."""
 
     frequencies: Tensor  # [pairs] float32; a head's first 2 * pairs dimensions are turned, the others left
     scale: float  # on cosines and sines: yarn's attention factor
@@ -74,13 +74,22 @@ class Rope:
         return replace(self, frequencies=self.frequencies.to(device))
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [slots, pairs] float32, of integer `positions` [slots]."""
-        angles = positions.to(torch.float32)[:, None] * self.frequencies.to(positions.device)
+        """Cosines and sines, each [..., slots, pairs] float32, of integer `positions` [..., slots]."""
+        angles = positions.to(torch.float32)[..., None] * self.frequencies.to(positions.device)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """`keys` [..., slots, head_dim] turned to `positions` [slots], computed in float32, in the dtype of `keys`."""
         return rotate_by(keys, *self.table(positions.to(keys.device)), interleaved=self.interleaved)
+
+    def shift_layers(self, keys: Tensor, shifts: Tensor) -> Tensor:
+        """Keys [layers, kv_heads, slots, head_dim] such that each, turned to a position, stands at one further by its
+        own of `shifts` [layers, kv_heads, slots], integers of either sign."""
+        cosines, sines = (part / self.scale for part in self.table(shifts.to(keys.device)))
+        turned = rotate_by(keys, cosines, sines, interleaved=self.interleaved)
+        for layer in self.still:
+            turned[layer] = keys[layer]
+        return turned
 
     def rotate_layers(self, keys: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
         """As `rotate`, of all layers: `keys` [layers, kv_heads, slots, head_dim]; or `back` from those positions."""
@@ -94,7 +103,7 @@ class Rope:
 
 
 def rotate_by(keys: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool = False) -> Tensor:
-    """`keys` [..., slots, head_dim] turned by a `Rope.table` [slots, pairs], in the dtype of `keys`."""
+    """`keys` [..., slots, head_dim] turned by a `Rope.table` [..., slots, pairs], in the dtype of `keys`."""
     pairs = cosines.shape[-1]
 
     def split(heads: Tensor) -> tuple[Tensor, Tensor]:

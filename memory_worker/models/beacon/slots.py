@@ -17,6 +17,10 @@ class Slots:
     def __len__(self) -> int:
         return int(self.keys.shape[2])
 
+    def cut(self, start: int, end: int) -> "Slots":
+        """Slots `start … end`, a view."""
+        return Slots(self.keys[:, :, start:end], self.values[:, :, start:end])
+
     @property
     def bytes(self) -> int:
         """Bytes of keys and values."""
@@ -45,3 +49,4 @@ class Part:
     tokens: int  # tokens of the document that these slots stand for
     slots: Slots  # they follow those of the document's earlier parts
     last: bool  # the document is complete
+    dropped: float = 0.0  # share of the pairs' scores that was dropped: of these tokens, where they were pruned

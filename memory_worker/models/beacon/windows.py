@@ -51,6 +51,15 @@ class Window:
         return self.beacon_rows() if self.ratio else torch.arange(self.tokens)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Repetition:
+    """What is read behind a text to see which of the text's slots its tokens `start … end` are repeated from."""
+
+    start: int
+    end: int
+    tokens: Tensor  # [tokens] int32 or int64: an instruction, then the stretch itself
+
+
 @dataclass(slots=True)
 class Text:
     """A text on its way through the model, with the slots it has so far."""

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memorize
-from cluster.planning.costs import GIST_WINDOW, ModelShape, RankRates, estimate_memorizing, window_flops
+from cluster.planning.costs import (
+    GIST_WINDOW,
+    PRUNED_RATIOS,
+    REPEATED_TOKENS,
+    ModelShape,
+    RankRates,
+    estimate_memorizing,
+    window_flops,
+    window_of,
+)
 
 QWEN2_7B = ModelShape(
     layers=28,
@@ -114,3 +123,20 @@ def test_a_gist_is_written_behind_its_window_and_then_read() -> None:
     written = 3 * window_flops(QWEN2_7B, GIST_WINDOW + gist, 1, 0, "full")
     read = sum(window_flops(QWEN2_7B, gist, 1, number * gist, "full") for number in range(3))
     assert found.flops == pytest.approx(written + read)
+
+
+def test_what_is_pruned_is_read_and_then_repeated() -> None:
+    window = window_of(QWEN2_7B, "pruned")
+    assert window == 3 * 2048 and all(window % ratio == 0 for ratio in PRUNED_RATIOS)
+    found = estimate_memorizing(
+        QWEN2_7B, 2 * window, ratio=4, segment_tokens=2 * window, ranks=1, group_windows=1,
+        rates=WITHIN_NODE, kind="pruned",
+    )  # fmt: skip
+    assert found.slots == 2 * window // 4 and found.passes == 2
+    read = sum(window_flops(QWEN2_7B, window, 1, n * window // 4, "full") for n in range(2))
+    stretches = window // REPEATED_TOKENS
+    repeated = sum(
+        stretches * window_flops(QWEN2_7B, REPEATED_TOKENS, 1, n * window // 4 + window, "full") for n in range(2)
+    )
+    assert read + repeated < found.flops < 1.05 * (read + repeated)
+    assert found.flops < 2.5 * read

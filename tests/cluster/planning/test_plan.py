@@ -64,15 +64,17 @@ DEMAND = Demand(memories=1000, tokens=512_000, questions_per_s=100.0, ratio=8, h
 
 
 def test_a_plan_counts_slots_and_work_of_the_kind() -> None:
-    beacon, full, gist = (
+    beacon, full, gist, pruned = (
         plan(replace(DEMAND, kind=kind, ratio=ratio), SIZES, RATES)
-        for kind, ratio in (("beacon", 8), ("full", 1), ("gist", 8))
+        for kind, ratio in (("beacon", 8), ("full", 1), ("gist", 8), ("pruned", 8))
     )
-    assert (beacon.slots, full.slots, gist.slots) == (64_064, 512_064, 64_064)
+    assert (beacon.slots, full.slots, gist.slots, pruned.slots) == (64_064, 512_064, 64_064, 64_064)
+    assert pruned.memorize_s > gist.memorize_s
     assert full.memory_bytes == 512_064 * SHAPE.slot_bytes
     assert gist.memorize_s < full.memorize_s
-    shared = plan(replace(DEMAND, kind="gist"), replace(SIZES, ranks=4), RATES)
-    assert shared.memorize_s == gist.memorize_s, "gists are made by one rank"
+    for alone, kind in ((gist, "gist"), (pruned, "pruned")):
+        shared = plan(replace(DEMAND, kind=kind), replace(SIZES, ranks=4), RATES)
+        assert shared.memorize_s == alone.memorize_s, "they are made by one rank"
 
 
 def test_each_need_is_what_its_rate_says() -> None:

@@ -24,6 +24,7 @@ from tests.support.memorizing import files_of, steps_until
 from tests.support.scenarios import run_scenario
 
 TEXTS = {"story": STORY, "note": NOTE, "dot": "."}
+LONG_WINDOWS = ("gist", "pruned")
 kinds = pytest.mark.parametrize("kind", get_args(MemoryKind))
 
 
@@ -98,6 +99,16 @@ async def test_a_text_becomes_segments_of_its_kind(
     assert progress[0].done_tokens == 0 and progress[-1].done_tokens == sum(counts.values())
 
 
+async def test_what_was_dropped_is_said_of_pruned_segments_alone(made: Made) -> None:
+    for kind in KINDS:
+        request, _, result = await made.of(kind)
+        dropped = [segment.dropped for document in result.documents for segment in document.segments]
+        if kind == "pruned":
+            assert all(0 < share < 1 - 1 / request.ratio for share in dropped[:-1])
+        else:
+            assert not any(dropped)
+
+
 async def test_all_kinds_begin_with_the_same_head(made: Made) -> None:
     results = [(await made.of(kind))[2] for kind in KINDS]
     assert len({result.head.digest for result in results}) == 1
@@ -128,7 +139,7 @@ async def test_a_job_goes_on_within_a_segment(model: Path, store: MemoryStore, k
     whole, request = (request_for(store, f"within-{kind}", kind, {"story": STORY}) for _ in range(2))
     *_, result = await steps_until(memorizer, whole)
     assert isinstance(result, MemorizeResult) and len(result.documents[0].segments) == 1
-    await steps_until(memorizer, request, 2 if kind == "gist" else 9)
+    await steps_until(memorizer, request, 2 if kind in LONG_WINDOWS else 9)
     first, *_, end = await steps_until(memorizer, request)
     assert isinstance(first, MemorizeProgress) and 0 < first.done_tokens < first.total_tokens
     assert files_of(end, request.key) == files_of(result, whole.key)
@@ -180,8 +191,8 @@ async def test_a_ratio_that_the_kind_cannot_have_is_refused(
     memorizer: Memorizer, store: MemoryStore, kind: MemoryKind
 ) -> None:
     request = request_for(store, f"ratio-{kind}", kind, {"dot": "."})
-    bad = MemorizeRequest(request.key, request.documents, 3, "en", kind=kind)
-    with pytest.raises(UnfitRatio, match=f"ratio 3 does not fit a {kind} memory"):
+    bad = MemorizeRequest(request.key, request.documents, 5, "en", kind=kind)
+    with pytest.raises(UnfitRatio, match=f"ratio 5 does not fit a {kind} memory"):
         await steps_until(memorizer, bad)
 
 
@@ -231,15 +242,13 @@ def _tensors(store: MemoryStore) -> Any:
     return lambda file: store.read_segment(file).tensors()
 
 
-async def test_a_model_without_beacon_weights_makes_gists_unless_told_otherwise(
-    stock: Path, store: MemoryStore
-) -> None:
+async def test_a_model_without_beacon_weights_prunes_unless_told_otherwise(stock: Path, store: MemoryStore) -> None:
     memorizer = Memorizer(config_for(stock), store.storage.root)
     described = await memorizer.describe()
-    assert described.kind == "gist" and set(described.kinds) == {"full", "gist"}
-    assert described.choose_kind(None, None, 4) == ("gist", 4)
+    assert described.kind == "pruned" and set(described.kinds) == {"full", "gist", "pruned"}
+    assert described.choose_kind(None, None, 4) == ("pruned", 4)
     assert described.choose_kind("full", None, 4) == ("full", 1)
-    with pytest.raises(UnsupportedKind, match="which has no beacon weights: use one of full, gist"):
+    with pytest.raises(UnsupportedKind, match="which has no beacon weights: use one of full, gist, pruned"):
         described.choose_kind("beacon", None, 4)
     request = request_for(store, "impossible", "beacon", {"dot": "."})
     with pytest.raises(UnsupportedKind):
@@ -290,4 +299,4 @@ def test_a_full_memory_is_answered_as_the_text_itself(seen: dict[str, Any]) -> N
 
 
 def test_memories_of_different_kinds_are_asked_at_once_apart_from_each_other(seen: dict[str, Any]) -> None:
-    assert seen["together"] == {"groups": 3, "right": True}
+    assert seen["together"] == {"groups": len(KINDS), "right": True}

@@ -191,13 +191,13 @@ def test_beacons_and_ranks_are_not_for_such_a_model(glm: Path) -> None:
         load_model(config_for(glm, ranks=2))
 
 
-async def test_a_memorizer_makes_gists_and_full_memories_and_goes_on_to_the_same_files(
+async def test_a_memorizer_makes_memories_without_beacons_and_goes_on_to_the_same_files(
     glm: Path, tmp_path: Path
 ) -> None:
     store = MemoryStore(str(tmp_path))
     memorizer = Memorizer(config_for(glm, group_windows=1), store.storage.root)
     described = await memorizer.describe()
-    assert described.kind == "gist" and set(described.kinds) == {"full", "gist"}
+    assert described.kind == "pruned" and set(described.kinds) == {"full", "gist", "pruned"}
     with pytest.raises(UnsupportedKind):
         described.choose_kind("beacon", None, 4)
     for kind in described.kinds:

@@ -70,3 +70,16 @@ def test_the_index_names_every_document_of_every_memory(manifest: Manifest, tmp_
     assert parts is not None
     assert [(part.memory, part.document) for part in parts] == [("book", "a"), ("book", "b"), ("log", "a")]
     assert [part.passages for part in parts] == [d.passages.stored for m in (manifest, other) for d in m.documents]
+
+
+def test_a_pruned_memory_says_what_it_lost(manifest: Manifest) -> None:
+    shares = (0.25, 0.75)  # of documents with as many tokens
+    documents = tuple(
+        document.model_copy(
+            update={"segments": tuple(s.model_copy(update={"dropped": share}) for s in document.segments)}
+        )
+        for document, share in zip(manifest.documents, shares, strict=True)
+    )
+    pruned = manifest.model_copy(update={"kind": "pruned", "documents": documents})
+    assert memory_out(record(), pruned).dropped == pytest.approx(0.5)
+    assert memory_out(record(), manifest).dropped is None
