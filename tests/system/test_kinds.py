@@ -58,7 +58,7 @@ def test_memories_of_all_kinds_are_asked_at_once(server: Server, memories: dict[
         assert answer.status_code == 200 and answer.json()["degraded"] == ["embedded-model"], answer.text
         assert len(answer.json()["memories"]) == len(memories) and answer.json()["clues"]
         together = {"question": "Who lit the lamps?", "tag": TAG, "task": "memory"}
-        check_problem(client.post("/v1/answer", json=together), 422, "make 4 prompts")
+        check_problem(client.post("/v1/answer", json=together), 422, "full and gist and pruned cannot be read together")
 
 
 @pytest.mark.parametrize("kind", RATIOS)
