@@ -29,8 +29,8 @@ from memory_worker.config import MemoryConfig, RecallConfig
 from memory_worker.messages import Clue, ClueKind, MemoryKey, RecallRequest
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.models.prompts import head_tokens, question_tokens
+from memory_worker.recall.application import recaller_application
 from memory_worker.recall.clues import ClueLines
-from memory_worker.recall.recaller import recaller_application
 from memory_worker.storage.store import MemoryStore
 
 SLOTS, RATIO, CONCURRENT = 2000, 8, 16

@@ -5,13 +5,16 @@ lacks. Importing this imports Ray Serve, but not vLLM.
 """
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+from ray._private import services
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
 from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
@@ -19,6 +22,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from cluster.routing import MemoryRouting, rank_of
 
+_NODE_TICK_S = 0.1
 _ASKED_WHEN_FULL = 3  # replicas of a memory's order, as many as Serve's own hash router tries
 _RANKS = "memorag-rank/"  # a key's beginning; then the group, the rank, and the node
 
@@ -153,6 +157,39 @@ def nodes_of_ranks(group: str) -> dict[int, str]:
     """Where the replicas ran that announced their ranks: those that ended since are still named."""
     names = [key.decode().removeprefix(f"{_RANKS}{group}/") for key in _internal_kv_list(f"{_RANKS}{group}/")]
     return {int(rank): node_id for rank, node_id in (name.split("/") for name in names)}
+
+
+@contextmanager
+def patient_node() -> Iterator[None]:
+    """Inside, `ray.init` waits for the node that it starts until that is there, or the node's process has ended.
+
+    Left to itself it waits 30 s, which a busy machine exceeds.
+    """
+    ask = services.get_node
+
+    def wait_for_node(gcs_address: str, node_id: str) -> Any:
+        while True:
+            try:
+                return ask(gcs_address, node_id)
+            except RuntimeError:  # not there yet
+                if not _raylet_lives():
+                    raise
+                time.sleep(_NODE_TICK_S)
+
+    services.get_node = wait_for_node
+    try:
+        yield
+    finally:
+        services.get_node = ask
+
+
+def _raylet_lives() -> bool:
+    """Whether this process has started a node's process that has not ended."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 class RunsLeanEngine:

@@ -7,6 +7,7 @@ engine of our own, `RemoteGenerator` (remote.py) asks an endpoint; both have the
 from ray import serve
 from ray.serve import Application
 
+from cluster.engine import engine_application
 from cluster.pools.pools import PoolConfig
 from generator_worker.config import GeneratorConfig
 
@@ -14,10 +15,8 @@ from generator_worker.config import GeneratorConfig
 def generator_application(config: GeneratorConfig, pool: PoolConfig, name: str = "Generator") -> Application:
     """The Serve application of the generator that `config` asks for, on `pool`."""
     if config.engine is not None:
-        from cluster.engine import engine_application
-        from generator_worker.local import Generator
-
-        return engine_application(Generator, config.engine, pool, name=name, arguments={"config": config})
+        server = "generator_worker.local.Generator"
+        return engine_application(server, config.engine, pool, name=name, arguments={"config": config})
     from generator_worker.remote import RemoteGenerator
 
     return serve.deployment(RemoteGenerator).options(name=name, **pool.deployment_options()).bind(config)

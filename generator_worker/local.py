@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from cluster.engine import EngineServer
+from cluster.engine_server import EngineServer
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from generator_worker.citations import finish_generation

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 # below its own. A file at the root that is not named here stands on the ground, below all of them. The other two rooms
 # have no folders: of them only circles are looked for.
 FLOORS = {
-    "cluster": ("storage pools planning", "engine"),
+    "cluster": ("storage pools planning", "engine", "engine_server"),
     "memory_worker": ("models storage", "keeper memorize training", "catalog recall"),
     "serving": ("client documents", "router", "http", "deploy", "batch planning", "evaluation", "cli"),
 }

@@ -1,6 +1,7 @@
 """The Recaller deployment: clues, or an answer, from a memory. The Router calls it through a handle.
 
 It is a vLLM engine whose prompts begin with a group of memory segments; `recall.connector` puts them there.
+Importing this module imports vLLM (10 s); `recall.application` deploys it without that.
 """
 
 import asyncio
@@ -13,16 +14,13 @@ from typing import Any, NamedTuple
 
 import ray
 from ray import serve
-from ray.serve import Application
-from ray.serve.llm import LLMConfig
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
-from cluster.engine import EngineServer, engine_application
+from cluster.engine_server import EngineServer
 from cluster.errors import EngineFailed, cause_of
 from cluster.messages import Finished, TextDelta
-from cluster.pools.pools import PoolConfig
 from cluster.ray_internals import announce_rank
-from cluster.routing import ReportsRank, route_by_memory
+from cluster.routing import ReportsRank
 from cluster.streams import merge_streams, retry_stream
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import MemoryTooLarge, QuestionTooLong
@@ -47,7 +45,7 @@ class Recaller(ReportsRank, EngineServer):
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
-        llm_config: LLMConfig,
+        llm_config: dict[str, Any],
         *,
         config: MemoryConfig,
         storage_root: str,
@@ -62,7 +60,7 @@ class Recaller(ReportsRank, EngineServer):
         self._announced: int | None = None  # the rank
         budget = config.keeper.budget_bytes
         self._keeper = local_keeper(storage_root, budget, namespace)
-        llm_config.engine_kwargs["kv_transfer_config"]["kv_connector_extra_config"] = {
+        llm_config["engine_kwargs"]["kv_transfer_config"]["kv_connector_extra_config"] = {
             "ray_address": ray.get_runtime_context().gcs_address,
             "namespace": namespace,
             "storage_root": storage_root,
@@ -201,38 +199,3 @@ def _fingerprint_of(model: str) -> str:
 class _Prompt(NamedTuple):
     token_ids: list[int]  # a placeholder for each memory slot, then the question
     max_tokens: int
-
-
-def recaller_application(
-    config: MemoryConfig, pool: PoolConfig, *, storage_root: str, namespace: str, secret: bytes, name: str = "Recaller"
-) -> Application:
-    """The Serve application of the Recaller. `config.engine.model` is the memory model's folder or hub name."""
-    arguments: dict[str, Any] = {
-        "config": config,
-        "storage_root": storage_root,
-        "namespace": namespace,
-        "secret": secret,
-    }
-    return engine_application(
-        Recaller,
-        config.engine,
-        pool,
-        name=name,
-        arguments=arguments,
-        engine_kwargs=recall_engine_kwargs(),
-        options=route_by_memory(),
-    )
-
-
-def recall_engine_kwargs(connector: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What vLLM takes beside the engine's own settings to read memories; `connector` is its extra config."""
-    return {
-        "kv_transfer_config": {
-            "kv_connector": "MemoryConnector",
-            "kv_connector_module_path": "memory_worker.recall.connector",
-            "kv_role": "kv_consumer",
-            "kv_load_failure_policy": "fail",  # to recompute would read the placeholders and keep the garbage cached
-            "kv_connector_extra_config": connector or {},
-        },
-        "worker_extension_cls": "memory_worker.recall.connector.RecallWorker",
-    }

@@ -15,8 +15,8 @@ def register() -> None:
     """Puts classes that skip beacon weights in the place of vLLM's own; published MemoRAG checkpoints name the same."""
     from vllm import ModelRegistry
 
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"{__name__}:{name}")
+    for name in ARCHITECTURES:  # classes: names vLLM inspects in a process that imports everything (15 s)
+        ModelRegistry.register_model(name, __getattr__(name))
 
 
 @lru_cache

@@ -92,7 +92,10 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
         )
         _run(profile, storage)
     except BaseException:
-        running.stop()
+        if running.ray_folder:  # in order would take until all has started
+            stop_ray(running.ray_folder)
+        else:
+            running.stop()
         raise
     return running
 
@@ -142,7 +145,7 @@ def build(profile: Profile, storage_root: str) -> "Application":
     """The Serve application of `profile`, whose models are folders or hub names (see `resolve_models`)."""
     from generator_worker.generator import generator_application
     from memory_worker.memorize.memorizer import memorizer_application
-    from memory_worker.recall.recaller import recaller_application
+    from memory_worker.recall.application import recaller_application
     from retrieval_worker.retriever import retrieval_applications
     from serving.http.ingress import ingress_deployment
     from serving.router.router import router_deployment

@@ -1,19 +1,16 @@
 """A Ray cluster of this machine's own, on loopback, with its own folder and token: for laptops and tests."""
 
-import logging
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from serving.config import RayConfig
+from serving.deploy.traces import remove_traces, watch_over
 
-logger = logging.getLogger(__name__)
-
-_ATTEMPTS = 3
+_WORKER_START_S = 3600  # Ray gives a worker 60 s to import Ray, which a busy machine exceeds; dead ones it sees at once
 _TOKEN, _ADDRESS = "token", "address"  # files in Ray's folder
 # Serve's handles go on asking for news; once Ray has ended, their next question would start another one.
 _NO_OTHER_RAY = {"RAY_ENABLE_AUTO_CONNECT": "0"}
@@ -34,12 +31,13 @@ def address_in(folder: Path) -> str:
 
 
 def start_ray(config: RayConfig, folder: Path) -> None:
-    """Starts Ray and connects this process to it; it ends with this process, however that ends.
+    """Starts Ray and connects this process to it; it ends with this process, however that ends, and leaves nothing.
 
     Nothing may have imported Ray yet: it reads how to authenticate when it is imported.
     """
     if "ray" in sys.modules:
         raise RuntimeError("Ray is imported already, and would not see its token: start the server in a fresh process")
+    watch_over(folder)
     token = folder / _TOKEN
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -62,7 +60,11 @@ def start_ray(config: RayConfig, folder: Path) -> None:
         configure_logging=False,
         _node_ip_address="127.0.0.1",
         _temp_dir=str(folder),
-        _system_config={"enable_metrics_collection": config.metrics, "worker_niceness": 0},
+        _system_config={
+            "enable_metrics_collection": config.metrics,
+            "worker_niceness": 0,
+            "worker_register_timeout_seconds": _WORKER_START_S,
+        },
     )
     import ray
 
@@ -72,24 +74,19 @@ def start_ray(config: RayConfig, folder: Path) -> None:
 def init_patiently(**options: Any) -> None:
     """Starts a Ray of this process's own with `options` of `ray.init`.
 
-    A node has fixed 30 s to start, which a busy machine exceeds now and then: it is tried again.
+    A busy machine may take its time for that: see `patient_node`.
     """
     import ray
 
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            ray.init("local", **options)
-            return
-        except Exception as error:  # Ray raises no more precise class here
-            ray.shutdown()
-            if "timed out during startup" not in str(error) or attempt == _ATTEMPTS:
-                raise
-            logger.warning("Ray's node did not start within its fixed 30 s on this busy machine; trying again")
+    from cluster.ray_internals import patient_node
+
+    with patient_node():
+        ray.init("local", **options)
 
 
 def stop_ray(folder: Path) -> None:
-    """Ends the Ray that `start_ray` started and deletes its folder."""
+    """Ends the Ray that `start_ray` started, with all that it started, and deletes its folder."""
     import ray
 
     ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_traces(folder, set())

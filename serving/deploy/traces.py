@@ -1,7 +1,12 @@
-"""What a server leaves on a machine, however it ended, and removing it: called by `serving.deploy.daemon`."""
+"""What a server leaves on a machine, however it ended, and removing it: called by `serving.deploy.daemon`.
+
+Run as a program, it waits for the end of the process that started it, and then removes what that one left.
+"""
 
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +25,26 @@ def remove_traces(temporary: Path, shared: set[str]) -> None:
     still_mapped = set().union(*map(_list_mapped, psutil.process_iter())) if shared else set()
     for path in shared - still_mapped:
         Path(path).unlink(missing_ok=True)
+
+
+def watch_over(folder: Path) -> None:
+    """From now on, all that names `folder` ends with this process, however that ends: by SIGKILL, too.
+
+    That is done by a process of its own, which `remove_traces` ends as well.
+    """
+    read, _write = os.pipe()  # the latter is never closed, but by the end of this process
+    os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", __name__, str(folder)],
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, read, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+        ],
+        setsid=True,
+    )
+    os.close(read)
 
 
 def shared_memory_of(processes: Iterable[psutil.Process]) -> set[str]:
@@ -66,3 +91,10 @@ def _list_mapped(process: psutil.Process) -> set[str]:
         return {m.path for m in process.memory_maps() if m.path.startswith(f"{_SHARED_MEMORY}/")}
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return set()
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    remove_traces(Path(sys.argv[1]), set())

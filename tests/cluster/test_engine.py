@@ -8,7 +8,7 @@ import ray
 from ray import serve
 
 from benchmarks.support.random_model import ensure_random_model
-from cluster.engine import EngineServer, _core_ids, engine_application
+from cluster.engine import core_ids, engine_application
 from cluster.errors import EngineFailed
 from cluster.messages import Finished, TextDelta
 from cluster.pools.pools import PoolConfig
@@ -21,7 +21,8 @@ def engine(tmp_path_factory, local_ray):
     config = tiny_engine(ensure_random_model(tmp_path_factory.mktemp("model")), cpu_cores="0")
     everything = ray.cluster_resources()["CPU"]
     wait_until(lambda: ray.available_resources().get("CPU") == everything)  # what a test before this one had is back
-    app = engine_application(EngineServer, config, PoolConfig(), name="Engine", arguments={})
+    server = "cluster.engine_server.EngineServer"
+    app = engine_application(server, config, PoolConfig(), name="Engine", arguments={})
     handle = serve.run(app, name="engine", route_prefix=None)
     wait_until(lambda: ray.available_resources().get("CPU") != everything)
     assert ray.available_resources()["CPU"] == everything - 1.0  # the pool's cpus_per_replica and nothing else
@@ -110,4 +111,4 @@ async def test_a_dead_engine_is_replaced(engine):
 
 
 def test_core_lists_are_read_as_taskset_reads_them():
-    assert _core_ids("0-2,5") == {0, 1, 2, 5}
+    assert core_ids("0-2,5") == {0, 1, 2, 5}

@@ -16,8 +16,10 @@ import pytest
 from ray import serve
 
 from benchmarks.support.random_model import ensure_random_model
+from cluster.engine import engine_application
 from cluster.messages import TextDelta
 from cluster.pools.pools import PoolConfig
+from generator_worker import generator
 from generator_worker.config import GeneratorConfig, RemoteConfig
 from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
@@ -25,7 +27,6 @@ from generator_worker.messages import GenerateRequest, Generation, Source
 from generator_worker.remote import RemoteGenerator
 from tests.support.tiny_engine import tiny_engine
 from tests.support.waiting import PATIENCE_S, wait_until
-from tests.support.watched_generator import WatchedGenerator
 
 KEY_NAME = "GENERATOR_TEST_KEY"  # which `ray_session` sets
 REQUEST = GenerateRequest(
@@ -80,7 +81,10 @@ def endpoint(local_ray, model, tmp_path_factory):
 def local(endpoint, model):
     config = GeneratorConfig(engine=tiny_engine(model), max_answer_tokens=40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("generator_worker.local.Generator", WatchedGenerator)
+        watched = "tests.support.watched_generator.WatchedGenerator"
+        patch.setattr(
+            generator, "engine_application", lambda _, *a, **options: engine_application(watched, *a, **options)
+        )
         app = generator_application(config, PoolConfig(cpus_per_replica=1))
     return serve.run(app, name="local", route_prefix=None).options(stream=True)
 

@@ -10,10 +10,11 @@ import ray
 
 from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
-from cluster.engine import EngineServer
+from cluster.engine_server import EngineServer
 from memory_worker.config import MemoryConfig
 from memory_worker.models.beacon.checkpoint import fingerprint
 from memory_worker.recall import recaller
+from memory_worker.recall.application import recall_engine_kwargs
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -36,12 +37,12 @@ async def test_the_connector_checks_the_fingerprint(named: str, tmp_path: Path, 
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="nowhere:1"))
 
     async def begin(self: EngineServer, config: Any, **_: Any) -> None:
-        raise Told(config.engine_kwargs["kv_transfer_config"]["kv_connector_extra_config"]["fingerprint"])
+        raise Told(config["engine_kwargs"]["kv_transfer_config"]["kv_connector_extra_config"]["fingerprint"])
 
     monkeypatch.setattr(EngineServer, "__init__", begin)
     model = str(folder) if named == "folder" else "tests/memory-model"
     config = MemoryConfig(engine=EngineConfig(model=model))
-    llm_config: Any = SimpleNamespace(engine_kwargs=recaller.recall_engine_kwargs())
+    llm_config = {"engine_kwargs": recall_engine_kwargs()}
     with pytest.raises(Told, match=fingerprint(folder)):
         await recaller.Recaller.__init__(
             object.__new__(recaller.Recaller),

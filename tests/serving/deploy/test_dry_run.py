@@ -30,6 +30,7 @@ for name in sys.argv[1:]:
     other = build(profile.model_copy(update={"quotas": limits}), str(folder / "memories"))
     for deployment in build_app(other, name="other").deployments:
         print("changed", name, deployment.name, deployment._version)
+print("imported", *{"torch", "vllm"}.intersection(sys.modules))
 stop_ray(folder)
 """
 
@@ -69,6 +70,10 @@ def test_a_changed_profile_replaces_only_what_reads_the_change(output: list[str]
         )
         assert len(before) == 7 and len(set(before.values())) == 7
         assert {part for part in before if before[part] != after[part]} == {"Router", "Ingress"}, name
+
+
+def test_deploying_imports_neither_torch_nor_vllm(output: list[str]):
+    assert output[-1] == "imported"
 
 
 def test_the_cluster_keeps_its_pools_apart(graphs):
