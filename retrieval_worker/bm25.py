@@ -6,6 +6,7 @@ Built from the passages' texts when an index is opened, and searched beside thei
 import math
 import re
 from collections.abc import Iterable, Iterator
+from sys import getsizeof
 
 import numpy as np
 
@@ -26,6 +27,9 @@ class Bm25:
         self._index = bm25s.BM25()
         if numbers:
             self._index.index((rows, numbers), create_empty_token=False, show_progress=False)
+        postings = (self._index.scores[name] for name in ("data", "indices", "indptr")) if numbers else ()
+        self.bytes = sum(array.nbytes for array in postings) + getsizeof(numbers)  # what it holds in memory
+        self.bytes += sum(getsizeof(word) + getsizeof(number) for word, number in numbers.items())
 
     def scores(self, text: str, sparse: dict[int, float] | None = None) -> np.ndarray:
         """float32 `[passages]`; 0 where a passage holds none of the words of the query `text`."""

@@ -44,7 +44,11 @@ class IndexConfig(Settings):
         "auto", description="how words are scored; auto: the embedder's sparse weights, BM25 where it has none"
     )
     gpu: Literal["auto", "never"] = Field("auto", description="auto searches on a GPU where FAISS finds one")
-    cached_indexes: int = Field(64, gt=0, description="indexes one Retriever keeps open")
+    cached_indexes_mib: int = Field(
+        2048,
+        gt=0,
+        description="MiB of indexes (vectors, words, texts) one Retriever keeps open; the last one whatever its size",
+    )
     cached_files_mib: int = Field(
         512, ge=0, description="MiB of passage files one Retriever keeps read, for the next version of their memory"
     )

@@ -31,6 +31,10 @@ class Lexical(Protocol):
     def measure_grounding(self, text: str, sparse: dict[int, float] | None) -> float:
         """0 to 1: the most of the query's words, each by its weight or its rarity, that one passage holds."""
 
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory."""
+
 
 class PassageIndex:
     """Passages `0 … n-1`. Immutable, so that threads may search it together."""
@@ -75,6 +79,14 @@ class PassageIndex:
     def count(self) -> int:
         """Passages in it."""
         return int(self._vectors.ntotal)
+
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory: vectors in fp16, beyond the exact limit their ids and places in lists, and words."""
+        import faiss
+
+        lists = 16 * self.count if isinstance(self._vectors, faiss.IndexIVF) else 0
+        return 2 * self._vectors.d * self.count + lists + (self._lexical.bytes if self._lexical else 0)
 
     def search(self, text: str, query: Embeddings, row: int, hits: int) -> Found:
         """The passages that fit `text`, which is row `row` of `query`, best first.
@@ -128,6 +140,11 @@ class SparseWeights:
         passages = np.repeat(np.arange(count, dtype=np.int32), np.diff(rows.offsets))
         tokens, places = np.unique(rows.tokens, return_inverse=True)
         return cls(tokens, csr_matrix((rows.weights, (places, passages)), (len(tokens), count)), count)
+
+    @property
+    def bytes(self) -> int:
+        arrays = (self._tokens, self._postings.data, self._postings.indices, self._postings.indptr)
+        return sum(array.nbytes for array in arrays)
 
     def scores(self, text: str, sparse: dict[int, float] | None) -> np.ndarray:
         """float32 `[passages]`: the sum over shared tokens of query weight × passage weight."""

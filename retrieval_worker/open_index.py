@@ -4,7 +4,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate, chain
 
 from cluster.shared_cache import SharedCache
@@ -13,8 +13,6 @@ from retrieval_worker.config import IndexConfig
 from retrieval_worker.index import PassageIndex
 from retrieval_worker.messages import EmbedderDescription, Index, IndexPart, Passage
 from retrieval_worker.passage_file import PassageFile, PassageTexts, read_passages
-
-_CACHED_PASSAGES = 4096  # of one index: the same few are found again and again, and Arrow takes a while to make one
 
 
 class OpenIndex:
@@ -26,16 +24,19 @@ class OpenIndex:
     def __init__(self, parts: Sequence[IndexPart], texts: Sequence[PassageTexts], search: PassageIndex) -> None:
         self.search = search
         self._parts = parts
-        self._firsts = firsts = list(accumulate(map(len, texts), initial=0))  # ids of first passages; their count
+        self._texts = texts
+        self._firsts = list(accumulate(map(len, texts), initial=0))  # ids of first passages; their count
 
-        @lru_cache(_CACHED_PASSAGES)
-        def passage(id: int) -> Passage:  # not of `self`: a circle would keep all in memory after the index is closed
-            part, row = _locate(firsts, id)
-            piece = texts[part][row]
-            memory, document = parts[part].memory, parts[part].document
-            return Passage(id, memory, document, piece.start, piece.end, piece.text, piece.tokens)
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory."""
+        return self.search.bytes + sum(text.bytes for text in self._texts)
 
-        self.passage = passage
+    def passage(self, id: int) -> Passage:
+        """Raises `IndexError` where there is none."""
+        part, row = _locate(self._firsts, id)
+        piece, of = self._texts[part][row], self._parts[part]
+        return Passage(id, of.memory, of.document, piece.start, piece.end, piece.text, piece.tokens)
 
     def place(self, id: int) -> tuple[StoredFile, int]:
         """The file of passage `id` and its row there. Raises `IndexError`, as `passage` does."""
@@ -68,7 +69,9 @@ class IndexShelf:
         self._storage = storage
         self._threads = threads
         self._describe = describe
-        self._indexes: SharedCache[OpenIndex] = SharedCache(config.cached_indexes)
+        self._indexes: SharedCache[OpenIndex] = SharedCache(
+            config.cached_indexes_mib << 20, lambda index: index.bytes, keep_one=True
+        )
         self._files: SharedCache[PassageFile] = SharedCache(config.cached_files_mib << 20, lambda file: file.bytes)
 
     async def open(self, index: Index) -> OpenIndex | None:
@@ -84,7 +87,7 @@ class IndexShelf:
         embedder = await self._describe()
         files = await asyncio.gather(*(self._file(part.passages, embedder) for part in parts))
         vectors = [file.vectors for file in files]
-        texts = chain.from_iterable(file.passages.texts.to_pylist() for file in files)
+        texts = chain.from_iterable(file.passages.texts() for file in files)
         search = await asyncio.to_thread(PassageIndex.build, vectors, texts, embedder, self._config)
         return OpenIndex(parts, [file.passages for file in files], search)
 

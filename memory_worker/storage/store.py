@@ -7,7 +7,7 @@
         failed.json            the work was given up, and why
         head.arrow             the head's slots
         segments/<doc>/…       slots, some windows a file; checkpoint.json counts those of an unfinished job
-        passages/<doc>.parquet the retrieval room's
+        passages/<doc>.safetensors  the retrieval room's
         manifest.backup.json   the manifest, should the other be damaged
         manifest.json          written last: the version exists from then on
 
@@ -69,7 +69,7 @@ def segment_path(key: MemoryKey, document: str, segment: int, first_window: int)
 
 def passages_path(key: MemoryKey, document: str) -> str:
     """Where the document's passages lie, relative to the storage root."""
-    return f"{_folder(key)}/passages/{check_id(document, 'document')}.parquet"
+    return f"{_folder(key)}/passages/{check_id(document, 'document')}.safetensors"
 
 
 def checkpoint_path(key: MemoryKey) -> str:

@@ -35,7 +35,7 @@ CHINESE = "城门在中午打开。守门人养了一条龙。\n\n" + "面包卖
 CONFIG = RetrievalConfig(
     embedder=EmbedderConfig(kind="minilm", dtype="bfloat16", device="cpu", batch_size=16),
     passages=PassageConfig(max_characters=800, overlap_characters=0),
-    index=IndexConfig(cached_indexes=2),
+    index=IndexConfig(cached_indexes_mib=1),
 )
 
 
@@ -53,7 +53,7 @@ def retriever(storage, local_ray):
 async def add(retriever, storage, version: str, name: str, text: str) -> tuple[IndexPart, int, list[IndexProgress]]:
     """Indexes `text` as a document of `<tenant>/<memory>/<version>`; with it the number of its passages."""
     source = storage.write(f"{version}/source/{name}.txt", text.encode())
-    request = IndexRequest(DocumentText(name, source), f"{version}/passages/{name}.parquet")
+    request = IndexRequest(DocumentText(name, source), f"{version}/passages/{name}.safetensors")
     *progress, done = [item async for item in retriever.options(stream=True).index.remote(request)]
     assert isinstance(done, IndexedDocument)
     return IndexPart(version.split("/")[1], name, done.passages), done.passage_count, progress
@@ -216,7 +216,7 @@ async def test_damage_is_named_and_repaired_by_indexing_again(retriever, storage
     else:
         path.write_bytes(data if harm == "flip" else data[:100])
     for _ in range(2):  # a failure is not kept
-        with pytest.raises(DamagedIndex, match=rf"t/m/{harm}/passages/harmed\.parquet"):
+        with pytest.raises(DamagedIndex, match=rf"t/m/{harm}/passages/harmed\.safetensors"):
             await retriever.search.remote(index, ["anything"])
     repaired, _, _ = await add(retriever, storage, f"t/m/{harm}", "harmed", ENGLISH + harm)
     assert repaired == index.parts[1], "the same text makes the same file"
@@ -249,7 +249,7 @@ async def test_a_text_that_cannot_be_read_is_named(retriever, storage, harm):
         path.write_bytes(path.read_bytes().replace(b"noon", b"moon"))
     elif harm == "delete":
         path.unlink()
-    request = IndexRequest(DocumentText("d", source), f"t/m/text-{harm}/passages/d.parquet")
+    request = IndexRequest(DocumentText("d", source), f"t/m/text-{harm}/passages/d.safetensors")
     with pytest.raises(DamagedFile, match=rf"text-{harm}/source/d\.txt"):
         [item async for item in retriever.options(stream=True).index.remote(request)]
     assert not storage.exists(request.path)
@@ -277,9 +277,9 @@ async def test_vectors_that_are_not_finite_are_not_written(storage):
     source = storage.write("t/m/nan/source/d.txt", ENGLISH.encode())
     broken = Retriever(CONFIG, storage.root, _BrokenEmbedder())
     with pytest.raises(EmbedderFailed, match=r"made-up.*dtype") as caught:
-        [item async for item in broken.index(IndexRequest(DocumentText("d", source), "t/m/nan/passages/d.parquet"))]
+        [item async for item in broken.index(IndexRequest(DocumentText("d", source), "t/m/nan/passages/d.safetensors"))]
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
-    assert not storage.exists("t/m/nan/passages/d.parquet")
+    assert not storage.exists("t/m/nan/passages/d.safetensors")
 
 
 @pytest.mark.skipif(not BOOK.exists(), reason=f"the novel, shared/data/books/{BOOK.name}, is not beside the checkout")

@@ -17,6 +17,7 @@ from retrieval_worker.config import IndexConfig
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.messages import Embeddings, Index, IndexPart
 from retrieval_worker.open_index import IndexShelf, OpenIndex
+from retrieval_worker.passage_file import read_passages
 from tests.support.passage_files import described, made_vectors, part, write_made
 
 
@@ -49,9 +50,9 @@ def threads():
         yield threads
 
 
-def shelf_of(storage, threads, **config) -> IndexShelf:
+def shelf_of(storage, threads, sparse=False, **config) -> IndexShelf:
     async def describe():
-        return described()
+        return described(sparse)
 
     return IndexShelf(IndexConfig(**config), storage, threads, describe)
 
@@ -73,9 +74,9 @@ def best(opened: OpenIndex, seed: int, row: int) -> int:
 
 async def test_passages_are_numbered_over_all_parts_and_know_where_they_are_from(shelf, storage):
     files = [
-        write_made(storage, "t/a/v1/one.parquet", 5, seed=1),
-        write_made(storage, "t/a/v1/none.parquet", 0),
-        write_made(storage, "t/b/v7/two.parquet", 7, seed=2),
+        write_made(storage, "t/a/v1/one.safetensors", 5, seed=1),
+        write_made(storage, "t/a/v1/none.safetensors", 0),
+        write_made(storage, "t/b/v7/two.safetensors", 7, seed=2),
     ]
     opened = await shelf.open(index_of(*files))
     found = [opened.passage(id) for id in range(12)]
@@ -106,11 +107,11 @@ async def test_an_index_that_is_open_is_known_by_its_name(storage, threads):
 
 
 async def test_a_new_version_reads_only_the_new_document(shelf, storage):
-    old = [write_made(storage, f"t/a/v1/{i}.parquet", 10, seed=i) for i in range(4)]
+    old = [write_made(storage, f"t/a/v1/{i}.safetensors", 10, seed=i) for i in range(4)]
     await shelf.open(index_of(*old))
     await shelf.open(index_of(*old))
     assert sorted(storage.read_paths) == [file.path for file in old]
-    new = write_made(storage, "t/a/v2/9.parquet", 10, seed=9)
+    new = write_made(storage, "t/a/v2/9.safetensors", 10, seed=9)
     storage.read_paths.clear()
     opened = await shelf.open(index_of(*old[:2], new, old[3]))
     assert storage.read_paths == [new.path]
@@ -120,7 +121,7 @@ async def test_a_new_version_reads_only_the_new_document(shelf, storage):
 
 
 async def test_an_open_index_needs_no_storage(shelf, storage, tmp_path):
-    first, second = (write_made(storage, f"t/a/v1/{i}.parquet", 10_000, seed=i) for i in (1, 2))
+    first, second = (write_made(storage, f"t/a/v1/{i}.safetensors", 10_000, seed=i) for i in (1, 2))
     await shelf.open(index_of(first))
     (tmp_path / "root").rename(tmp_path / "away")
     opened = await shelf.open(index_of(first))
@@ -132,7 +133,7 @@ async def test_an_open_index_needs_no_storage(shelf, storage, tmp_path):
 
 
 async def test_slow_storage_keeps_nobody_from_open_indexes(shelf, storage):
-    files = [write_made(storage, f"t/a/v1/{i}.parquet", 10, seed=i) for i in range(41)]
+    files = [write_made(storage, f"t/a/v1/{i}.safetensors", 10, seed=i) for i in range(41)]
     await shelf.open(index_of(files[0]))
     storage.open.clear()
     hanging = [asyncio.create_task(shelf.open(index_of(file))) for file in files[1:]]
@@ -147,7 +148,7 @@ async def test_slow_storage_keeps_nobody_from_open_indexes(shelf, storage):
 
 
 async def test_equal_text_of_two_tenants_is_two_texts(shelf, storage):
-    mine, theirs = (write_made(storage, f"{tenant}/m/v1/d.parquet", 5) for tenant in ("mine", "theirs"))
+    mine, theirs = (write_made(storage, f"{tenant}/m/v1/d.safetensors", 5) for tenant in ("mine", "theirs"))
     assert mine.digest == theirs.digest
     await shelf.open(index_of(mine))
     opened = await shelf.open(index_of(theirs))
@@ -156,7 +157,7 @@ async def test_equal_text_of_two_tenants_is_two_texts(shelf, storage):
 
 
 async def test_one_file_under_two_names_is_not_confused(shelf, storage):
-    file = write_made(storage, "t/a/v1/d.parquet", 5)
+    file = write_made(storage, "t/a/v1/d.safetensors", 5)
     for memory, document in (("a", "d"), ("copy", "e")):
         opened = await shelf.open(Index((IndexPart(memory, document, file),)))
         assert (opened.passage(0).memory, opened.passage(0).document) == (memory, document)
@@ -164,7 +165,7 @@ async def test_one_file_under_two_names_is_not_confused(shelf, storage):
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
 async def test_the_damaged_one_of_many_is_named(shelf, storage, harm):
-    files = [write_made(storage, f"t/a/v1/{i}.parquet", 10, seed=i) for i in range(6)]
+    files = [write_made(storage, f"t/a/v1/{i}.safetensors", 10, seed=i) for i in range(6)]
     place = Path(storage.root) / files[3].path
     data = bytearray(place.read_bytes())
     if harm == "flip":
@@ -181,8 +182,10 @@ async def test_the_damaged_one_of_many_is_named(shelf, storage, harm):
 
 
 async def test_kept_files_are_bounded_by_their_bytes(storage, threads):
-    shelf = shelf_of(storage, threads, cached_files_mib=1, cached_indexes=1)
-    large = [write_made(storage, f"t/a/v1/{i}.parquet", 3000, seed=i) for i in range(3)]  # two of them are over 0.8 MiB
+    shelf = shelf_of(storage, threads, cached_files_mib=1, cached_indexes_mib=1)
+    large = [
+        write_made(storage, f"t/a/v1/{i}.safetensors", 3000, seed=i) for i in range(3)
+    ]  # two of them are over 0.8 MiB
     for file in large:
         await shelf.open(index_of(file))
     storage.read_paths.clear()
@@ -192,15 +195,45 @@ async def test_kept_files_are_bounded_by_their_bytes(storage, threads):
     assert storage.read_paths == [large[0].path], "the longest unused was given up"
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["bm25", "sparse"])
+async def test_open_indexes_are_bounded_by_their_bytes(storage, threads, sparse):
+    shelf = shelf_of(storage, threads, sparse, cached_files_mib=0, cached_indexes_mib=1)
+    small = [write_made(storage, f"t/a/v1/{i}.safetensors", 900, sparse, seed=i) for i in range(6)]
+    opened = [await shelf.open(index_of(file)) for file in small]
+    fit = (1 << 20) // opened[0].bytes
+    assert 2 <= fit < 6
+    storage.read_paths.clear()
+    for file in reversed(small):
+        await shelf.open(index_of(file))
+    assert storage.read_paths == [file.path for file in reversed(small[:-fit])], "only the last that fit were open"
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["bm25", "sparse"])
+async def test_an_index_weighs_its_vectors_words_and_texts(storage, threads, sparse):
+    file = write_made(storage, "t/a/v1/d.safetensors", 2000, sparse)
+    opened = await shelf_of(storage, threads, sparse).open(index_of(file))
+    held = read_passages(storage, file, described(sparse))
+    postings = 8 * len(held.vectors.sparse.tokens) if held.vectors.sparse else 2 * 8 * 2000  # weight and passage, each
+    assert postings <= opened.bytes - held.vectors.dense.nbytes - held.passages.bytes <= postings + 300_000
+
+
+async def test_an_index_larger_than_the_bound_stays_open_while_it_is_the_last(storage, threads):
+    shelf = shelf_of(storage, threads, cached_files_mib=0, cached_indexes_mib=1)
+    files = [write_made(storage, f"t/a/v1/{i}.safetensors", 10_000, seed=i) for i in range(2)]
+    for file in (files[0], files[0], files[1], files[1]):
+        await shelf.open(index_of(file))
+    assert storage.read_paths == [file.path for file in files]
+
+
 async def test_a_closed_index_is_gone_from_memory(storage, threads):
-    shelf = shelf_of(storage, threads, cached_indexes=1)
+    shelf = shelf_of(storage, threads, cached_files_mib=0, cached_indexes_mib=1)
     gc.disable()
     try:
-        opened = await shelf.open(index_of(write_made(storage, "t/a/v1/1.parquet", 5)))
+        opened = await shelf.open(index_of(write_made(storage, "t/a/v1/1.safetensors", 10_000)))
         opened.passage(0)
         gone = weakref.ref(opened.search)
         del opened
-        await shelf.open(index_of(write_made(storage, "t/a/v1/2.parquet", 5)))
+        await shelf.open(index_of(write_made(storage, "t/a/v1/2.safetensors", 10_000)))
         assert gone() is None
     finally:
         gc.enable()

@@ -1,18 +1,21 @@
 """What is in a passage file comes back exactly; what is not a passage file is refused, whatever its bytes."""
 
+import json
 import random
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load, save
 
 from cluster.storage.durable import Storage, StoredFile
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.passage_file import Piece, parse_passages, read_passages
 from tests.support.passage_files import buffer, described, made_vectors, write_made
+from tests.support.stored_memories import in_little_memory
 
-PATH = "t/m/v/passages/d.parquet"
+PATH = "t/m/v/passages/d.safetensors"
+METADATA = {"format": "2", "embedder": "made-up:64", "source": "5" * 64}
 
 
 @pytest.fixture
@@ -20,14 +23,12 @@ def storage(tmp_path):
     return Storage(str(tmp_path))
 
 
-def table_of(storage, file) -> pa.Table:
-    return pq.read_table(pa.BufferReader(buffer(storage, file)))
+def arrays_of(storage, file) -> dict[str, np.ndarray]:
+    return {name: array.copy() for name, array in load(bytes(buffer(storage, file))).items()}
 
 
-def as_file(table: pa.Table, **options) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **({"compression": "none", "use_dictionary": False} | options))
-    return sink.getvalue()
+def parse(data: bytes, sparse: bool = False):
+    return parse_passages(pa.py_buffer(data), PATH, described(sparse))
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -50,11 +51,23 @@ def test_what_is_written_is_read(storage, sparse, count):
 
 
 def test_other_programs_can_read_it(storage):
-    file = write_made(storage, PATH, 5, sparse=True)
-    table = table_of(storage, file)
-    assert table.column_names == ["text", "start", "end", "tokens", "dense", "sparse_tokens", "sparse_weights"]
-    assert table["dense"].type == pa.list_(pa.field("element", pa.float16(), nullable=False), 64)
-    assert table.schema.metadata[b"embedder"] == b"made-up:64"
+    data = bytes(buffer(storage, write_made(storage, PATH, 5, sparse=True)))
+    arrays = load(data)
+    assert {name: (array.dtype, array.shape) for name, array in arrays.items() if "sparse_" not in name} == {
+        **dict.fromkeys(("start", "end"), (np.int64, (5,))),
+        "text_offsets": (np.int64, (6,)),
+        "tokens": (np.int32, (5,)),
+        "dense": (np.float16, (5, 64)),
+        "text": (np.uint8, (5 * len("é😀 0".encode()),)),
+    }
+    assert len(arrays) == 9 and arrays["text"].tobytes().decode() == "".join(f"é😀 {i}" for i in range(5))
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert header["__metadata__"] == METADATA
+
+
+def test_the_same_passages_are_the_same_bytes(storage):
+    first, second = (write_made(storage, f"t/m/v/passages/{name}.safetensors", 50, sparse=True) for name in "ab")
+    assert first.digest == second.digest
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
@@ -68,7 +81,9 @@ def test_a_file_that_is_not_its_record_is_named(storage, harm):
     else:
         with open(place, "wb") as changed:  # noqa: PTH123
             changed.write(data if harm == "flip" else data[:-100])
-    with pytest.raises(DamagedIndex, match=r"t/m/v/passages/d\.parquet.*made again from the document's text") as caught:
+    with pytest.raises(
+        DamagedIndex, match=r"t/m/v/passages/d\.safetensors.*made again from the document's text"
+    ) as caught:
         read_passages(storage, file, described())
     assert caught.value.path == PATH
 
@@ -78,7 +93,7 @@ def test_a_file_that_is_not_its_record_is_named(storage, harm):
     [
         (described(model="other"), "its embedder is made-up:64, not other:64"),
         (described(dimension=32), "its embedder is made-up:64, not made-up:32"),
-        (described(sparse=True), "not the columns"),
+        (described(sparse=True), "not the tensors"),
     ],
 )
 def test_a_file_by_another_embedder_says_so(storage, embedder, reason):
@@ -92,155 +107,152 @@ def test_where_the_checkpoint_lies_does_not_matter(storage):
     assert len(read_passages(storage, file, described(model="/models/made-up/")).passages) == 5
 
 
-def _with(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    number = table.column_names.index(name)
-    return table.set_column(number, table.schema.field(number), [values.cast(table.schema.field(number).type)])
+def _set(name, *values):
+    """Changes the first items of a tensor."""
+
+    def harm(arrays):
+        array = arrays[name].reshape(-1)
+        array[: len(values)] = values
+
+    return harm
 
 
-def _offsets(table, starts, ends):
-    return _with(_with(table, "start", pa.array(starts)), "end", pa.array(ends))
+def _replace(**changed):
+    return lambda arrays: arrays.update({name: change(arrays[name]) for name, change in changed.items()})
 
 
-def _not_finite(table, value):
-    dense = table["dense"].combine_chunks().flatten().to_numpy().copy()
-    dense[70] = value
-    kind = table.schema.field("dense").type
-    return _with(table, "dense", pa.FixedSizeListArray.from_arrays(pa.array(dense), type=kind))
+def _is_none(arrays):
+    del arrays["tokens"]
 
 
-def _sparse(table, name, change):
-    column = table[name].combine_chunks()
-    offsets, values = column.offsets.to_numpy().copy(), column.values.to_numpy().copy()
-    change(offsets, values)
-    return _with(table, name, pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=column.type))
-
-
-def _uneven(offsets, values):
-    offsets[1] += 1
-
-
-def _infinite(offsets, values):
-    values[3] = np.inf
-
-
+HUGE = 2**63 - 1
 HARMS = {
-    "negative start": (lambda t: _offsets(t, [-1, 20], [3, 24]), "impossible offsets"),
-    "end before start": (lambda t: _offsets(t, [5, 20], [1, 24]), "impossible offsets"),
-    "far away": (lambda t: _offsets(t, [0, 20], [2**62, 24]), "as long as"),
-    "no end": (lambda t: _offsets(t, [0, 20], [0, 24]), "impossible offsets"),
-    "text too short": (lambda t: _with(t, "text", pa.array(["a", "b"], pa.large_string())), "as long as"),
-    "negative tokens": (lambda t: _with(t, "tokens", pa.array([1, -5], pa.int32())), "tokens"),
-    "nan": (lambda t: _not_finite(t, np.nan), "not finite"),
-    "infinity": (lambda t: _not_finite(t, -np.inf), "not finite"),
-    "infinite weight": (lambda t: _sparse(t, "sparse_weights", _infinite), "not finite"),
-    "uneven weights": (lambda t: _sparse(t, "sparse_weights", _uneven), "more sparse tokens"),
-    "no format": (lambda t: t.replace_schema_metadata({"embedder": "made-up:64"}), "its format is None"),
-    "other format": (lambda t: t.replace_schema_metadata({**t.schema.metadata, b"format": b"9"}), "its format is 9"),
-    "not utf-8 there": (
-        lambda t: t.replace_schema_metadata({**t.schema.metadata, b"embedder": b"\xff\xfe"}),
-        "cannot be read",
-    ),
-    "a column less": (lambda t: t.drop_columns(["tokens"]), "columns"),
-    "a column more": (lambda t: t.append_column("x", pa.array([1, 2])), "columns"),
-    "nullable": (lambda t: t.cast(pa.schema([f.with_nullable(True) for f in t.schema], t.schema.metadata)), "columns"),
-    "not utf-8": (
-        lambda t: _with(
-            t,
-            "text",
-            pa.LargeStringArray.from_buffers(
-                2, pa.py_buffer(np.array([0, 4, 8])), pa.py_buffer(b"\xff\xfeab\xff\xfeab"), None
-            ),
-        ),
-        "UTF8|UTF-8",
-    ),
+    "negative start": (_set("start", -1), "impossible offsets"),
+    "end before start": (_set("end", -5), "impossible offsets"),
+    "far away": (_set("end", 2**62), "as long as"),
+    "no end": (_set("end", 0), "impossible offsets"),
+    "negative tokens": (_set("tokens", 1, -5), "impossible offsets or tokens"),
+    "text too short": (_replace(text=lambda a: a[:-1], text_offsets=lambda a: a - [0, 0, 1]), "as long as"),
+    "text left over": (_replace(text=lambda a: np.append(a, a)), "outside their tensor"),
+    "text ends beyond": (_set("text_offsets", 0, 8, 1000), "outside their tensor"),
+    "text begins late": (_set("text_offsets", 3), "outside their tensor"),
+    "texts one within another": (_set("text_offsets", 0, 17), "within another"),
+    "texts wrap around": (_set("text_offsets", 0, HUGE), "within another"),
+    "text without a character": (_set("text_offsets", 0, 0), "as long as"),
+    "text begins within a character": (_set("text_offsets", 0, 3), "utf-8"),
+    "not utf-8": (_set("text", 0xFF), "utf-8"),
+    "text in rows": (_replace(text=lambda a: a.reshape(2, -1)), "its text has the shape"),
+    "nan": (_set("dense", np.nan), "not finite"),
+    "infinity": (_set("dense", -np.inf), "not finite"),
+    "infinite weight": (_set("sparse_weights", np.inf), "not finite"),
+    "more weights": (_replace(sparse_weights=lambda a: np.append(a, a)), "its sparse_weights has the shape"),
+    "sparse rows beyond": (_set("sparse_offsets", 0, 5, 1000), "outside their tensor"),
+    "sparse rows one within another": (_set("sparse_offsets", 0, -1), "within another"),
+    "other dimension": (_replace(dense=lambda a: a[:, :32]), "its dense has the shape"),
+    "a number": (_replace(dense=lambda a: a[0, 0].reshape(())), "has the shape"),
+    "fewer vectors": (_replace(dense=lambda a: a[:1]), "has the shape"),
+    "other type": (_replace(dense=lambda a: a.astype(np.float32)), "not the tensors"),
+    "unknown type": (_replace(dense=lambda a: a.astype(np.float64)), "tensor of F64"),
+    "a tensor less": (_is_none, "not the tensors"),
+    "a tensor more": (lambda arrays: arrays.update(x=np.zeros(2, np.int64)), "not the tensors"),
 }
 
 
 @pytest.mark.parametrize("name", HARMS)
 def test_contents_that_no_retriever_writes_are_refused(storage, name):
     harm, reason = HARMS[name]
-    table = table_of(storage, write_made(storage, PATH, 2, sparse=True))
-    assert len(parse_passages(as_file(table), PATH, described(True)).passages) == 2  # unharmed, this way is fine
+    arrays = arrays_of(storage, write_made(storage, PATH, 2, sparse=True))
+    assert len(parse(save(arrays, METADATA), True).passages) == 2  # unharmed, this way is fine
+    harm(arrays)
     with pytest.raises(DamagedIndex, match=reason):
-        parse_passages(as_file(harm(table)), PATH, described(True))
-
-
-@pytest.mark.parametrize("options", [{"compression": "zstd"}, {"use_dictionary": ["text"]}])
-def test_what_could_grow_when_read_is_refused(storage, options):
-    table = table_of(storage, write_made(storage, PATH, 2))
-    with pytest.raises(DamagedIndex, match="compressed or coded"):
-        parse_passages(as_file(table, **options), PATH, described())
-
-
-def test_a_header_that_denies_its_coding_cannot_make_it_grow_far(storage):
-    table = table_of(storage, write_made(storage, PATH, 2000))
-    texts = pa.array(["x" * 100_000] * 2000, pa.large_string())
-    data = bytes(as_file(_with(table, "text", texts), use_dictionary=["text"]))
-    coded, plain = b"\x35\x00\x06\x10", b"\x35\x00\x06\x06"  # Thrift's list of PLAIN, RLE and RLE_DICTIONARY
-    assert len(data) < 1 << 20 and data.count(coded) == 1  # it would become 200 MB
-    with pytest.raises(DamagedIndex, match=r"holds more than \d{1,8};"):
-        parse_passages(pa.py_buffer(data.replace(coded, plain)), PATH, described())
-
-
-def test_an_unknown_codec_is_refused(storage):
-    """Asking pyarrow 26 for the codec of such a column ends the process."""
-    data = bytearray(buffer(storage, write_made(storage, PATH, 2)))
-    codec = data.rindex(b"start\x15\x00") + 6  # its path, then its codec as a field of its own
-    data[codec] = 2 * 54
-    with pytest.raises(DamagedIndex, match="compressed or coded"):
-        parse_passages(pa.py_buffer(bytes(data)), PATH, described())
+        parse(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, METADATA), True)
 
 
 @pytest.mark.parametrize(
-    "footer",
+    ("metadata", "reason"),
     [
-        b"",
-        b"\x00",
-        b"\xff" * 40,
-        b"\x49" * 40,
-        b"\x1c" * 40,
-        b"\x49\xfc\xff\xff\xff\xff\x7f",
-        b"\x15\x00\x05\x02\x00\x00",
+        (None, "its format is None"),
+        ({"embedder": "made-up:64"}, "its format is None"),
+        (METADATA | {"format": "9"}, "its format is 9"),
+        (METADATA | {"embedder": "é"}, "its embedder is é"),
     ],
 )
-def test_a_footer_that_is_none_is_refused(footer):
-    data = b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
-    with pytest.raises(DamagedIndex, match="footer"):
-        parse_passages(pa.py_buffer(data), PATH, described())
+def test_other_metadata_are_refused(storage, metadata, reason):
+    with pytest.raises(DamagedIndex, match=reason):
+        parse(save(arrays_of(storage, write_made(storage, PATH, 2)), metadata))
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 3, bytes(1000), b"PAR1\xff\xff\xff\x7fPAR1"])
-def test_no_parquet_at_all_is_refused(data):
-    with pytest.raises(DamagedIndex, match=r"d\.parquet"):
-        parse_passages(pa.py_buffer(data), PATH, described())
+def with_header(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
 
 
-@pytest.mark.parametrize("checksums", [True, False], ids=["as written", "without page checksums"])
+def tensor(shape: list[int], begin: int, end: int, dtype: str = "F16") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(7),
+        bytes(8),
+        bytes(1000),
+        b"PAR1" * 3,
+        b"PAR1\xff\xff\xff\x7fPAR1",
+        (1 << 63).to_bytes(8, "little") + b"{}",
+        with_header(b"{}      "),
+        with_header(b"null    "),
+        with_header(b"[]      "),
+        with_header(b"\xff" * 8),
+        with_header(b'{"a":' * 1000),
+        with_header(b" " * (1 << 17) + b"{}      "),  # a header of any size would be read into memory
+        with_header(b"{}", bytes(64)),
+        with_header(json.dumps({"dense": tensor([2**40, 2**40], 0, 64)}).encode().ljust(80), bytes(64)),
+        with_header(json.dumps({"dense": tensor([-4, -8], 0, 64)}).encode().ljust(80), bytes(64)),
+        with_header(json.dumps({"dense": tensor([1, 64], 0, 128)}).encode().ljust(80), bytes(64)),
+        with_header(json.dumps({"dense": tensor([1, 16], 0, 32)}).encode().ljust(80), bytes(64)),
+        with_header(json.dumps({"dense": tensor([1, 16], 32, 64)}).encode().ljust(80), bytes(64)),
+        with_header(
+            json.dumps({"dense": tensor([1, 32], 0, 64), "x": tensor([1, 32], 0, 64)}).encode().ljust(160), bytes(64)
+        ),
+        with_header(json.dumps({"dense": tensor([1, 32], 0, 64)}).encode().ljust(81), bytes(64)),
+    ],
+)
+def test_no_such_file_at_all_is_refused(data):
+    def read() -> None:
+        with pytest.raises(DamagedIndex, match=r"d\.safetensors"):
+            parse(data)
+
+    read()
+    assert in_little_memory(read)
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_random_bytes_in_it_are_refused_or_harmless(storage, checksums, sparse):
-    file = write_made(storage, PATH, 12, sparse)
-    whole = bytes(buffer(storage, file)) if checksums else bytes(as_file(table_of(storage, file)))
-    footer = int.from_bytes(whole[-8:-4], "little") + 8
+def test_random_bytes_in_it_are_refused_or_harmless(storage, sparse):
+    whole = bytes(buffer(storage, write_made(storage, PATH, 12, sparse)))
+    header = 8 + int.from_bytes(whole[:8], "little")
     chance = random.Random(11)
     refused = 0
-    for turn in range(300):
+    for turn in range(600):
         data = bytearray(whole)
         for _ in range(chance.choice([1, 1, 3, 20])):
-            # Half of them in the footer, which says how the rest is read.
-            place = chance.randrange(len(data) - footer, len(data)) if turn % 2 else chance.randrange(len(data))
+            # Half of them in the header, which says how the rest is read.
+            place = chance.randrange(header) if turn % 2 else chance.randrange(len(data))
             data[place] = chance.choice([data[place] ^ (1 << chance.randrange(8)), chance.randrange(256), 0, 255])
         if turn % 10 == 0:
             del data[chance.randrange(len(data)) :]
         try:
-            held = parse_passages(pa.py_buffer(bytes(data)), PATH, described(sparse))
+            held = parse(bytes(data), sparse)
         except DamagedIndex:
             refused += 1
             continue
         for row in range(len(held.passages)):
             piece = held.passages[row]
             assert len(piece.text) == piece.end - piece.start > 0
+        assert list(held.passages.texts()) == [held.passages[row].text for row in range(len(held.passages))]
         assert held.vectors.dense.shape == (len(held.passages), 64) and np.isfinite(held.vectors.dense).all()
-    assert refused > 100
+        assert held.bytes <= len(data)
+    assert refused > 200
 
 
 def test_it_holds_no_more_of_storage_once_it_is_read(storage):

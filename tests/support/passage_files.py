@@ -39,9 +39,9 @@ def write_made(storage: Storage, path: str, count: int, sparse: bool = False, se
 
 
 def part(file: StoredFile) -> IndexPart:
-    """`file`, which lies at `<tenant>/<memory>/…/<document>.parquet`, as a part of that memory."""
+    """`file`, which lies at `<tenant>/<memory>/…/<document>.safetensors`, as a part of that memory."""
     names = file.path.split("/")
-    return IndexPart(names[1], names[-1].removesuffix(".parquet"), file)
+    return IndexPart(names[1], names[-1].removesuffix(".safetensors"), file)
 
 
 def buffer(storage: Storage, file: StoredFile) -> pa.Buffer:

@@ -37,8 +37,8 @@ def test_a_version_is_published_and_read_back(store: MemoryStore) -> None:
         "head.arrow",
         "manifest.backup.json",
         "manifest.json",
-        "passages/one.parquet",
-        "passages/two.parquet",
+        "passages/one.safetensors",
+        "passages/two.safetensors",
         "segments/one/0000-000000.arrow",
         "segments/two/0000-000000.arrow",
         "source/one.txt",
@@ -164,7 +164,7 @@ def test_old_versions_go_and_what_newer_ones_refer_to_stays(store: MemoryStore, 
     assert store.versions("acme", "book") == [second.version]
     read_whole(store, second)
     left = {Path(path).relative_to(first.path).as_posix() for path in store.storage.files(first.path)}
-    assert left == {"head.arrow", "passages/one.parquet", "segments/one/0000-000000.arrow", "source/one.txt"}
+    assert left == {"head.arrow", "passages/one.safetensors", "segments/one/0000-000000.arrow", "source/one.txt"}
     assert store.storage.files(third.path)
     for name in ("manifest.json", "manifest.backup.json"):
         (tmp_path / second.path / name).write_text("damaged")
