@@ -120,8 +120,7 @@ def _measure_alone(folder: Path) -> dict[str, float]:
     shape = MemoryShape(layers=28, kv_heads=4, head_dim=128, dtype="bfloat16")
     keys = torch.randn(28, 4, 4096, 128).to(torch.bfloat16)
     start = time.process_time()
-    with store.write_segment(segment_path(key, "text", 0, 0), shape) as file:
-        file.append(keys, keys, window_slots=128)
+    store.write_segment(segment_path(key, "text", 0, 0), shape, [(keys, keys)])
     writing = time.process_time() - start
     return {
         "characters_read_per_cpu_s": len(text) / reading,

@@ -42,11 +42,7 @@ def store_slots(store: MemoryStore, key: MemoryKey, parts: Sequence[Slots], fing
     dtype: Any = str(keys.dtype).removeprefix("torch.")
     shape = MemoryShape(layers=keys.shape[0], kv_heads=keys.shape[1], head_dim=keys.shape[3], dtype=dtype)
     paths = [head_path(key), *(segment_path(key, f"doc{index}", 0, 0) for index in range(1, len(parts)))]
-    entries = []
-    for path, (part_keys, part_values) in zip(paths, parts, strict=True):
-        with store.write_segment(path, shape) as segment:
-            segment.append(part_keys, part_values, window_slots=64)
-        entries.append(segment.entry)
+    entries = [store.write_segment(path, shape, [part]) for path, part in zip(paths, parts, strict=True)]
     nothing = FileEntry.of(store.storage.write(f"{key.path}/nothing", b""))
     manifest = Manifest(
         tenant=key.tenant,

@@ -29,9 +29,7 @@ def random_slots(shape: MemoryShape, slots: int, seed: int) -> tuple[torch.Tenso
 
 
 def write_segment(store: MemoryStore, path: str, slots: int, seed: int, shape: MemoryShape = SHAPE) -> FileEntry:
-    with store.write_segment(path, shape) as segment:
-        segment.append(*random_slots(shape, slots, seed), window_slots=WINDOW_SLOTS)
-    return segment.entry
+    return store.write_segment(path, shape, [random_slots(shape, slots, seed)])
 
 
 def store_memory(
@@ -102,10 +100,8 @@ def _stored(
     step = file_windows * WINDOW_SLOTS if file_windows else slots
     files = []
     for start in range(0, slots, step):
-        with store.write_segment(segment_path(key, document, index, start // WINDOW_SLOTS), shape) as file:
-            part = slice(start, start + step)
-            file.append(keys[:, :, part], values[:, :, part], window_slots=WINDOW_SLOTS)
-        files.append(file.entry)
+        path, part = segment_path(key, document, index, start // WINDOW_SLOTS), slice(start, start + step)
+        files.append(store.write_segment(path, shape, [(keys[:, :, part], values[:, :, part])]))
     return SegmentEntry(tokens=slots * 4, slots=slots, files=tuple(files))
 
 

@@ -24,7 +24,7 @@ from memory_worker.storage.store import MemoryStore, checkpoint_path, head_path,
 if TYPE_CHECKING:
     from memory_worker.models.beacon import Part, Slots
 
-FORMAT = 1
+FORMAT = 2
 logger = logging.getLogger("ray.serve")
 
 
@@ -183,17 +183,17 @@ class CheckpointedSegments:
         before = self._written.pop() if number < len(self._written) else None
         first_window = before.tokens // self._plan.window if before else 0
         path = segment_path(self._key, self._plan.documents[planned.document].id, planned.index, first_window)
-        with self._store.write_segment(path, self._plan.shape) as file:
-            for part in parts:
-                file.append(part.slots.keys, part.slots.values, window_slots=self._plan.window // self._plan.ratio)
-        tokens = sum(part.tokens for part in parts)
+        file = self._store.write_segment(
+            path, self._plan.shape, [(part.slots.keys, part.slots.values) for part in parts]
+        )
+        tokens, slots = sum(part.tokens for part in parts), sum(len(part.slots) for part in parts)
         dropped = sum(part.tokens * part.dropped for part in parts) / tokens
-        entry = SegmentEntry(tokens=tokens, slots=file.slots, files=(file.entry,), dropped=dropped)
+        entry = SegmentEntry(tokens=tokens, slots=slots, files=(file,), dropped=dropped)
         if before:
             entry = SegmentEntry(
                 tokens=before.tokens + tokens,
-                slots=before.slots + file.slots,
-                files=(*before.files, file.entry),
+                slots=before.slots + slots,
+                files=(*before.files, file),
                 dropped=(before.tokens * before.dropped + tokens * dropped) / (before.tokens + tokens),
             )
         self._written.append(entry)

@@ -232,9 +232,8 @@ class Memorizer:
         plan = job.plan
         read = self._model.compress_documents([plan.head_tokens], ratio=None)
         slots = Slots.concat([part.slots for (part,) in read])
-        with self._store.write_segment(head_path(job.request.key), plan.shape) as head:
-            head.append(slots.keys, slots.values)
-        return Begun(head.entry, slots)
+        head = self._store.write_segment(head_path(job.request.key), plan.shape, [(slots.keys, slots.values)])
+        return Begun(head, slots)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

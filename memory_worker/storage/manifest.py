@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile, check_path
 
-FORMAT = 2
+FORMAT = 3
 
 SlotDtype = Literal["bfloat16", "float16", "float32"]
 

@@ -5,7 +5,7 @@
         source/<doc>.txt
         job.json               written when the work begins; with no manifest beside it, the work is unfinished
         failed.json            the work was given up, and why
-        head.arrow             the head's slots
+        head.safetensors       the head's slots
         segments/<doc>/…       slots, some windows a file; checkpoint.json counts those of an unfinished job
         passages/<doc>.safetensors  the retrieval room's
         manifest.backup.json   the manifest, should the other be damaged
@@ -20,11 +20,11 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 import time
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -32,7 +32,10 @@ from cluster.storage.durable import Storage
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.manifest import FORMAT, FileEntry, JobRecord, Manifest, MemoryShape
-from memory_worker.storage.segments import Segment, SegmentWriter
+from memory_worker.storage.segments import Segment, write_slots
+
+if TYPE_CHECKING:
+    import torch
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _T = TypeVar("_T", bound=BaseModel)
@@ -64,7 +67,7 @@ def source_path(key: MemoryKey, document: str) -> str:
 
 def segment_path(key: MemoryKey, document: str, segment: int, first_window: int) -> str:
     """Where the slots of a document's segment lie from that window on, relative to the storage root."""
-    return f"{_folder(key)}/segments/{check_id(document, 'document')}/{segment:04d}-{first_window:06d}.arrow"
+    return f"{_folder(key)}/segments/{check_id(document, 'document')}/{segment:04d}-{first_window:06d}.safetensors"
 
 
 def passages_path(key: MemoryKey, document: str) -> str:
@@ -79,7 +82,7 @@ def checkpoint_path(key: MemoryKey) -> str:
 
 def head_path(key: MemoryKey) -> str:
     """Where the head's segment lies, relative to the storage root."""
-    return f"{_folder(key)}/head.arrow"
+    return f"{_folder(key)}/head.safetensors"
 
 
 class MemoryStore:
@@ -175,14 +178,13 @@ class MemoryStore:
         """Keeps the document's text."""
         return FileEntry.of(self.storage.write(source_path(key, document), text.encode()))
 
-    @contextmanager
-    def write_segment(self, path: str, shape: MemoryShape) -> Iterator["StoredSegment"]:
-        """A segment that appears under `path` when the block ends without an exception; then `.entry` is known."""
+    def write_segment(
+        self, path: str, shape: MemoryShape, parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]"
+    ) -> FileEntry:
+        """Keeps these keys and values, as `segments.write_slots` takes them, under `path`."""
         with self.storage.writer(path) as sink:
-            segment = StoredSegment(sink, shape)
-            yield segment
-            segment.close()
-        segment.entry = FileEntry.of(sink.stored)
+            write_slots(sink, shape, parts)
+        return FileEntry.of(sink.stored)
 
     def read_segment(self, file: FileEntry) -> Segment:
         """Its windows, memory-mapped where the storage is local. Raises `DamagedFile` (or its `DamagedMemory`)."""
@@ -294,7 +296,7 @@ class MemoryStore:
             data = self.storage.read_unverified(path).to_pybytes()
         except FileNotFoundError:
             raise MemoryNotFound(key.memory) from None
-        manifest = open_manifest(data, path)
+        manifest = open_manifest(data, path, f"{self.storage.root}/{key.tenant}/{key.memory}/*/source/*.txt")
         if (manifest.tenant, manifest.memory, manifest.version) != (key.tenant, key.memory, key.version):
             raise DamagedMemory(path, "is the manifest of another memory")
         return manifest
@@ -313,12 +315,6 @@ class MemoryStore:
             return None
         except ValidationError as error:
             raise DamagedMemory(path, f"is not a {name} of this version: {_describe_first(error)}") from error
-
-
-class StoredSegment(SegmentWriter):
-    """A segment being written to storage."""
-
-    entry: FileEntry  # once it is there
 
 
 class _Failure(BaseModel):
@@ -340,8 +336,8 @@ def seal(manifest: Manifest) -> bytes:
     return json.dumps({"sha256": _canonical_digest(content), "manifest": content}, indent=1).encode()
 
 
-def open_manifest(data: bytes, path: str) -> Manifest:
-    """What `seal` made. Raises `DamagedMemory` naming `path` for anything else."""
+def open_manifest(data: bytes, path: str, texts: str = "FILE...") -> Manifest:
+    """What `seal` made. Raises `DamagedMemory` naming `path` for anything else; `texts` are what an older one is of."""
     try:
         envelope = json.loads(data)
         digest, content = envelope["sha256"], envelope["manifest"]
@@ -351,7 +347,9 @@ def open_manifest(data: bytes, path: str) -> Manifest:
     if digest != _canonical_digest(content):
         raise DamagedMemory(path, "does not match its SHA-256")
     if found != FORMAT:
-        raise DamagedMemory(path, f"has format version {found!r}; this version of the server reads {FORMAT}")
+        id = shlex.quote(str(content.get("memory")))
+        anew = f"make the memory anew from its texts: memorag memorize --id {id} {texts}"
+        raise DamagedMemory(path, f"has format version {found!r}, and this server reads {FORMAT}; {anew}")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

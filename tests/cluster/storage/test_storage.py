@@ -33,11 +33,11 @@ def test_an_empty_file_is_a_file(storage: Storage) -> None:
 
 
 def test_folders_and_files_are_listed_and_deleted(storage: Storage) -> None:
-    for path in ("t/m/v1/manifest.json", "t/m/v1/segments/a.arrow", "t/m/v2/manifest.json", "t/n/x"):
+    for path in ("t/m/v1/manifest.json", "t/m/v1/segments/a.safetensors", "t/m/v2/manifest.json", "t/n/x"):
         storage.write(path, b"x")
     assert storage.folders("t") == ["m", "n"]
     assert storage.folders("nothing") == [] and storage.files("nothing") == []
-    assert storage.files("t/m") == ["t/m/v1/manifest.json", "t/m/v1/segments/a.arrow", "t/m/v2/manifest.json"]
+    assert storage.files("t/m") == ["t/m/v1/manifest.json", "t/m/v1/segments/a.safetensors", "t/m/v2/manifest.json"]
     storage.delete_folder("t/m")
     storage.delete_folder("t/m")
     assert storage.files("t") == ["t/n/x"]

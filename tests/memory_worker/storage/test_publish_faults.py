@@ -139,7 +139,7 @@ def test_a_deletion_that_is_cut_short_is_none_or_is_finished(tmp_path: Path) -> 
         assert MemoryStore(str(root)).was_deleted_by("acme", "0a1b2c3d") == (record is None), fault
         if record is None:
             gone += 1
-            assert not list((root / "acme").rglob("*.arrow")), fault
+            assert not list((root / "acme").rglob("*.safetensors")), fault
         else:
             kept += 1
             assert record.status == "ready" and record.version == FIRST.version, fault

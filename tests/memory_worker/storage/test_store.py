@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,13 @@ def test_a_version_is_published_and_read_back(store: MemoryStore) -> None:
     assert manifest.documents[1].segments[0].files[0].path == segment_path(key, "two", 0, 0)
     assert store.tenants() == ["acme"] and store.memories("acme") == ["book"]
     assert sorted(Path(p).relative_to(key.path).as_posix() for p in store.storage.files(key.path)) == [
-        "head.arrow",
+        "head.safetensors",
         "manifest.backup.json",
         "manifest.json",
         "passages/one.safetensors",
         "passages/two.safetensors",
-        "segments/one/0000-000000.arrow",
-        "segments/two/0000-000000.arrow",
+        "segments/one/0000-000000.safetensors",
+        "segments/two/0000-000000.safetensors",
         "source/one.txt",
         "source/two.txt",
     ]
@@ -164,7 +165,12 @@ def test_old_versions_go_and_what_newer_ones_refer_to_stays(store: MemoryStore, 
     assert store.versions("acme", "book") == [second.version]
     read_whole(store, second)
     left = {Path(path).relative_to(first.path).as_posix() for path in store.storage.files(first.path)}
-    assert left == {"head.arrow", "passages/one.safetensors", "segments/one/0000-000000.arrow", "source/one.txt"}
+    assert left == {
+        "head.safetensors",
+        "passages/one.safetensors",
+        "segments/one/0000-000000.safetensors",
+        "source/one.txt",
+    }
     assert store.storage.files(third.path)
     for name in ("manifest.json", "manifest.backup.json"):
         (tmp_path / second.path / name).write_text("damaged")
@@ -206,7 +212,11 @@ def test_manifests_that_are_not_what_they_should_be(store: MemoryStore, tmp_path
     (tmp_path / key.path / "manifest.backup.json").unlink()
     good = path.read_bytes()
     for change, reason in (
-        ({"format": 1}, "has format version 1; this version of the server reads 2"),
+        (
+            {"format": 2},
+            "has format version 2, and this server reads 3; make the memory anew from its texts: "
+            f"memorag memorize --id book {re.escape(str(tmp_path))}/acme/book/",
+        ),
         ({"ratio": "x"}, "ratio: Input should be a valid integer"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"tenant": "evil"}, "is the manifest of another memory"),

@@ -122,7 +122,7 @@ def test_a_missing_file_is_named(storage: Storage, data: bytes, tmp_path) -> Non
         ([("manifest.json", b"{}")], "is not a manifest"),
         ([("manifest.json", b"[" * 100_000)], "is not a manifest"),
         ([("manifest.json", b"\xff\xfe")], "is not a manifest"),
-        ([("manifest.json", b'{"sha256": "0", "manifest": {"format": 2}}')], "does not match its SHA-256"),
+        ([("manifest.json", b'{"sha256": "0", "manifest": {"format": 3}}')], "does not match its SHA-256"),
     ],
 )
 def test_what_is_no_archive_of_ours(members, words, tmp_path) -> None:

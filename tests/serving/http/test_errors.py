@@ -113,8 +113,8 @@ def test_a_problem_crosses_processes_with_its_members() -> None:
 
 
 def test_which_file_is_damaged_and_who_may_be_asked_again() -> None:
-    assert damaged_path(wrapped(DamagedFile("a/b.arrow", "is missing"))) == "a/b.arrow"
-    assert damaged_path(wrapped(DamagedMemory("a/b.arrow", "is no Arrow"))) == "a/b.arrow"
+    assert damaged_path(wrapped(DamagedFile("a/b.safetensors", "is missing"))) == "a/b.safetensors"
+    assert damaged_path(wrapped(DamagedMemory("a/b.safetensors", "is no Arrow"))) == "a/b.safetensors"
     assert damaged_path(ValueError()) is None
     assert all(is_unavailable(wrapped(e)) for e in (RayActorError(), EngineFailed("x"), TimeoutError()))
     assert not any(is_unavailable(wrapped(e)) for e in (MemoryNotFound("m"), DamagedFile("a", "b"), ValueError()))
