@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load, save
 
+from benchmarks.support.stored_memories import in_little_memory
 from cluster.storage.durable import Storage, StoredFile
 from retrieval_worker.errors import DamagedIndex
 from retrieval_worker.passage_file import Piece, parse_passages, read_passages
 from tests.support.passage_files import buffer, described, made_vectors, write_made
-from tests.support.stored_memories import in_little_memory
 
 PATH = "t/m/v/passages/d.safetensors"
 METADATA = {"format": "2", "embedder": "made-up:64", "source": "5" * 64}
