@@ -61,8 +61,8 @@ def _add_job(store: MemoryStore, key: MemoryKey, record: MemoryRecord | None) ->
     made = MemoryRecord(key.tenant, key.memory, key.version, "memorizing", "", 0)
     try:
         job = store.job(key)
-        if job is None or (record and (job.base != record.version or record.manifest is None)):
-            return record  # of a version that is no more, was never begun, or changes one that cannot be read
+        if job is None or (record and job.base != record.version):
+            return record  # what is left of a version that is no more, or was never begun
         error = store.failure(key)
     except DamagedFile as damage:
         logger.error("the job of %s cannot be read: %s", key.path, damage)
