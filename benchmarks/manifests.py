@@ -26,6 +26,7 @@ from unittest import mock
 from ray import cloudpickle
 
 from benchmarks.report import make_parser, report
+from cluster.storage.durable import StoredFile
 from generator_worker.messages import GenerateRequest, Generation
 from memory_worker.catalog.catalog import Catalog
 from memory_worker.messages import (
@@ -38,7 +39,7 @@ from memory_worker.messages import (
 )
 from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.storage.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.storage.store import MemoryStore, head_path, passages_path, segment_path, source_path
 from retrieval_worker.messages import Evidence, EvidenceRequest, Hit, Index, Passage, Ranking
 from serving import api
@@ -222,8 +223,8 @@ def made_manifest(documents: int) -> Manifest:
     """Of files that are not there: nobody reads them here."""
     key = MemoryKey("bench", f"memory-{documents}", "v000001-00000000")
 
-    def file(path: str, size: int) -> FileEntry:
-        return FileEntry(path=path, size=size, digest=hashlib.sha256(path.encode()).hexdigest())
+    def file(path: str, size: int) -> StoredFile:
+        return StoredFile(path=path, size=size, digest=hashlib.sha256(path.encode()).hexdigest())
 
     def document(number: int) -> DocumentEntry:
         id, slots = f"document-{number:05d}", SLOTS // documents

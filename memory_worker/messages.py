@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.planning.costs import MemoryKind
+from cluster.storage.durable import StoredFile
 from memory_worker.errors import UnfitRatio, UnsupportedKind
-from memory_worker.storage.manifest import FileEntry, JobRecord, MemoryShape, SegmentEntry
+from memory_worker.storage.manifest import Document, JobRecord, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]
@@ -62,22 +63,14 @@ class SegmentGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentSource:
-    """A document's text, already durable, waiting to be memorized."""
-
-    id: str
-    source: FileEntry
-
-
-@dataclass(frozen=True, slots=True)
 class MemorizeRequest:
     """To `Memorizer.memorize`: encode the documents' segments into the version's folder."""
 
     key: MemoryKey
-    documents: tuple[DocumentSource, ...]
+    documents: tuple[Document, ...]
     ratio: int
     language: Language  # of the head
-    head: FileEntry | None = None  # of the version that is changed: read and used as it is; none makes and writes one
+    head: StoredFile | None = None  # of the version that is changed: read and used as it is; none makes and writes one
     kind: MemoryKind = "beacon"
 
 
@@ -90,15 +83,6 @@ class MemorizeProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class MemorizedDocument:
-    """One document's segments, all written."""
-
-    id: str
-    characters: int
-    segments: tuple[SegmentEntry, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class MemorizeResult:
     """From `Memorizer.memorize`, last: all that the manifest has to know of the encoding."""
 
@@ -106,8 +90,8 @@ class MemorizeResult:
     fingerprint: str
     shape: MemoryShape
     head_tokens: tuple[int, ...]
-    head: FileEntry
-    documents: tuple[MemorizedDocument, ...]  # in the order of the request
+    head: StoredFile
+    segments: tuple[tuple[SegmentEntry, ...], ...]  # of each document, in the order of the request
 
 
 @dataclass(frozen=True, slots=True)

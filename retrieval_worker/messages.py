@@ -58,18 +58,10 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentText:
-    """A document whose text is already durable, as UTF-8."""
-
-    id: str
-    source: StoredFile
-
-
-@dataclass(frozen=True, slots=True)
 class IndexRequest:
-    """To `Retriever.index`: cut and embed one document into the passage file at `path`."""
+    """To `Retriever.index`: cut and embed a document, whose text is durable, into the passage file at `path`."""
 
-    document: DocumentText
+    source: StoredFile  # the text, UTF-8
     path: str  # relative to the storage root
 
 

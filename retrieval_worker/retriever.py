@@ -78,7 +78,7 @@ class Retriever(ReportsRank):
             yield IndexProgress(finished.passage_count, finished.passage_count)
             yield finished
             return
-        text = await _in(self._storage_threads, self._read_text, request.document.source)
+        text = await _in(self._storage_threads, self._read_text, request.source)
         pieces = await self._cut(text, embedder.max_tokens)
         done, parts = 0, []
         yield IndexProgress(done, len(pieces))
@@ -88,7 +88,7 @@ class Retriever(ReportsRank):
                 raise EmbedderFailed(embedder.model)
             done += len(batch.dense)
             yield IndexProgress(done, len(pieces))
-        write = partial(write_passages, source=request.document.source, embedder=embedder)
+        write = partial(write_passages, source=request.source, embedder=embedder)
         vectors = PassageVectors.join(parts, embedder)
         stored = await _in(self._storage_threads, write, self._storage, request.path, pieces, vectors)
         yield IndexedDocument(stored, len(pieces))
@@ -160,7 +160,7 @@ class Retriever(ReportsRank):
         except DamagedIndex as damage:
             logger.warning("%s is written anew: it %s", request.path, damage.reason)
             return None
-        return IndexedDocument(stored, len(found.passages)) if found.source == request.document.source.digest else None
+        return IndexedDocument(stored, len(found.passages)) if found.source == request.source.digest else None
 
     async def _cut(self, text: str, limit: int) -> list[Piece]:
         """The passages of a text, none with more than `limit` tokens, which is what the embedder reads."""

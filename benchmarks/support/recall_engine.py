@@ -16,7 +16,7 @@ import torch
 from benchmarks.support.own_ray import own_ray
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.recall.application import recall_engine_kwargs
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.storage.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.storage.store import MemoryStore, head_path, segment_path
 
 NAMESPACE = "recalling"
@@ -43,7 +43,7 @@ def store_slots(store: MemoryStore, key: MemoryKey, parts: Sequence[Slots], fing
     shape = MemoryShape(layers=keys.shape[0], kv_heads=keys.shape[1], head_dim=keys.shape[3], dtype=dtype)
     paths = [head_path(key), *(segment_path(key, f"doc{index}", 0, 0) for index in range(1, len(parts)))]
     entries = [store.write_segment(path, shape, [part]) for path, part in zip(paths, parts, strict=True)]
-    nothing = FileEntry.of(store.storage.write(f"{key.path}/nothing", b""))
+    nothing = store.storage.write(f"{key.path}/nothing", b"")
     manifest = Manifest(
         tenant=key.tenant,
         memory=key.memory,

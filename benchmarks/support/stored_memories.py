@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from cluster.storage.durable import StoredFile
 from memory_worker.messages import MemoryKey, SegmentGroup
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, MemoryShape, SegmentEntry, now
+from memory_worker.storage.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.storage.store import MemoryStore, head_path, passages_path, segment_path
 
 SHAPE = MemoryShape(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")
@@ -28,7 +29,7 @@ def random_slots(shape: MemoryShape, slots: int, seed: int) -> tuple[torch.Tenso
     return keys, values
 
 
-def write_segment(store: MemoryStore, path: str, slots: int, seed: int, shape: MemoryShape = SHAPE) -> FileEntry:
+def write_segment(store: MemoryStore, path: str, slots: int, seed: int, shape: MemoryShape = SHAPE) -> StoredFile:
     return store.write_segment(path, shape, [random_slots(shape, slots, seed)])
 
 
@@ -51,13 +52,11 @@ def store_memory(
         passages = store.storage.write(passages_path(key, name), b"passages")
         entries.append(
             DocumentEntry(
-                id=name,
-                characters=4,
-                source=store.write_source(key, name, "text"),
+                **dict(store.write_source(key, name, "text")),
                 segments=tuple(
                     _stored(store, key, name, i, each, shape, file_windows) for i, each in enumerate(seeded)
                 ),
-                passages=FileEntry.of(passages),
+                passages=passages,
                 passage_count=1,
             )
         )

@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import pyarrow as pa
 from pyarrow import fs
+from pydantic import AfterValidator, ConfigDict, Field
 
 from cluster.errors import ExpectedError
 from cluster.storage.files import files_at
@@ -58,11 +59,13 @@ class StorageGone(ExpectedError, OSError):
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """The record of one durable file."""
+    """The record of one durable file. As part of a pydantic model it is checked; storage's own are right by making."""
 
-    path: str  # relative to the storage root, with forward slashes
-    size: int  # bytes
-    digest: str  # SHA-256, hexadecimal
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    path: Annotated[str, AfterValidator(lambda path: check_path(path))]  # relative to the root, with forward slashes
+    size: Annotated[int, Field(ge=0)]  # bytes
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 
 
 def check_path(path: str) -> str:

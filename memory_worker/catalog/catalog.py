@@ -44,7 +44,7 @@ from memory_worker.messages import (
     Reservation,
     TenantUsage,
 )
-from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest, now
+from memory_worker.storage.manifest import Document, JobRecord, Manifest, now
 from memory_worker.storage.store import MemoryStore, check_id
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class Catalog:
         job = JobRecord(
             kind="repair",
             base=manifest.version,
-            documents=tuple(JobDocument(id=d.id, characters=d.characters, source=d.source) for d in damaged),
+            documents=tuple(Document(id=d.id, characters=d.characters, source=d.source) for d in damaged),
             memory_kind=manifest.kind,
             ratio=manifest.ratio,
             language=manifest.language,

@@ -20,11 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import lasting_actor
 from cluster.shared_cache import SharedCache
+from cluster.storage.durable import StoredFile
 from memory_worker.errors import DamagedMemory, MixedMemories
 from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, put_copies
 from memory_worker.keeper.tier_metrics import TierMetrics
 from memory_worker.messages import MemoryKey, SegmentGroup
-from memory_worker.storage.manifest import FileEntry, Manifest, MemoryShape, SegmentEntry
+from memory_worker.storage.manifest import Manifest, MemoryShape, SegmentEntry
 from memory_worker.storage.store import MemoryStore
 
 NAMESPACE = "memorag"
@@ -174,7 +175,7 @@ class MemoryKeeper:
         return await self._manifests.get(key, read)
 
     async def _hold(
-        self, group: str, wanted: list[tuple[MemoryKey, FileEntry]], held: contextlib.ExitStack
+        self, group: str, wanted: list[tuple[MemoryKey, StoredFile]], held: contextlib.ExitStack
     ) -> list[_KeptFile]:
         """These files of a group, each counted as read until `held` closes; missing ones are loaded together."""
 
@@ -183,11 +184,11 @@ class MemoryKeeper:
             held.callback(_release, file)
             return file
 
-        async def load_once(key: MemoryKey, file: FileEntry) -> _KeptFile:
+        async def load_once(key: MemoryKey, file: StoredFile) -> _KeptFile:
             return hold(await self._loading.get(file, partial(self._load, group, key, file)))
 
-        found: dict[FileEntry, _KeptFile | BaseException] = {}
-        missing: dict[FileEntry, MemoryKey] = {}
+        found: dict[StoredFile, _KeptFile | BaseException] = {}
+        missing: dict[StoredFile, MemoryKey] = {}
         for key, file in wanted:
             if kept := self._files.get((key.tenant, file.digest)):
                 self._files.move_to_end((key.tenant, file.digest))
@@ -206,7 +207,7 @@ class MemoryKeeper:
             files.append(result)
         return files
 
-    async def _load(self, group: str, key: MemoryKey, file: FileEntry) -> _KeptFile:
+    async def _load(self, group: str, key: MemoryKey, file: StoredFile) -> _KeptFile:
         async with self._turn(key):
             self._evict(file.size)
             self._bytes += file.size  # while it is read, so that loads at the same time share the budget
@@ -235,7 +236,7 @@ class MemoryKeeper:
         held, arrays = fetched
         return replace(held, chunks=await self._in_thread(partial(put_copies, arrays)))
 
-    def _read(self, file: FileEntry) -> HeldFile:
+    def _read(self, file: StoredFile) -> HeldFile:
         segment = self._store.read_segment(file)
         chunks, slots = [], []
         for chunk in segment.chunks(self._chunk_bytes):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.planning.costs import MemoryKind
-from cluster.storage.durable import DamagedFile
+from cluster.storage.durable import DamagedFile, StoredFile
 from memory_worker.errors import DamagedMemory
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import FileEntry, MemoryShape, SegmentEntry
+from memory_worker.storage.manifest import MemoryShape, SegmentEntry
 from memory_worker.storage.segments import Segment
 from memory_worker.storage.store import MemoryStore, checkpoint_path, head_path, segment_path
 
@@ -93,7 +93,7 @@ class Checkpoint(_Part):
     """`checkpoint.json`: all that it names is written."""
 
     plan: JobPlan
-    head: FileEntry
+    head: StoredFile
     segments: tuple[SegmentEntry, ...]  # in the plan's order; the last may lack its later windows
 
 
@@ -101,13 +101,13 @@ class Checkpoint(_Part):
 class Begun:
     """What a job starts from: its head, and what an earlier attempt has written."""
 
-    head: FileEntry
+    head: StoredFile
     head_slots: "Slots"
     segments: tuple[SegmentEntry, ...] = ()
     unfinished: "Slots | None" = None  # slots of the last of `segments`, if windows are missing from it
 
 
-def find_begun(store: MemoryStore, key: MemoryKey, plan: JobPlan, head: FileEntry | None) -> Begun | None:
+def find_begun(store: MemoryStore, key: MemoryKey, plan: JobPlan, head: StoredFile | None) -> Begun | None:
     """What an earlier attempt at `plan` has written, every file verified; `head` is the one it must have been given.
 
     None if there is nothing to go on from; where there is a checkpoint, the reason is logged.

@@ -26,10 +26,8 @@ from memory_worker.memorize.checkpoint import (
 from memory_worker.memorize.kinds.encoder import Encoder, encoders
 from memory_worker.memorize.ranks import Ranks, load_model, rank_share, replica_options
 from memory_worker.messages import (
-    DocumentSource,
     KindDescription,
     Language,
-    MemorizedDocument,
     MemorizeProgress,
     MemorizerDescription,
     MemorizeRequest,
@@ -37,7 +35,7 @@ from memory_worker.messages import (
 )
 from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.models.prompts import head_tokens
-from memory_worker.storage.manifest import MemoryShape
+from memory_worker.storage.manifest import Document, MemoryShape
 from memory_worker.storage.store import MemoryStore, head_path
 
 if TYPE_CHECKING:
@@ -153,10 +151,8 @@ class Memorizer:
             checkpoint_windows=encoder.checkpoint_windows or memorize.checkpoint_windows,
             segment_tokens=self._segment_tokens(encoder.window, request.ratio, len(head)),
             documents=tuple(
-                PlannedDocument(
-                    id=text.id, tokens=len(text.tokens), digest=hashlib.sha256(text.tokens.tobytes()).hexdigest()
-                )
-                for text in texts
+                PlannedDocument(id=document.id, tokens=len(tokens), digest=hashlib.sha256(tokens.tobytes()).hexdigest())
+                for document, tokens in zip(request.documents, texts, strict=True)
             ),
         )
         start = find_begun(self._store, request.key, plan, request.head)
@@ -175,12 +171,13 @@ class Memorizer:
         wanted = self._config.memorize.segment_tokens
         return window * (fitting if wanted is None else max(1, min(fitting, wanted // window)))
 
-    def _read_text(self, document: DocumentSource) -> "_Text":
-        text = self._store.storage.read(document.source.stored).to_pybytes().decode()
+    def _read_text(self, document: Document) -> npt.NDArray[np.int32]:
+        """The document's tokens."""
+        text = self._store.storage.read(document.source).to_pybytes().decode()
         tokens = np.concatenate([np.array(self._encode(piece), np.int32) for piece in _pieces(text)])
         if not len(tokens):
             raise EmptyDocument(document.id)
-        return _Text(document.id, len(text), tokens)
+        return tokens
 
     def _encode(self, text: str) -> list[int]:
         """What looks like a special token in a text is read as plain characters."""
@@ -203,7 +200,7 @@ class Memorizer:
         if start.unfinished is not None:
             memories[0] = Slots.concat([start.head_slots, start.unfinished])
         for group in self._encoders[plan.kind].encode(
-            [torch.from_numpy(job.texts[s.document].tokens[s.start : s.end]) for s in segments.remaining],
+            [torch.from_numpy(job.texts[s.document][s.start : s.end]) for s in segments.remaining],
             ratio=plan.ratio,
             language=job.request.language,
             memory=memories,
@@ -220,10 +217,7 @@ class Memorizer:
             shape=plan.shape,
             head_tokens=plan.head_tokens,
             head=start.head,
-            documents=tuple(
-                MemorizedDocument(text.id, text.characters, entries)
-                for text, entries in zip(job.texts, segments.by_document(), strict=True)
-            ),
+            segments=tuple(segments.by_document()),
         )
 
     def _with_new_head(self, job: "_Job") -> Begun:
@@ -237,21 +231,12 @@ class Memorizer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Text:
-    """A document on its way into segments."""
-
-    id: str
-    characters: int
-    tokens: npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """A request with what was read for it."""
 
     request: MemorizeRequest
     plan: JobPlan
-    texts: tuple[_Text, ...]
+    texts: tuple[npt.NDArray[np.int32], ...]  # tokens of each of its documents
     start: Begun | None  # none where the head is still to be encoded
 
 

@@ -2,12 +2,12 @@
 
 import uuid
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.planning.costs import MemoryKind
-from cluster.storage.durable import StoredFile, check_path
+from cluster.storage.durable import StoredFile
 
 FORMAT = 3
 
@@ -23,30 +23,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class FileEntry(_Part):
-    """A durable file of this version, or of an earlier one that this version still uses."""
-
-    path: Annotated[str, AfterValidator(check_path)]  # relative to the storage root
-    size: int = Field(ge=0)  # bytes
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$")  # SHA-256
-
-    @classmethod
-    def of(cls, file: StoredFile) -> "FileEntry":
-        """The entry of a file that storage has just written."""
-        return cls(path=file.path, size=file.size, digest=file.digest)
-
-    @property
-    def stored(self) -> StoredFile:
-        """The record that storage verifies it by."""
-        return StoredFile(self.path, self.size, self.digest)
-
-
-class JobDocument(_Part):
-    """One document to memorize: its text is already durable."""
+class Document(_Part):
+    """One document of a memory, ready or to be made: its text is durable."""
 
     id: str
-    characters: int
-    source: FileEntry
+    characters: int = Field(ge=0)
+    source: StoredFile
 
 
 class JobRecord(_Part):
@@ -58,7 +40,7 @@ class JobRecord(_Part):
     id: str = Field(default_factory=lambda: uuid.uuid4().hex, description="tells a repeated call from a second job")
     kind: Literal["create", "put", "repair"] = "create"
     base: str | None = Field(None, description="the version that is changed; none when a memory is created")
-    documents: tuple[JobDocument, ...]
+    documents: tuple[Document, ...]
     memory_kind: MemoryKind = "beacon"
     ratio: int
     language: str
@@ -77,18 +59,15 @@ class SegmentEntry(_Part):
 
     tokens: int = Field(gt=0)
     slots: int = Field(gt=0)
-    files: tuple[FileEntry, ...]  # in slot order, whole windows each
+    files: tuple[StoredFile, ...]  # in slot order, whole windows each
     dropped: float = Field(0.0, ge=0, le=1, description="share of its pairs' scores that was dropped")
 
 
-class DocumentEntry(_Part):
-    """One document of the memory."""
+class DocumentEntry(Document):
+    """One document of a ready memory."""
 
-    id: str
-    characters: int = Field(ge=0)
-    source: FileEntry
     segments: tuple[SegmentEntry, ...]
-    passages: FileEntry
+    passages: StoredFile
     passage_count: int = Field(ge=0)
 
     @property
@@ -100,7 +79,7 @@ class DocumentEntry(_Part):
         return sum(segment.slots for segment in self.segments)
 
     @property
-    def files(self) -> tuple[FileEntry, ...]:
+    def files(self) -> tuple[StoredFile, ...]:
         """All that is stored of it."""
         return self.source, self.passages, *(file for segment in self.segments for file in segment.files)
 
@@ -137,7 +116,7 @@ class Manifest(_Part):
     language: str
     shape: MemoryShape
     head_tokens: tuple[int, ...] = Field(description="token ids of the head")
-    head: FileEntry  # the head's segment
+    head: StoredFile  # the head's segment
     documents: tuple[DocumentEntry, ...]
 
     @property
@@ -146,7 +125,7 @@ class Manifest(_Part):
         return tuple(segment for document in self.documents for segment in document.segments)
 
     @property
-    def files(self) -> tuple[FileEntry, ...]:
+    def files(self) -> tuple[StoredFile, ...]:
         """Everything but the manifest that the version is made of, wherever it lies."""
         return self.head, *(file for document in self.documents for file in document.files)
 

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from cluster.storage.durable import Storage
+from cluster.storage.durable import Storage, StoredFile
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import FORMAT, FileEntry, JobRecord, Manifest, MemoryShape
+from memory_worker.storage.manifest import FORMAT, Document, JobRecord, Manifest, MemoryShape
 from memory_worker.storage.segments import Segment, write_slots
 
 if TYPE_CHECKING:
@@ -174,21 +174,22 @@ class MemoryStore:
         self.publish(manifest)
         return True
 
-    def write_source(self, key: MemoryKey, document: str, text: str) -> FileEntry:
+    def write_source(self, key: MemoryKey, document: str, text: str) -> Document:
         """Keeps the document's text."""
-        return FileEntry.of(self.storage.write(source_path(key, document), text.encode()))
+        source = self.storage.write(source_path(key, document), text.encode())
+        return Document(id=document, characters=len(text), source=source)
 
     def write_segment(
         self, path: str, shape: MemoryShape, parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]"
-    ) -> FileEntry:
+    ) -> StoredFile:
         """Keeps these keys and values, as `segments.write_slots` takes them, under `path`."""
         with self.storage.writer(path) as sink:
             write_slots(sink, shape, parts)
-        return FileEntry.of(sink.stored)
+        return sink.stored
 
-    def read_segment(self, file: FileEntry) -> Segment:
+    def read_segment(self, file: StoredFile) -> Segment:
         """Its windows, memory-mapped where the storage is local. Raises `DamagedFile` (or its `DamagedMemory`)."""
-        return Segment(self.storage.read(file.stored), file.path)
+        return Segment(self.storage.read(file), file.path)
 
     def begin(self, key: MemoryKey, job: JobRecord) -> None:
         """Records that the version is being made."""

@@ -9,10 +9,10 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO
 
-from cluster.storage.durable import DamagedFile, Storage
+from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import InvalidId
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
+from memory_worker.storage.manifest import DocumentEntry, Manifest, now
 from memory_worker.storage.store import head_path, open_manifest, passages_path, seal, segment_path, source_path
 from serving.errors import ProblemError
 
@@ -30,7 +30,7 @@ def pack(storage: Storage, manifest: Manifest) -> Iterator[bytes]:
     sealed = seal(manifest)
     yield _header(_MANIFEST, len(sealed)) + sealed + _pad(len(sealed))
     for file in {file.digest: file for file in manifest.files}.values():
-        content = memoryview(storage.read(file.stored))
+        content = memoryview(storage.read(file))
         yield _header(file.digest, file.size)
         for start in range(0, file.size, _PIECE_BYTES):
             yield bytes(content[start : start + _PIECE_BYTES])
@@ -94,9 +94,9 @@ class Archive:
             }
         )
 
-    def _store(self, storage: Storage, file: FileEntry, path: str) -> FileEntry:
+    def _store(self, storage: Storage, file: StoredFile, path: str) -> StoredFile:
         content = self._open(file.digest)
-        stored = FileEntry.of(storage.write(path, iter(lambda: content.read(_PIECE_BYTES), b"")))
+        stored = storage.write(path, iter(lambda: content.read(_PIECE_BYTES), b""))
         if (stored.size, stored.digest) != (file.size, file.digest):
             raise _refused(f"its file for {file.path} does not match its SHA-256")
         return stored

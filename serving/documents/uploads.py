@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import IO, NamedTuple
 
 from cluster.storage.durable import Storage
-from memory_worker.storage.manifest import FileEntry, JobDocument
+from memory_worker.storage.manifest import Document
 from serving.config import ConvertConfig
 from serving.documents.convert import is_plain, read_document_file
 from serving.errors import NoText, NotUtf8, ProblemError
@@ -26,7 +26,7 @@ _SAMPLE_CHARACTERS = 12_000
 class StoredText(NamedTuple):
     """A document whose text is durable, with its beginning, which its language is detected by."""
 
-    document: JobDocument
+    document: Document
     sample: str
 
 
@@ -38,8 +38,8 @@ def store_text(storage: Storage, path: str, id: str, text: str) -> StoredText:
         data = text.encode()
     except UnicodeEncodeError:
         raise ProblemError(422, f"document {id!r} has half a surrogate pair; send valid Unicode") from None
-    stored = FileEntry.of(storage.write(path, data))
-    return StoredText(JobDocument(id=id, characters=len(text), source=stored), text[:_SAMPLE_CHARACTERS])
+    stored = storage.write(path, data)
+    return StoredText(Document(id=id, characters=len(text), source=stored), text[:_SAMPLE_CHARACTERS])
 
 
 def store_file(storage: Storage, path: str, id: str, name: str, file: IO[bytes], limits: ConvertConfig) -> StoredText:
@@ -58,7 +58,7 @@ def store_file(storage: Storage, path: str, id: str, name: str, file: IO[bytes],
             sink.write(piece)
         if reading.blank:
             raise NoText(f"{name!r} holds no text but white space; send a file that has some")
-    document = JobDocument(id=id, characters=reading.characters, source=FileEntry.of(sink.stored))
+    document = Document(id=id, characters=reading.characters, source=sink.stored)
     return StoredText(document, reading.sample)
 
 

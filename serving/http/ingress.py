@@ -16,9 +16,9 @@ from ray.serve.handle import DeploymentHandle
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from cluster.planning.costs import MemoryKind
-from cluster.storage.durable import Storage
+from cluster.storage.durable import Storage, StoredFile
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import FileEntry, Manifest
+from memory_worker.storage.manifest import Manifest
 from serving import api
 from serving.config import Profile
 from serving.documents.archive import MEDIA_TYPE, pack
@@ -185,8 +185,8 @@ def _add_document_routes(app: FastAPI) -> None:
     @app.get("/v1/memories/{memory}/documents/{document}", response_class=PlainTextResponse)
     async def get_document(request: Request, tenant: Tenant, memory: MemoryId, document: str) -> PlainTextResponse:
         """The text of a document; every offset in answers counts its characters."""
-        source: FileEntry = await _router(request).source.remote(tenant, memory, document)
-        text = await asyncio.to_thread(_storage(request).read, source.stored)
+        source: StoredFile = await _router(request).source.remote(tenant, memory, document)
+        text = await asyncio.to_thread(_storage(request).read, source)
         return PlainTextResponse(text.to_pybytes())
 
     @app.put("/v1/memories/{memory}/documents/{document}", status_code=202, openapi_extra=_PUT_BODY)

@@ -127,7 +127,7 @@ class Stages:
 
     async def memorize(self, seconds: float) -> "Busy":
         """The Memorizer alone on the whole text: reading it and writing its slots included."""
-        from memory_worker.messages import DocumentSource, MemorizeRequest, MemorizeResult
+        from memory_worker.messages import MemorizeRequest, MemorizeResult
         from memory_worker.storage.store import MemoryStore
 
         store = MemoryStore(self.storage_root)
@@ -135,7 +135,7 @@ class Stages:
 
         async def once(number: int) -> None:
             key = store.new_version(_TENANT, self.manifest.memory)
-            source = DocumentSource("text", store.write_source(key, "text", self.text))
+            source = store.write_source(key, "text", self.text)
             request = MemorizeRequest(key, (source,), self.manifest.ratio, "en", kind=self.manifest.kind)
             steps = [step async for step in memorize.remote(request)]
             if not isinstance(steps[-1], MemorizeResult):

@@ -20,18 +20,16 @@ from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import JobEnded
 from memory_worker.messages import (
-    DocumentSource,
     Job,
     Language,
-    MemorizedDocument,
     MemorizeProgress,
     MemorizeRequest,
     MemorizeResult,
     MemoryKey,
 )
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, JobDocument, Manifest, now
+from memory_worker.storage.manifest import Document, DocumentEntry, Manifest, now
 from memory_worker.storage.store import passages_path
-from retrieval_worker.messages import DocumentText, IndexedDocument, IndexProgress, IndexRequest
+from retrieval_worker.messages import IndexedDocument, IndexProgress, IndexRequest
 from serving.errors import is_unavailable, problem_for
 from serving.router.usage_metrics import UsageMetrics
 
@@ -133,7 +131,7 @@ class Jobs:
         record = job.record
         request = MemorizeRequest(
             key=job.key,
-            documents=tuple(DocumentSource(d.id, d.source) for d in record.documents),
+            documents=record.documents,
             ratio=record.ratio,
             language=language_of(record.language),
             # A repair may be one of the head itself: it is made anew, and is the same again.
@@ -154,8 +152,8 @@ class Jobs:
     async def _index(self, job: Job, report: "_Report") -> list[IndexedDocument]:
         return [await self._index_one(job, document, report) for document in job.record.documents]
 
-    async def _index_one(self, job: Job, document: JobDocument, report: "_Report") -> IndexedDocument:
-        request = IndexRequest(DocumentText(document.id, document.source.stored), passages_path(job.key, document.id))
+    async def _index_one(self, job: Job, document: Document, report: "_Report") -> IndexedDocument:
+        request = IndexRequest(document.source, passages_path(job.key, document.id))
         response = self._retriever.options(stream=True).index.remote(request)
         try:
             async for item in response:
@@ -185,12 +183,12 @@ class _Report:
         self._done, self._total = progress.done_tokens, progress.total_tokens
         await self._send()
 
-    async def note_indexed(self, document: JobDocument, progress: IndexProgress) -> None:
+    async def note_indexed(self, document: Document, progress: IndexProgress) -> None:
         share = progress.done_passages / max(1, progress.total_passages)
         self._share = (self._indexed + document.characters * share) / self._characters
         await self._send()
 
-    def note_indexed_whole(self, document: JobDocument) -> None:
+    def note_indexed_whole(self, document: Document) -> None:
         self._indexed += document.characters
         self._share = self._indexed / self._characters
 
@@ -214,8 +212,10 @@ def _manifest(job: Job, base: Manifest | None, encoded: MemorizeResult, indexed:
     """The base's documents, those that were made again in their place, new ones behind them."""
     record = job.record
     made = {
-        document.id: _entry(document, memorized, passages)
-        for document, memorized, passages in zip(record.documents, encoded.documents, indexed, strict=True)
+        document.id: DocumentEntry(
+            **dict(document), segments=segments, passages=passages.passages, passage_count=passages.passage_count
+        )
+        for document, segments, passages in zip(record.documents, encoded.segments, indexed, strict=True)
     }
     documents = {entry.id: entry for entry in base.documents} if base else {}
     return Manifest(
@@ -235,15 +235,4 @@ def _manifest(job: Job, base: Manifest | None, encoded: MemorizeResult, indexed:
         head_tokens=encoded.head_tokens,
         head=encoded.head,
         documents=tuple((documents | made).values()),
-    )
-
-
-def _entry(document: JobDocument, memorized: MemorizedDocument, indexed: IndexedDocument) -> DocumentEntry:
-    return DocumentEntry(
-        id=document.id,
-        characters=memorized.characters,
-        source=document.source,
-        segments=memorized.segments,
-        passages=FileEntry.of(indexed.passages),
-        passage_count=indexed.passage_count,
     )

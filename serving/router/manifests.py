@@ -11,7 +11,7 @@ from serving import api
 def index_of(manifests: Sequence[Manifest]) -> Index:
     """The passages of these versions, under a name made of theirs: the Retriever knows it while it has them open."""
     parts = (
-        IndexPart(manifest.memory, document.id, document.passages.stored)
+        IndexPart(manifest.memory, document.id, document.passages)
         for manifest in manifests
         for document in manifest.documents
     )

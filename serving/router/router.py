@@ -9,10 +9,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.planning.costs import MemoryKind
+from cluster.storage.durable import StoredFile
 from memory_worker.catalog.actor import catalog
 from memory_worker.errors import NoJob
 from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, ReadLease, Reservation, SegmentGroup
-from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.storage.manifest import Document, JobRecord, Manifest
 from memory_worker.storage.store import check_id, new_request
 from serving import api
 from serving.config import Profile
@@ -125,7 +126,7 @@ class Router(KeyedAnswers):
     async def create(
         self,
         key: MemoryKey,
-        documents: Sequence[JobDocument],
+        documents: Sequence[Document],
         *,
         language: str,
         title: str | None,
@@ -144,7 +145,7 @@ class Router(KeyedAnswers):
         )
         return await self._show(await self._catalog.begin.remote(key, job))
 
-    async def change(self, reserved: Reservation, document: JobDocument) -> api.MemoryOut:
+    async def change(self, reserved: Reservation, document: Document) -> api.MemoryOut:
         """Begins to add or replace a document whose text is in storage; the present version is asked until then."""
         base = await self._base(reserved)
         job = JobRecord(
@@ -204,7 +205,7 @@ class Router(KeyedAnswers):
         """Keeps a version that is read for long from being deleted."""
         await self._catalog.hold.remote(key)
 
-    async def source(self, tenant: str, memory: str, document: str) -> FileEntry:
+    async def source(self, tenant: str, memory: str, document: str) -> StoredFile:
         """The file with the text of one document, that all offsets count in; it stays for the retention's grace."""
         manifest = await self._read(tenant, memory)
         for entry in manifest.documents:

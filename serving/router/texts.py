@@ -23,6 +23,6 @@ class Texts:
         sources = []
         for manifest in manifests:
             for document in manifest.documents:
-                text = bytes(storage.read(document.source.stored)).decode()
+                text = bytes(storage.read(document.source)).decode()
                 sources.append(Source(text))
         return tuple(sources)

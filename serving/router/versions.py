@@ -22,7 +22,7 @@ from memory_worker.storage.store import MemoryStore
 from retrieval_worker.messages import Index
 from serving.router.manifests import index_of
 
-_DOCUMENT_BYTES, _FILE_BYTES = 3500, 800  # of RAM, for each in a manifest and what is derived from it; a test measures
+_DOCUMENT_BYTES, _FILE_BYTES = 1800, 300  # of RAM, for each in a manifest and what is derived from it; a test measures
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from retrieval_worker.config import EmbedderConfig, IndexConfig, PassageConfig, 
 from retrieval_worker.errors import DamagedIndex, EmbedderFailed
 from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import (
-    DocumentText,
     Embeddings,
     EvidenceRequest,
     Index,
@@ -53,7 +52,7 @@ def retriever(storage, local_ray):
 async def add(retriever, storage, version: str, name: str, text: str) -> tuple[IndexPart, int, list[IndexProgress]]:
     """Indexes `text` as a document of `<tenant>/<memory>/<version>`; with it the number of its passages."""
     source = storage.write(f"{version}/source/{name}.txt", text.encode())
-    request = IndexRequest(DocumentText(name, source), f"{version}/passages/{name}.safetensors")
+    request = IndexRequest(source, f"{version}/passages/{name}.safetensors")
     *progress, done = [item async for item in retriever.options(stream=True).index.remote(request)]
     assert isinstance(done, IndexedDocument)
     return IndexPart(version.split("/")[1], name, done.passages), done.passage_count, progress
@@ -249,7 +248,7 @@ async def test_a_text_that_cannot_be_read_is_named(retriever, storage, harm):
         path.write_bytes(path.read_bytes().replace(b"noon", b"moon"))
     elif harm == "delete":
         path.unlink()
-    request = IndexRequest(DocumentText("d", source), f"t/m/text-{harm}/passages/d.safetensors")
+    request = IndexRequest(source, f"t/m/text-{harm}/passages/d.safetensors")
     with pytest.raises(DamagedFile, match=rf"text-{harm}/source/d\.txt"):
         [item async for item in retriever.options(stream=True).index.remote(request)]
     assert not storage.exists(request.path)
@@ -277,7 +276,7 @@ async def test_vectors_that_are_not_finite_are_not_written(storage):
     source = storage.write("t/m/nan/source/d.txt", ENGLISH.encode())
     broken = Retriever(CONFIG, storage.root, _BrokenEmbedder())
     with pytest.raises(EmbedderFailed, match=r"made-up.*dtype") as caught:
-        [item async for item in broken.index(IndexRequest(DocumentText("d", source), "t/m/nan/passages/d.safetensors"))]
+        [item async for item in broken.index(IndexRequest(source, "t/m/nan/passages/d.safetensors"))]
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
     assert not storage.exists("t/m/nan/passages/d.safetensors")
 

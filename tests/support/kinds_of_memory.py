@@ -11,8 +11,8 @@ from cluster.config import EngineConfig
 from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.memorize.memorizer import Memorizer
-from memory_worker.messages import DocumentSource, MemorizeRequest, MemorizeResult, MemoryKey
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
+from memory_worker.messages import MemorizeRequest, MemorizeResult, MemoryKey
+from memory_worker.storage.manifest import DocumentEntry, Manifest, now
 from memory_worker.storage.store import MemoryStore
 from tests.support.memorizing import steps_until
 
@@ -51,14 +51,14 @@ def stock_model(folder: Path) -> Path:
 def request_for(store: MemoryStore, memory: str, kind: MemoryKind, texts: dict[str, str]) -> MemorizeRequest:
     """To make a new version of `texts`, which are written."""
     key = store.new_version("acme", memory)
-    documents = tuple(DocumentSource(name, store.write_source(key, name, text)) for name, text in texts.items())
+    documents = tuple(store.write_source(key, name, text) for name, text in texts.items())
     return MemorizeRequest(key, documents, RATIOS[kind], "en", kind=kind)
 
 
 def manifest_of(store: MemoryStore, request: MemorizeRequest, result: MemorizeResult) -> Manifest:
     """The published manifest of what was made; it has no passages."""
     key: MemoryKey = request.key
-    nothing = FileEntry.of(store.storage.write(f"{key.path}/nothing", b""))
+    nothing = store.storage.write(f"{key.path}/nothing", b"")
     manifest = Manifest(
         tenant=key.tenant,
         memory=key.memory,
@@ -74,14 +74,12 @@ def manifest_of(store: MemoryStore, request: MemorizeRequest, result: MemorizeRe
         head=result.head,
         documents=tuple(
             DocumentEntry(
-                id=made.id,
-                characters=made.characters,
-                source=source.source,
-                segments=made.segments,
+                **dict(document),
+                segments=segments,
                 passages=nothing,
                 passage_count=0,
             )
-            for made, source in zip(result.documents, request.documents, strict=True)
+            for document, segments in zip(request.documents, result.segments, strict=True)
         ),
     )
     store.publish(manifest)

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from cluster.storage.durable import Storage
+from cluster.storage.durable import Storage, StoredFile
 from memory_worker.messages import Job, MemoryKey
 from memory_worker.storage.manifest import (
+    Document,
     DocumentEntry,
-    FileEntry,
-    JobDocument,
     JobRecord,
     Manifest,
     MemoryShape,
@@ -26,8 +25,8 @@ def memory(
 ) -> Manifest:
     """A version whose files are in `storage`; what they hold is of no kind that a worker reads."""
 
-    def kept(path: str, text: str) -> FileEntry:
-        return FileEntry.of(storage.write(path, text.encode()))
+    def kept(path: str, text: str) -> StoredFile:
+        return storage.write(path, text.encode())
 
     def document(id: str) -> DocumentEntry:
         parts = tuple(kept(segment_path(key, id, 0, window), f"slots {window} of {id}") for window in (0, 64))
@@ -62,7 +61,7 @@ def memory(
 def job(key: MemoryKey, base: Manifest | None = None, documents: Sequence[str] = ("a",), **fields) -> Job:
     """A job of `key`, as the catalog gives it."""
     entries = tuple(
-        JobDocument(id=id, characters=10, source=FileEntry(path=source_path(key, id), size=10, digest="0" * 64))
+        Document(id=id, characters=10, source=StoredFile(path=source_path(key, id), size=10, digest="0" * 64))
         for id in documents
     )
     kind = "put" if base else "create"

@@ -11,8 +11,8 @@ from typing import Any
 from cluster.config import EngineConfig
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.memorize.memorizer import Memorizer
-from memory_worker.messages import DocumentSource, MemorizeProgress, MemorizeRequest, MemorizeResult, MemoryKey
-from memory_worker.storage.manifest import FileEntry
+from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult, MemoryKey
+from memory_worker.storage.manifest import Document
 from memory_worker.storage.store import MemoryStore, source_path
 
 # In windows of 512 tokens: less than one, some and a rest, next to nothing, several segments, exactly one, a rest.
@@ -38,7 +38,8 @@ def stored_request(store: MemoryStore, key: MemoryKey, ratio: int = 8) -> Memori
     for name, text in TEXTS.items():
         if not store.storage.exists(source_path(key, name)):
             store.write_source(key, name, text)
-        documents.append(DocumentSource(name, FileEntry.of(store.storage.record(source_path(key, name)))))
+        source = store.storage.record(source_path(key, name))
+        documents.append(Document(id=name, characters=len(text), source=source))
     return MemorizeRequest(key, tuple(documents), ratio, "en")
 
 
@@ -58,7 +59,7 @@ async def steps_until(
 def files_of(result: MemorizeResult | MemorizeProgress, key: MemoryKey) -> list[tuple[str, int, str]]:
     """Name within the version, size and digest of every file, in order."""
     assert isinstance(result, MemorizeResult)
-    files = [result.head, *(f for d in result.documents for segment in d.segments for f in segment.files)]
+    files = [result.head, *(f for segments in result.segments for segment in segments for f in segment.files)]
     return [(file.path.removeprefix(key.path), file.size, file.digest) for file in files]
 
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from benchmarks.support.stored_memories import store_memory
-from cluster.storage.durable import StorageFull
+from cluster.storage.durable import StorageFull, StoredFile
 from memory_worker.catalog.actor import catalog
 from memory_worker.catalog.catalog import Catalog
 from memory_worker.catalog.quotas import Quota, QuotasConfig
@@ -31,7 +31,7 @@ from memory_worker.errors import (
     VersionChanged,
 )
 from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord, Reservation
-from memory_worker.storage.manifest import FileEntry, JobDocument, JobRecord, Manifest
+from memory_worker.storage.manifest import Document, JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore, new_request, source_path
 from tests.support.killed_actors import kill_and_await_restart
 from tests.support.waiting import wait_until
@@ -62,11 +62,11 @@ def memories(started: Any) -> Any:
 
 
 def job(*documents: str, title: str | None = None, base: str | None = None) -> JobRecord:
-    source = FileEntry(path="acme/book/v000001-00000000/source/one.txt", size=4, digest="0" * 64)
+    source = StoredFile(path="acme/book/v000001-00000000/source/one.txt", size=4, digest="0" * 64)
     return JobRecord(
         kind="put" if base else "create",
         base=base,
-        documents=tuple(JobDocument(id=d, characters=4, source=source) for d in documents or ("one",)),
+        documents=tuple(Document(id=d, characters=4, source=source) for d in documents or ("one",)),
         ratio=4,
         language="en",
         title=title,
@@ -320,12 +320,12 @@ async def test_old_versions_go_after_a_grace_and_never_under_a_reader(started: A
     for _ in range(18):  # someone reads the first version for longer than the grace
         await memories.hold.remote(first)
         for file in manifest.files:
-            store.storage.read(file.stored)
+            store.storage.read(file)
         await asyncio.sleep(0.25)
     await asyncio.to_thread(wait_until, lambda: store.versions("acme", "book") == [third.version])
     assert (await memories.read.remote("acme", "book")).key.version == third.version
     for file in third.files:
-        store.storage.read(file.stored)
+        store.storage.read(file)
     assert not any("one" in path.rpartition("/")[2] for path in store.storage.files("acme")), "deleted text is gone"
     assert second.version in store.all_versions("acme", "book"), "its files of the second document are still used"
 
@@ -585,7 +585,7 @@ async def test_what_a_worker_writes_after_its_memory_is_deleted_is_collected(
     memories = started(grace_s=0.1)
     key = await begin(memories, "book")
     await memories.delete.remote("acme", "book")
-    late = tmp_path / store.write_source(key, "one", "its Memorizer does not know yet").path
+    late = tmp_path / store.write_source(key, "one", "its Memorizer does not know yet").source.path
     assert late.exists()
     while late.exists():
         assert await memories.take.remote("runner", 0.1) is None

@@ -70,8 +70,8 @@ async def test_a_job_given_up_after_any_group_goes_on_to_the_same_files(
     *progress, result = await steps_until(memorizer, whole)
     expected = files_of(result, whole.key)
     assert isinstance(result, MemorizeResult)
-    assert [len(d.segments) for d in result.documents] == [1, 1, 1, 3, 1]
-    ends = set(accumulate(segment.tokens for d in result.documents for segment in d.segments))
+    assert [len(segments) for segments in result.segments] == [1, 1, 1, 3, 1]
+    ends = set(accumulate(segment.tokens for segments in result.segments for segment in segments))
     resumed_at = set()
     for stop in range(1, len(progress) + 1):
         request = new_request(store)
@@ -254,8 +254,8 @@ def _damage(store: MemoryStore, request: MemorizeRequest, what: str) -> None:
 
 def other_text(store: MemoryStore, request: MemorizeRequest) -> MemorizeRequest:
     """The first document's text replaced."""
-    source = store.write_source(request.key, "short", TEXTS["short"].replace("noon", "dusk"))
-    return replace(request, documents=(replace(request.documents[0], source=source), *request.documents[1:]))
+    other = store.write_source(request.key, "short", TEXTS["short"].replace("noon", "dusk"))
+    return replace(request, documents=(other, *request.documents[1:]))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,6 @@ async def test_what_is_pending_is_bounded_by_the_interval(model: Path, store: Me
         if isinstance(step, MemorizeProgress):
             assert step.done_tokens - tokens_in(read_checkpoint(store, request)) <= 2 * 512
         else:
-            files = [f for d in step.documents for segment in d.segments for f in segment.files]
+            files = [f for segments in step.segments for segment in segments for f in segment.files]
             assert max(store.read_segment(file).slots for file in files) <= 2 * 512 // request.ratio
-            assert max(segment.tokens for d in step.documents for segment in d.segments) == SEGMENT_TOKENS
+            assert max(segment.tokens for segments in step.segments for segment in segments) == SEGMENT_TOKENS

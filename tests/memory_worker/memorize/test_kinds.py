@@ -82,10 +82,10 @@ async def test_a_text_becomes_segments_of_its_kind(
     described = (await memorizer.describe()).kinds[kind]
     assert result.fingerprint == fingerprint_of(kind, memorizer._description.fingerprint)
     counts = {name: len(memorizer._encode(text)) for name, text in TEXTS.items()}
-    for document in result.documents:
-        assert sum(segment.tokens for segment in document.segments) == counts[document.id]
-        assert all(segment.tokens % described.window == 0 for segment in document.segments[:-1])
-        for segment in document.segments:
+    for count, segments in zip(counts.values(), result.segments, strict=True):
+        assert sum(segment.tokens for segment in segments) == count
+        assert all(segment.tokens % described.window == 0 for segment in segments[:-1])
+        for segment in segments:
             files = [store.read_segment(file) for file in segment.files]
             assert {file.shape for file in files} == {result.shape}
             assert segment.slots == sum(file.slots for file in files)
@@ -94,7 +94,7 @@ async def test_a_text_becomes_segments_of_its_kind(
                 assert 0 < segment.slots <= windows * GIST_WINDOW // request.ratio
             else:
                 assert segment.slots == -(-segment.tokens // request.ratio)
-    assert len(result.documents[0].segments) > 1
+    assert len(result.segments[0]) > 1
     assert [step.done_tokens for step in progress] == sorted({step.done_tokens for step in progress})
     assert progress[0].done_tokens == 0 and progress[-1].done_tokens == sum(counts.values())
 
@@ -102,7 +102,7 @@ async def test_a_text_becomes_segments_of_its_kind(
 async def test_what_was_dropped_is_said_of_pruned_segments_alone(made: Made) -> None:
     for kind in KINDS:
         request, _, result = await made.of(kind)
-        dropped = [segment.dropped for document in result.documents for segment in document.segments]
+        dropped = [segment.dropped for segments in result.segments for segment in segments]
         if kind == "pruned":
             assert all(0 < share < 1 - 1 / request.ratio for share in dropped[:-1])
         else:
@@ -138,7 +138,7 @@ async def test_a_job_goes_on_within_a_segment(model: Path, store: MemoryStore, k
     memorizer = Memorizer(config_for(model, group_windows=1, segment_tokens=8192), store.storage.root)
     whole, request = (request_for(store, f"within-{kind}", kind, {"story": STORY}) for _ in range(2))
     *_, result = await steps_until(memorizer, whole)
-    assert isinstance(result, MemorizeResult) and len(result.documents[0].segments) == 1
+    assert isinstance(result, MemorizeResult) and len(result.segments[0]) == 1
     await steps_until(memorizer, request, 2 if kind in LONG_WINDOWS else 9)
     first, *_, end = await steps_until(memorizer, request)
     assert isinstance(first, MemorizeProgress) and 0 < first.done_tokens < first.total_tokens
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_refused_and_made_again_the_same(
     request = request_for(store, f"damaged-{kind}", kind, {"note": NOTE})
     *_, result = asyncio.run(steps_until(memorizer, request))
     assert isinstance(result, MemorizeResult)
-    entry = result.documents[0].segments[0].files[0]
+    entry = result.segments[0][0].files[0]
     file = Path(store.storage.root, entry.path)
     good = file.read_bytes()
     file.write_bytes(good[:-9] + b"x" + good[-8:])
@@ -204,7 +204,7 @@ async def test_a_full_memory_is_what_transformers_has_after_reading(
     tokens = memorizer._encode(STORY)
     head = store.read_segment(result.head).tensors()
     start = 0
-    for segment in result.documents[0].segments:
+    for segment in result.segments[0]:
         parts = [head, *(store.read_segment(file).tensors() for file in segment.files)]
         loaded = reference.cache(parts)
         text = [*result.head_tokens, *tokens[start : start + segment.tokens]]
@@ -225,7 +225,7 @@ async def test_gists_are_what_transformers_writes_and_their_slots_what_it_has_re
     before, after = gist_frame(tokenizer, "en", GIST_WINDOW // RATIOS["gist"])
     head = store.read_segment(result.head).tensors()
     beacon = BeaconModel.from_pretrained(model)
-    for number, segment in enumerate(result.documents[0].segments):  # a window each
+    for number, segment in enumerate(result.segments[0]):  # a window each
         text = [*before, *tokens[number * GIST_WINDOW : (number + 1) * GIST_WINDOW], *after]
         most = GIST_WINDOW // RATIOS["gist"] - len(end)
         gist = reference.continued(DynamicCache(), text, most, end=tokenizer.eos_token_id)
@@ -234,7 +234,7 @@ async def test_gists_are_what_transformers_writes_and_their_slots_what_it_has_re
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*map(_tensors(store), segment.files), strict=True))
         torch.testing.assert_close(keys, read[0].slots.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(values, read[0].slots.values, atol=1e-4, rtol=1e-4)
-    (dot,) = result.documents[2].segments
+    (dot,) = result.segments[2]
     assert dot.slots == dot.tokens, "what is no longer than a gist stays as it is"
 
 

@@ -15,21 +15,19 @@ from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.stored_memories import whole
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
-from cluster.storage.durable import DamagedFile
+from cluster.storage.durable import DamagedFile, StoredFile
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import DamagedMemory, EmptyDocument, UnfitRatio, WindowTooLarge
 from memory_worker.keeper.keeper import local_keeper
 from memory_worker.memorize.memorizer import Memorizer, _pieces, memorizer_application
 from memory_worker.messages import (
-    DocumentSource,
-    MemorizedDocument,
     MemorizeProgress,
     MemorizeRequest,
     MemorizeResult,
     MemoryKey,
 )
 from memory_worker.models.beacon import BeaconModel, Slots
-from memory_worker.storage.manifest import DocumentEntry, FileEntry, Manifest, now
+from memory_worker.storage.manifest import Document, DocumentEntry, Manifest, SegmentEntry, now
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore, checkpoint_path
 
@@ -71,12 +69,12 @@ def memorizer(config: MemoryConfig, storage_root: str) -> Memorizer:
 
 def request_for(store: MemoryStore, texts: dict[str, str], ratio: int = 4) -> MemorizeRequest:
     key = store.new_version("acme", "book")
-    documents = tuple(DocumentSource(name, store.write_source(key, name, text)) for name, text in texts.items())
+    documents = tuple(store.write_source(key, name, text) for name, text in texts.items())
     return MemorizeRequest(key, documents, ratio, "en")
 
 
-def digests(documents: tuple[MemorizedDocument, ...]) -> list[list[tuple[str, ...]]]:
-    return [[tuple(file.digest for file in segment.files) for segment in d.segments] for d in documents]
+def digests(documents: tuple[tuple[SegmentEntry, ...], ...]) -> list[list[tuple[str, ...]]]:
+    return [[tuple(file.digest for file in segment.files) for segment in segments] for segments in documents]
 
 
 async def finished(memorizer: Memorizer, request: MemorizeRequest) -> tuple[list[MemorizeProgress], MemorizeResult]:
@@ -102,11 +100,9 @@ async def test_segments_are_what_the_model_computes(
     keys, values = store.read_segment(result.head).tensors()
     head = model.compress(result.head_tokens, ratio=ratio, head=len(result.head_tokens))
     assert torch.equal(keys, head.keys) and torch.equal(values, head.values)
-    assert [d.id for d in result.documents] == list(TEXTS)
-    for document in result.documents:
-        tokens = memorizer._tokenizer.encode(TEXTS[document.id], add_special_tokens=False)
-        (segment,) = document.segments
-        assert (document.characters, segment.tokens) == (len(TEXTS[document.id]), len(tokens))
+    for text, (segment,) in zip(TEXTS.values(), result.segments, strict=True):
+        tokens = memorizer._tokenizer.encode(text, add_special_tokens=False)
+        assert segment.tokens == len(tokens)
         files = [store.read_segment(file) for file in segment.files]
         assert segment.slots == sum(file.slots for file in files) == -(-len(tokens) // ratio)
         assert all(file.slots % (model.window // ratio) == 0 for file in files[:-1])
@@ -115,7 +111,7 @@ async def test_segments_are_what_the_model_computes(
         torch.testing.assert_close(keys, expected.keys, atol=1e-4, rtol=0)
         torch.testing.assert_close(values, expected.values, atol=1e-4, rtol=0)
 
-    total = sum(segment.tokens for d in result.documents for segment in d.segments)
+    total = sum(segment.tokens for segments in result.segments for segment in segments)
     assert {p.total_tokens for p in progress} == {total}
     done = [p.done_tokens for p in progress]
     assert done[0] == 0 and done[-1] == total and done == sorted(set(done)) and len(done) > 3
@@ -155,7 +151,7 @@ async def test_a_job_that_is_given_up_stops_and_leaves_no_half_segment(
     written = json.loads(store.storage.read_unverified(checkpoint_path(request.key)).to_pybytes())["segments"]
     assert sum(segment["tokens"] for segment in written) < 100_000
     for file in (file for segment in written for file in segment["files"]):
-        store.read_segment(FileEntry.model_validate(file))
+        store.read_segment(StoredFile(**file))
 
 
 async def test_what_cannot_be_memorized_is_said(memorizer: Memorizer, store: MemoryStore) -> None:
@@ -169,13 +165,13 @@ async def test_what_cannot_be_memorized_is_said(memorizer: Memorizer, store: Mem
         (f"{request.key.path}/source/gone.txt", good.size, r"gone.txt' is missing"),
         (good.path, good.size + 1, "has 4 bytes instead of 5"),
     ]:
-        source = FileEntry(path=path, size=size, digest=good.digest)
+        source = StoredFile(path=path, size=size, digest=good.digest)
         with pytest.raises(DamagedFile, match=message):
-            await finished(memorizer, replace(request, documents=(DocumentSource("one", source),)))
-    other = FileEntry.of(store.storage.write(f"{request.key.path}/source/one.txt", b"tent"))
+            await finished(memorizer, replace(request, documents=(Document(id="one", characters=4, source=source),)))
+    other = store.storage.write(f"{request.key.path}/source/one.txt", b"tent")
     store.storage.write(other.path, b"text")
     with pytest.raises(DamagedFile, match=r"one.txt' does not match its SHA-256"):
-        await finished(memorizer, replace(request, documents=(DocumentSource("one", other),)))
+        await finished(memorizer, replace(request, documents=(Document(id="one", characters=4, source=other),)))
     assert not any(name.endswith((".safetensors", ".tmp")) for name in files_of(store, request.key))
     await memorizer.check_health()
 
@@ -190,12 +186,12 @@ async def test_the_head_of_the_version_that_is_changed_is_used_as_it_is(
     assert changed.head == made.head
     assert not any(name.endswith("head.safetensors") for name in files_of(store, second.key))
     _, alone = await finished(memorizer, request_for(store, {"sea": TEXTS["sea"]}))
-    assert digests(changed.documents) == digests(alone.documents)
+    assert digests(changed.segments) == digests(alone.segments)
 
-    store.storage.write(made.head.path, store.storage.read(made.head.stored).to_pybytes()[:-1] + b"x")
+    store.storage.write(made.head.path, store.storage.read(made.head).to_pybytes()[:-1] + b"x")
     with pytest.raises(DamagedFile, match=made.head.path):
         await finished(memorizer, replace(request_for(store, {"sea": "text"}), head=made.head))
-    no_head = made.documents[0].segments[0].files[0]
+    no_head = made.segments[0][0].files[0]
     with pytest.raises(DamagedMemory, match=f"{no_head.path}.* holds 1 slots"):
         await finished(memorizer, replace(request_for(store, {"sea": "text"}), head=no_head))
 
@@ -216,14 +212,14 @@ async def test_a_long_document_becomes_segments_that_each_fit_a_prompt(
         )
         memorizer = Memorizer(changed, store.storage.root)
         _, result = await finished(memorizer, request_for(store, {"sea": TEXTS["sea"] * 5, "note": TEXTS["note"]}))
-        long, note = result.documents
+        long, note = result.segments
         most = windows * model.window
         tokens = memorizer._encode(TEXTS["sea"] * 5)
-        assert [s.tokens for s in long.segments] == [min(most, len(tokens) - at) for at in range(0, len(tokens), most)]
-        assert all(head + segment.slots <= changed.group_slots for segment in long.segments)
-        assert len(note.segments) == 1
+        assert [s.tokens for s in long] == [min(most, len(tokens) - at) for at in range(0, len(tokens), most)]
+        assert all(head + segment.slots <= changed.group_slots for segment in long)
+        assert len(note) == 1
     memory = Slots(*store.read_segment(result.head).tensors())
-    for number, segment in enumerate(long.segments):
+    for number, segment in enumerate(long):
         expected = model.compress(tokens[number * most : (number + 1) * most], ratio=4, memory=memory)
         files = [store.read_segment(file).tensors() for file in segment.files]
         torch.testing.assert_close(torch.cat([keys for keys, _ in files], dim=2), expected.keys, atol=1e-4, rtol=0)
@@ -293,7 +289,7 @@ async def test_served_from_text_to_kept_memory(
     assert not any(name.endswith(".tmp") for name in files_of(store, long.key))
     assert (await handle.describe.remote()).fingerprint == result.fingerprint == model.fingerprint
 
-    nothing = FileEntry.of(store.storage.write(f"{request.key.path}/passages.safetensors", b""))
+    nothing = store.storage.write(f"{request.key.path}/passages.safetensors", b"")
     key = request.key
     manifest = Manifest(
         tenant=key.tenant,
@@ -304,14 +300,12 @@ async def test_served_from_text_to_kept_memory(
         language="en",
         documents=tuple(
             DocumentEntry(
-                id=document.id,
-                characters=document.characters,
-                source=source.source,
-                segments=document.segments,
+                **dict(document),
+                segments=segments,
                 passages=nothing,
                 passage_count=0,
             )
-            for document, source in zip(result.documents, request.documents, strict=True)
+            for document, segments in zip(request.documents, result.segments, strict=True)
         ),
         **{name: getattr(result, name) for name in ("model", "fingerprint", "shape", "head_tokens", "head")},
     )

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, configuration, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.support.stored_memories import in_little_memory
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound
 from memory_worker.messages import MemoryKey
 from memory_worker.storage.manifest import (
+    Document,
     DocumentEntry,
-    FileEntry,
-    JobDocument,
     JobRecord,
     Manifest,
     MemoryShape,
@@ -47,7 +47,7 @@ examples = settings(
 
 KEY = MemoryKey("acme", "book", "v000001-0123abcd")
 SHAPE = MemoryShape(layers=2, kv_heads=1, head_dim=4, dtype="bfloat16")
-ENTRY = FileEntry(path=f"{KEY.path}/data", size=10, digest="0" * 64)
+ENTRY = StoredFile(path=f"{KEY.path}/data", size=10, digest="0" * 64)
 MANIFEST = Manifest(
     tenant=KEY.tenant,
     memory=KEY.memory,
@@ -72,7 +72,7 @@ MANIFEST = Manifest(
         ),
     ),
 )
-JOB = JobRecord(id="1", documents=(JobDocument(id="one", characters=4, source=ENTRY),), ratio=4, language="en")
+JOB = JobRecord(id="1", documents=(Document(id="one", characters=4, source=ENTRY),), ratio=4, language="en")
 BAD_PATHS = [
     "../../etc/passwd",
     "/etc/passwd",
@@ -195,7 +195,7 @@ def test_a_manifest_that_somebody_sealed_names_only_files_below_the_root(root: P
     for file in manifest.files:
         assert (root / file.path).resolve().is_relative_to(root) and file.size >= 0
         with pytest.raises(DamagedFile):
-            store.storage.read(file.stored)
+            store.storage.read(file)
     store.discard(KEY)
     assert (root.parent / "secret").exists()
 
@@ -224,7 +224,7 @@ def test_a_job_is_a_job_or_damaged(root: Path, content: Any, data: bytes) -> Non
 def test_no_path_leaves_the_root(root: Path, path: str) -> None:
     storage = Storage(str(root))
     with pytest.raises(ValidationError):
-        FileEntry(path=path, size=0, digest="0" * 64)
+        TypeAdapter(StoredFile).validate_python({"path": path, "size": 0, "digest": "0" * 64})
     attempts = (
         lambda: storage.read(StoredFile(path, 0, "")),
         lambda: storage.write(path, b""),
@@ -238,11 +238,11 @@ def test_no_path_leaves_the_root(root: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"size": -1}, {"digest": "0" * 63}, {"digest": "G" * 64}, {"digest": "0" * 64 + "\n"}]
+    "field", [{"size": -1}, {"more": 1}, {"digest": "0" * 63}, {"digest": "G" * 64}, {"digest": "0" * 64 + "\n"}]
 )
 def test_a_record_that_no_file_can_have_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        FileEntry.model_validate(ENTRY.model_dump() | field)
+        TypeAdapter(StoredFile).validate_python(asdict(ENTRY) | field)
 
 
 def segment_file() -> bytes:

@@ -11,7 +11,7 @@ from cluster.storage.durable import DamagedFile, StorageFull
 from memory_worker.catalog.restore import restore
 from memory_worker.errors import MemoryNotFound
 from memory_worker.messages import MemoryKey, MemoryRecord
-from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest
+from memory_worker.storage.manifest import JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore
 from tests.support.faults import Mode, every_point
 
@@ -27,11 +27,11 @@ def make_new_version(root: Path) -> Manifest:
     """What a job does that replaces the second document, and the catalog after it."""
     store = MemoryStore(str(root))
     base = store.read_manifest(FIRST)
-    source = store.write_source(SECOND, "two", "text")
+    document = store.write_source(SECOND, "two", "text")
     job = JobRecord(
         kind="put",
         base=FIRST.version,
-        documents=(JobDocument(id="two", characters=4, source=source),),
+        documents=(document,),
         ratio=4,
         language="en",
     )
@@ -58,7 +58,7 @@ def restored(root: Path) -> tuple[MemoryRecord | None, Manifest | None]:
     if manifest:
         assert record and record.status == "ready" and store.read_manifest(record.key) == manifest
         for file in manifest.files:
-            store.storage.read(file.stored)
+            store.storage.read(file)
     return record, manifest
 
 
@@ -126,7 +126,7 @@ def test_deleting_old_versions_never_harms_the_new_one(tmp_path: Path) -> None:
         assert store.versions("acme", "book") == [SECOND.version], fault
         assert not any("two" in path for path in store.storage.files(FIRST.path)), fault
         for file in manifest.files:
-            store.storage.read(file.stored)
+            store.storage.read(file)
 
 
 def test_a_deletion_that_is_cut_short_is_none_or_is_finished(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_every_damaged_file_of_a_version_is_named_and_never_used(tmp_path: Path,
         good = (root / path).read_bytes()
         harmed(root / path, harm)
         with pytest.raises(DamagedFile) as caught:
-            store.storage.read(entry.stored)
+            store.storage.read(entry)
         assert caught.value.path == path and path in str(caught.value)
         (root / path).unlink(missing_ok=True)
         (root / path).write_bytes(good)

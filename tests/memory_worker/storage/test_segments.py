@@ -74,7 +74,7 @@ def test_chunks_are_within_the_bound() -> None:
 def test_a_segment_is_a_view_of_the_file(tmp_path: Path, slots: int) -> None:
     store = MemoryStore(str(tmp_path))
     file = store.write_segment("s.safetensors", SHAPE, [random_slots(SHAPE, slots, 1)])
-    data = store.storage.read(file.stored)
+    data = store.storage.read(file)
     read = Segment(data, "s")
     (chunk,) = read.chunks(2**30)
     begin = np.frombuffer(data, np.uint8).ctypes.data

@@ -14,7 +14,7 @@ from cluster.storage.durable import DamagedFile
 from memory_worker import errors
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import JobDocument, JobRecord, Manifest
+from memory_worker.storage.manifest import JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore, check_id, head_path, passages_path, segment_path, source_path
 
 
@@ -110,10 +110,7 @@ def test_a_memory_is_deleted_while_a_worker_still_writes(
 def test_jobs_and_failures_are_kept(store: MemoryStore) -> None:
     key = store.new_version("acme", "book")
     assert store.job(key) is None and store.failure(key) is None
-    source = store.write_source(key, "one", "text of it")
-    job = JobRecord(
-        documents=(JobDocument(id="one", characters=9, source=source),), ratio=4, language="zh", title="题目"
-    )
+    job = JobRecord(documents=(store.write_source(key, "one", "text of it"),), ratio=4, language="zh", title="题目")
     store.begin(key, job)
     store.fail(key, "the model ran out of memory")
     assert store.job(key) == job and store.failure(key) == "the model ran out of memory"
@@ -247,7 +244,7 @@ def read_whole(store: MemoryStore, key: MemoryKey) -> Manifest:
     for segment in (manifest.head, *(file for s in manifest.segments for file in s.files)):
         store.read_segment(segment).tensors()
     for file in manifest.files:
-        store.storage.read(file.stored)
+        store.storage.read(file)
     return manifest
 
 

@@ -58,7 +58,7 @@ def test_what_is_unpacked_is_what_was_packed(storage: Storage, data: bytes, tmp_
     assert sorted(here.files()) == sorted(file.path for file in now.files)
     assert all(file.path.startswith(f"{TARGET.path}/") for file in now.files)
     for before, after in zip(was.files, now.files, strict=True):
-        assert here.read(after.stored).to_pybytes() == storage.read(before.stored).to_pybytes()
+        assert here.read(after).to_pybytes() == storage.read(before).to_pybytes()
     same = {"tenant", "memory", "version", "parent", "created", "head", "documents"}
     assert now.model_dump(exclude=same) == was.model_dump(exclude=same)
 

@@ -109,7 +109,7 @@ async def test_json_documents(http: httpx.AsyncClient, router: Router) -> None:
     assert key == made.KEY and [(d.id, d.characters) for d in jobs] == [("a", 19), ("doc-2", 4)]
     assert named == {"language": "en", "title": "T", "tags": ["x", "y"], "kind": "gist", "ratio": 4}
     for document in jobs:
-        router.storage.read(document.source.stored)
+        router.storage.read(document.source)
 
 
 async def test_files(http: httpx.AsyncClient, router: Router) -> None:

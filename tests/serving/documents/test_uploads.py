@@ -25,7 +25,7 @@ def stored(storage: Storage, name: str, data: bytes):
 @pytest.mark.parametrize("text", ["plain", "门 𝒳 é\r\n", "\ufeffbegins with a mark", "\0"])
 def test_a_text_of_json_is_kept_exactly(storage: Storage, text: str) -> None:
     document, sample = store_text(storage, PATH, "a", text)
-    assert storage.read(document.source.stored).to_pybytes().decode() == text
+    assert storage.read(document.source).to_pybytes().decode() == text
     assert (document.id, document.characters, sample) == ("a", len(text), text)
 
 
@@ -42,13 +42,13 @@ def test_a_text_that_is_none_is_refused(storage: Storage, text: str, words: str)
 def test_characters_are_counted_across_pieces(storage: Storage, shift: int) -> None:
     text = "x" * (_PIECE_BYTES + shift) + "𝒳门" * 10
     document, sample = stored(storage, "a.txt", text.encode())
-    assert storage.read(document.source.stored).to_pybytes() == text.encode()
+    assert storage.read(document.source).to_pybytes() == text.encode()
     assert document.characters == len(text) and text.startswith(sample) and 1000 < len(sample) < 20_000
 
 
 def test_a_byte_order_mark_is_left_out(storage: Storage) -> None:
     document, sample = stored(storage, "a.md", b"\xef\xbb\xbfwords")
-    assert storage.read(document.source.stored).to_pybytes() == b"words"
+    assert storage.read(document.source).to_pybytes() == b"words"
     assert (document.characters, sample) == (5, "words")
 
 
@@ -78,7 +78,7 @@ def test_where_bytes_are_wrong_is_said(storage: Storage) -> None:
 
 def test_html_is_converted(storage: Storage) -> None:
     document, sample = stored(storage, "a.html", b"<p>One</p><script>no()</script><p>Two</p>")
-    assert storage.read(document.source.stored).to_pybytes() == b"One\n\nTwo" and sample == "One\n\nTwo"
+    assert storage.read(document.source).to_pybytes() == b"One\n\nTwo" and sample == "One\n\nTwo"
     assert document.characters == 8
 
 

@@ -10,7 +10,7 @@ from cluster.storage.durable import Storage, StoredFile
 from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import EmptyDocument, JobEnded
-from memory_worker.messages import Job, MemorizedDocument, MemorizeProgress, MemorizeResult, MemoryKey
+from memory_worker.messages import Job, MemorizeProgress, MemorizeResult, MemoryKey
 from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.store import head_path, passages_path
 from retrieval_worker.messages import IndexedDocument, IndexProgress
@@ -70,9 +70,9 @@ class Memorizer:
             raise self.errors.pop()
         yield MemorizeProgress(100, 100)
         segments = self.base.documents[0].segments
-        documents = tuple(MemorizedDocument(d.id, 10, segments) for d in request.documents)
-        head = request.head or self.base.head.model_copy(update={"path": head_path(request.key)})
-        yield MemorizeResult("embedded", "f" * 64, made.SHAPE, (1, 2, 3), head, documents)
+        head = request.head or replace(self.base.head, path=head_path(request.key))
+        of_each = tuple(segments for _ in request.documents)
+        yield MemorizeResult("embedded", "f" * 64, made.SHAPE, (1, 2, 3), head, of_each)
 
 
 class Retriever:
@@ -131,7 +131,7 @@ async def test_a_change_encodes_that_document_alone(base: Manifest) -> None:
     await done(catalog, memorizer, retriever)
     [manifest], [request] = catalog.published, memorizer.requests
     assert [d.id for d in request.documents] == ["a", "c"] and request.head == base.head
-    assert [r.document.id for r in retriever.requests] == ["a", "c"]
+    assert [r.path for r in retriever.requests] == [passages_path(SECOND, d) for d in ("a", "c")]
     assert [d.id for d in manifest.documents] == ["a", "b", "c"], "replaced in its place, new ones behind"
     assert manifest.documents[1] == base.documents[1] and manifest.head == base.head
     assert manifest.documents[0] != base.documents[0] and manifest.parent == base.version

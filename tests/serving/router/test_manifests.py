@@ -69,7 +69,7 @@ def test_the_index_names_every_document_of_every_memory(manifest: Manifest, tmp_
     parts = index.parts
     assert parts is not None
     assert [(part.memory, part.document) for part in parts] == [("book", "a"), ("book", "b"), ("log", "a")]
-    assert [part.passages for part in parts] == [d.passages.stored for m in (manifest, other) for d in m.documents]
+    assert [part.passages for part in parts] == [d.passages for m in (manifest, other) for d in m.documents]
 
 
 def test_a_pruned_memory_says_what_it_lost(manifest: Manifest) -> None:
