@@ -94,8 +94,8 @@ async def test_passages_are_numbered_over_all_parts_and_know_where_they_are_from
 
 
 async def test_an_index_that_is_open_is_known_by_its_name(storage, threads):
-    shelf = shelf_of(storage, threads, cached_indexes=1)
-    parts = index_of(write_made(storage, "t/a/v1/one.parquet", 5, seed=1)).parts
+    shelf = shelf_of(storage, threads, cached_indexes_mib=1)
+    parts = index_of(write_made(storage, "t/a/v1/one.safetensors", 10_000, seed=1)).parts
     index = Index(parts, "t/a/v1")
     assert await shelf.open(index.by_name) is None
     opened, again = await asyncio.gather(shelf.open(index), shelf.open(index.by_name))
