@@ -11,7 +11,8 @@
 A file may come from anywhere (an imported archive has digests that match), so all that is read from it is checked.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -105,34 +106,49 @@ def write_passages(
         write_tensors(
             sink,
             {name: (_DTYPES[name], array.shape) for name, array in arrays.items()},
-            _describe(embedder) | {"source": source.digest},
+            _describe(embedder) | {"source": source.digest, "data": _digest(arrays.values())},
             arrays.values(),
         )
     return sink.stored
 
 
-def read_passages(storage: Storage, file: StoredFile, embedder: EmbedderDescription) -> PassageFile:
-    """Raises `DamagedIndex` where the file is not what its record says, or not one that `embedder` can search."""
+def read_passages(
+    storage: Storage, file: StoredFile, embedder: EmbedderDescription, *, found: bool = False
+) -> PassageFile:
+    """Raises `DamagedIndex` where the file is not what its record says, or not one that `embedder` can search.
+
+    One that was only `found`, with no record from when it was written, is checked by the digest that is in it.
+    """
     try:
         data = storage.read(file)
     except DamagedFile as error:
         raise DamagedIndex(file.path, error.reason) from error
-    return parse_passages(data, file.path, embedder)
+    return parse_passages(data, file.path, embedder, found=found)
 
 
-def parse_passages(data: Any, path: str, embedder: EmbedderDescription) -> PassageFile:
+def parse_passages(data: Any, path: str, embedder: EmbedderDescription, *, found: bool = False) -> PassageFile:
     """What `data`, a `pa.Buffer` read from `path`, holds. Raises `DamagedIndex`, whatever the bytes are."""
     try:
         stored = view_tensors(data)
         for key, value in _describe(embedder).items():
-            if (found := stored.metadata.get(key)) != value:
-                raise ValueError(f"its {key} is {found}, not {value}")
+            if (its := stored.metadata.get(key)) != value:
+                raise ValueError(f"its {key} is {its}, not {value}")
         if stored.dtypes != {n: t for n, t in _DTYPES.items() if embedder.has_sparse or not n.startswith("sparse")}:
             raise ValueError("it has not the tensors of a passage file")
+        if found and stored.metadata.get("data") != _digest(stored.arrays.values()):
+            raise ValueError("its data do not match their SHA-256")
         texts, vectors = _check(stored.arrays, embedder)
     except ValueError as error:
         raise DamagedIndex(path, f"cannot be read: {error}") from error
     return PassageFile(stored.metadata.get("source", ""), texts, vectors)
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the data, one tensor after another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _describe(embedder: EmbedderDescription) -> dict[str, str]:

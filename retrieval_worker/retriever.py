@@ -154,7 +154,7 @@ class Retriever(ReportsRank):
         """What an earlier run of the same request has written, if it can be used."""
         try:
             stored = self._storage.record(request.path)
-            found = read_passages(self._storage, stored, embedder)
+            found = read_passages(self._storage, stored, embedder, found=True)
         except FileNotFoundError:
             return None
         except DamagedIndex as damage:

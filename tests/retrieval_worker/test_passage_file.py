@@ -1,5 +1,6 @@
 """What is in a passage file comes back exactly; what is not a passage file is refused, whatever its bytes."""
 
+import hashlib
 import json
 import random
 
@@ -62,7 +63,9 @@ def test_other_programs_can_read_it(storage):
     }
     assert len(arrays) == 9 and arrays["text"].tobytes().decode() == "".join(f"é😀 {i}" for i in range(5))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header["__metadata__"] == METADATA
+    assert header["__metadata__"] == METADATA | {
+        "data": hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    }
 
 
 def test_the_same_passages_are_the_same_bytes(storage):
@@ -100,6 +103,17 @@ def test_a_file_by_another_embedder_says_so(storage, embedder, reason):
     file = write_made(storage, PATH, 5)
     with pytest.raises(DamagedIndex, match=reason):
         read_passages(storage, file, embedder)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_changed_byte_of_a_file_without_a_record_is_noticed(storage, sparse):
+    whole = bytes(buffer(storage, write_made(storage, PATH, 3, sparse)))
+    assert len(parse_passages(pa.py_buffer(whole), PATH, described(sparse), found=True).passages) == 3
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole)):
+        bad = bytearray(whole)
+        bad[place] ^= 1
+        with pytest.raises(DamagedIndex):
+            parse_passages(pa.py_buffer(bytes(bad)), PATH, described(sparse), found=True)
 
 
 def test_where_the_checkpoint_lies_does_not_matter(storage):
