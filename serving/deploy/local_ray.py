@@ -1,5 +1,6 @@
 """A Ray cluster of this machine's own, on loopback, with its own folder and token: for laptops and tests."""
 
+import logging
 import os
 import secrets
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 from serving.config import RayConfig
 from serving.deploy.traces import remove_traces, watch_over
 
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
 _WORKER_START_S = 3600  # Ray gives a worker 60 s to import Ray, which a busy machine exceeds; dead ones it sees at once
 _TOKEN, _ADDRESS = "token", "address"  # files in Ray's folder
 # Serve's handles go on asking for news; once Ray has ended, their next question would start another one.
@@ -64,6 +68,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
             "enable_metrics_collection": config.metrics,
             "worker_niceness": 0,
             "worker_register_timeout_seconds": _WORKER_START_S,
+            "agent_register_timeout_ms": _WORKER_START_S * 1000,
         },
     )
     import ray
@@ -74,14 +79,26 @@ def start_ray(config: RayConfig, folder: Path) -> None:
 def init_patiently(**options: Any) -> None:
     """Starts a Ray of this process's own with `options` of `ray.init`.
 
-    A busy machine may take its time for that: see `patient_node`.
+    Its node is waited for while its process lives (`patient_node`). On a busy machine that may give itself up, for its
+    own limits on what it starts: it is begun again.
     """
     import ray
+    from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
     from cluster.ray_internals import patient_node
 
-    with patient_node():
-        ray.init("local", **options)
+    for attempt in Retrying(
+        stop=stop_after_attempt(_ATTEMPTS),
+        retry=retry_if_exception_message(match=".*timed out during startup"),  # Ray raises no class of its own here
+        before_sleep=lambda _: logger.warning("Ray's node ended before it was ready; it is started again"),
+        reraise=True,
+    ):
+        with attempt, patient_node():
+            try:
+                ray.init("local", **options)
+            except BaseException:
+                ray.shutdown()
+                raise
 
 
 def stop_ray(folder: Path) -> None:

@@ -130,7 +130,7 @@ async def test_a_job_that_is_given_up_after_any_group_goes_on_to_the_same_files(
         assert isinstance(first, MemorizeProgress)
         resumed.add(first.done_tokens)
         assert files_of(end, request.key) == files_of(result, whole.key)
-    assert len(resumed) > 2
+    assert len(resumed) > (2 if every == 1 else 1), "stopped at several checkpoints"
 
 
 @kinds
