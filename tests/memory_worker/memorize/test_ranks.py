@@ -144,8 +144,8 @@ async def test_a_lost_rank_fails_the_group_and_the_job_goes_on(
     memorizer = Memorizer(ranked(model_folder), str(tmp_path), {"CPU": 1})
     keys = {name: MemoryKey("acme", "book", name) for name in ("whole", "lost")}
     *_, whole = await steps_until(memorizer, stored_request(store, keys["whole"]))
-    for document, alone in zip(whole.documents, by_one.documents, strict=True):
-        for segment, expected in zip(document.segments, alone.segments, strict=True):
+    for segments, alone in zip(whole.segments, by_one.segments, strict=True):
+        for segment, expected in zip(segments, alone, strict=True):
             assert (segment.tokens, segment.slots) == (expected.tokens, expected.slots)
             for file, other in zip(segment.files, expected.files, strict=True):
                 found, wanted = (store.read_segment(each).tensors() for each in (file, other))
