@@ -172,7 +172,7 @@ def patient_node() -> Iterator[None]:
             try:
                 return ask(gcs_address, node_id)
             except RuntimeError:  # not there yet
-                if not _raylet_lives():
+                if not _raylet_lives(node_id):
                     raise
                 time.sleep(_NODE_TICK_S)
 
@@ -183,11 +183,11 @@ def patient_node() -> Iterator[None]:
         services.get_node = ask
 
 
-def _raylet_lives() -> bool:
-    """Whether this process has started a node's process that has not ended."""
+def _raylet_lives(node_id: str) -> bool:
+    """Whether this process has started the process of that node, and it has not ended."""
     for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
+        with suppress(psutil.NoSuchProcess):  # which one that nobody has collected counts as, too
+            if f"--node_id={node_id}" in child.cmdline():
                 return True
     return False
 

@@ -181,7 +181,6 @@ def _await_start(
     storage: Path, child: "subprocess.Popen[bytes] | None", timeout_s: float, on_wait: Callable[[str], None]
 ) -> ServerState:
     log_path = storage / "server.log"
-    state = state_of(storage)
     progress = _Progress(log_path, timeout_s)
     with log_path.open("r", encoding="utf-8", errors="replace") as log:
         while True:

@@ -1,7 +1,9 @@
 """A Ray node that a busy machine starts slowly is waited for; one whose process has ended is not."""
 
 import subprocess
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,14 +12,21 @@ from ray._private import services
 from cluster.ray_internals import patient_node
 
 
+@contextmanager
+def process_of(node_id: str) -> Iterator[Any]:
+    """A process that is called as a node's is, and does nothing until it is ended."""
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", f"--node_id={node_id}"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
-def raylet(tmp_path: Path) -> Any:
-    """A process by that name, which does nothing until it is ended."""
-    (tmp_path / "raylet").symlink_to("/bin/sleep")
-    process = subprocess.Popen([tmp_path / "raylet", "infinity"])
-    yield process
-    process.kill()
-    process.wait()
+def raylet() -> Iterator[Any]:
+    with process_of("node") as process:
+        yield process
 
 
 def test_a_node_that_is_not_there_yet_is_asked_for_again(raylet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,5 +49,5 @@ def test_a_node_whose_process_has_ended_is_not_waited_for(raylet: Any, monkeypat
         raise RuntimeError("never")
 
     monkeypatch.setattr(services, "get_node", ask)
-    with patient_node(), pytest.raises(RuntimeError, match="never"):
+    with process_of("another"), patient_node(), pytest.raises(RuntimeError, match="never"):
         services.get_node("here", "node")
