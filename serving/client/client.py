@@ -240,7 +240,9 @@ class Memory:
                         if event.name == "progress":
                             show(event.data)
                         elif event.name in ("ready", "failed"):
-                            self.info, failed = event.data, event.name == "failed"
+                            self.info = event.data
+                            change = self.info.get("failed_change") or {}
+                            failed = event.name == "failed" and change.get("version", followed) == followed
                 except ServerUnreachable:
                     if broken == _RECONNECTS:
                         raise

@@ -227,7 +227,10 @@ class Router(KeyedAnswers):
         )
 
     async def events(self, tenant: str, memory: str) -> AsyncIterator[api.Event]:
-        """Progress of a memory's job, until it has made the memory ready, or failed. Raises where that is deleted."""
+        """Progress of a memory's job, until it has made the memory ready, or failed. Raises where that is deleted.
+
+        Who comes after the job has ended is told how the last one did: a short one may end before anybody follows it.
+        """
         record = await self._record(tenant, memory)
         began, first = time.monotonic(), record.job.done_tokens if record.job else 0
         followed = record.job.key if record.job else None
@@ -236,7 +239,7 @@ class Router(KeyedAnswers):
             progress = progress_out(record.status, record.job, rate)
             yield api.Event(name="progress", data=progress.model_dump())
             record = await self._catalog.wait.remote(tenant, memory, record.revision, _EVENT_WAIT_S)
-        lost = record.failed_change is not None and record.failed_change.key == followed
+        lost = record.failed_change is not None and followed in (None, record.failed_change.key)
         shown = await self._show(record)
         yield api.Event(name="failed" if lost or record.error else "ready", data=shown.model_dump(mode="json"))
 

@@ -202,8 +202,7 @@ def test_jobs_can_be_cancelled(server: Server, memory: dict):
         assert put(client, id, "one", long).json()["job"]["kind"] == "put"
         assert client.delete(f"/v1/memories/{id}/job").status_code == 204
         name, data = follow(client, id)[-1]
-        # A follower that comes after the job has ended sees a ready memory, which says what became of its last change.
-        assert (name, data["status"], data["error"]) == ("ready", "ready", None)
+        assert (name, data["status"], data["error"]) == ("failed", "ready", None)
         assert data["failed_change"]["error"] == "it was cancelled"
         assert data["version"] == memory["version"] and data["documents"] == memory["documents"]
         answer = client.post(f"/v1/memories/{id}/answer", json={"question": "Who lit lamp 3?", "max_tokens": 2}).json()

@@ -224,7 +224,8 @@ def test_tokens_and_bytes_are_limited(keyed: Keyed, tenant: str, what: str):
         put = client.put("/v1/memories/a/documents/more", json={"text": text("more", "only", 50)})
         assert put.status_code == 202, "how long it is, only the job finds"
         name, data = follow(client, "a")[-1]
-        assert name == "failed" and f"your quota is {QUOTAS[tenant][what]:,}" in data["error"] and what in data["error"]
+        error = data["failed_change"]["error"]
+        assert name == "failed" and f"your quota is {QUOTAS[tenant][what]:,}" in error and what in error
         assert data["status"] == "ready" and [d["id"] for d in data["documents"]] == ["doc-1"]
         assert client.get("/v1/usage").json()[what] <= QUOTAS[tenant][what]
 

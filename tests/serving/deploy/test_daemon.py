@@ -52,6 +52,16 @@ def assert_nothing_left(storage: Path, state: ServerState | None, child: int) ->
             httpx.get(f"{state.address}/readyz")
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A background job of a shell ignores SIGINT, and what it starts would, too."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def storage(tmp_path: Path):
     yield tmp_path
