@@ -105,7 +105,7 @@ def _measure_alone(folder: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from benchmarks.support.random_model import ensure_random_model
-    from memory_worker.storage.manifest import MemoryShape
+    from memory_worker.manifest import MemoryShape
     from memory_worker.storage.store import MemoryStore, segment_path
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_random_model(folder / "embedded"))

@@ -7,7 +7,7 @@ from typing import Literal
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
 from memory_worker.errors import UnfitRatio, UnsupportedKind
-from memory_worker.storage.manifest import Document, JobRecord, MemoryShape, SegmentEntry
+from memory_worker.manifest import Document, JobRecord, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from cluster.storage.durable import StoredFile
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.messages import MemoryKey, SegmentGroup
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
 from memory_worker.storage.store import MemoryStore, head_path, passages_path, segment_path
 
 SHAPE = MemoryShape(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")

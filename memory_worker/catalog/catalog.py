@@ -34,6 +34,7 @@ from memory_worker.errors import (
     QueueFull,
     VersionChanged,
 )
+from memory_worker.manifest import Document, JobRecord, Manifest, now
 from memory_worker.messages import (
     CatalogTotals,
     FailedChange,
@@ -44,7 +45,6 @@ from memory_worker.messages import (
     Reservation,
     TenantUsage,
 )
-from memory_worker.storage.manifest import Document, JobRecord, Manifest, now
 from memory_worker.storage.store import MemoryStore, check_id
 
 logger = logging.getLogger(__name__)

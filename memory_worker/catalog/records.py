@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from memory_worker.errors import MemoryNotFound
+from memory_worker.manifest import Manifest
 from memory_worker.messages import CatalogTotals, Job, MemoryRecord, TenantUsage
-from memory_worker.storage.manifest import Manifest
 
 Name = tuple[str, str]  # tenant, memory
 Page = tuple[list[MemoryRecord], str | None]  # and the next cursor

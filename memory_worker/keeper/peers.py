@@ -13,7 +13,7 @@ import ray
 from cluster.actors import actor_names
 from cluster.ray_internals import nodes_of_ranks
 from cluster.routing import MemoryRouting, rank_of
-from memory_worker.storage.manifest import MemoryShape
+from memory_worker.manifest import MemoryShape
 
 logger = logging.getLogger(__name__)
 

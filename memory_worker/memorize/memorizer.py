@@ -15,6 +15,7 @@ from cluster.planning.costs import MemoryKind
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemoryConfig
 from memory_worker.errors import EmptyDocument, UnsupportedKind, WindowTooLarge
+from memory_worker.manifest import Document, MemoryShape
 from memory_worker.memorize.checkpoint import (
     Begun,
     CheckpointedSegments,
@@ -35,7 +36,6 @@ from memory_worker.messages import (
 )
 from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.models.prompts import head_tokens
-from memory_worker.storage.manifest import Document, MemoryShape
 from memory_worker.storage.store import MemoryStore, head_path
 
 if TYPE_CHECKING:

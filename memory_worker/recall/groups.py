@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from memory_worker.errors import MemoryTooLarge
+from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
-from memory_worker.storage.manifest import Manifest
 
 
 def segment_groups(manifests: Sequence[Manifest], max_slots: int) -> tuple[SegmentGroup, ...]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from cluster.errors import MessageError
+from memory_worker.manifest import MemoryShape
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon.rope import Rope
 from memory_worker.models.fingerprint import KINDS, fingerprint_of
-from memory_worker.storage.manifest import MemoryShape
 from memory_worker.storage.segments import as_torch
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
 """Memories as files: the record from which all else can be made again (DESIGN §5, tier 2).
 
-`manifest` says what a version holds, `segments` is the format of its tensors, `store` writes, publishes and reads.
+`segments` is the format of their tensors; `store` writes, publishes and reads them, and their manifests.
 """

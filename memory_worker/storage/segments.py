@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from cluster.storage.tensors import view_tensors, write_tensors
 from memory_worker.errors import DamagedMemory
-from memory_worker.storage.manifest import MemoryShape, SlotDtype
+from memory_worker.manifest import MemoryShape, SlotDtype
 
 if TYPE_CHECKING:
     import torch

@@ -30,8 +30,8 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.storage.durable import Storage, StoredFile
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
+from memory_worker.manifest import FORMAT, Document, JobRecord, Manifest, MemoryShape
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import FORMAT, Document, JobRecord, Manifest, MemoryShape
 from memory_worker.storage.segments import Segment, write_slots
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import IO, NamedTuple
 
 from cluster.storage.durable import Storage
-from memory_worker.storage.manifest import Document
+from memory_worker.manifest import Document
 from serving.config import ConvertConfig
 from serving.documents.convert import is_plain, read_document_file
 from serving.errors import NoText, NotUtf8, ProblemError

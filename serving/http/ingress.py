@@ -17,8 +17,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import Storage, StoredFile
+from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import Manifest
 from serving import api
 from serving.config import Profile
 from serving.documents.archive import MEDIA_TYPE, pack

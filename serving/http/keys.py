@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.errors import MessageError
 from cluster.storage.durable import Storage
 from cluster.storage.files import files_at
-from memory_worker.storage.manifest import now
+from memory_worker.manifest import now
 from memory_worker.storage.store import check_id
 from serving.errors import ProblemError
 

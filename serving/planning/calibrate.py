@@ -21,7 +21,7 @@ from serving.config import Profile, load_profile
 from serving.planning.sizes import read_shape
 
 if TYPE_CHECKING:
-    from memory_worker.storage.manifest import Manifest
+    from memory_worker.manifest import Manifest
     from retrieval_worker.messages import Passage
 
 CLIENTS = 16  # calls at a time: enough to fill an engine's batches on small machines

@@ -1,9 +1,9 @@
 """Whether the running model can use a memory: asked by the Router."""
 
 from memory_worker.errors import WrongModel
+from memory_worker.manifest import Manifest
 from memory_worker.messages import MemorizerDescription
 from memory_worker.models.fingerprint import fingerprint_of
-from memory_worker.storage.manifest import Manifest
 
 
 def require_same_model(manifest: Manifest, model: MemorizerDescription, name: str | None = None) -> None:

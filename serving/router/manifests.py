@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from memory_worker.manifest import Manifest
 from memory_worker.messages import Job, MemoryRecord
-from memory_worker.storage.manifest import Manifest
 from retrieval_worker.messages import Index, IndexPart
 from serving import api
 

@@ -20,9 +20,9 @@ from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, wait_f
 from cluster.messages import Finished, TextDelta
 from cluster.streams import merge_streams, retry_stream
 from generator_worker.messages import GenerateRequest, GenerateTask, Generation, Source
+from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from memory_worker.recall.clues import ClueLines
-from memory_worker.storage.manifest import Manifest
 from retrieval_worker.config import SearchConfig
 from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking

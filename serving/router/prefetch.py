@@ -4,8 +4,8 @@ import logging
 
 from ray.serve.handle import DeploymentHandle
 
+from memory_worker.manifest import Manifest
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import Manifest
 from serving.config import Profile
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id

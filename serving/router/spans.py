@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from opentelemetry import trace
 
-from memory_worker.storage.manifest import Manifest
+from memory_worker.manifest import Manifest
 
 _tracer = trace.get_tracer("memorag")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from cluster.storage.durable import Storage
 from generator_worker.messages import Source
-from memory_worker.storage.manifest import Manifest
+from memory_worker.manifest import Manifest
 
 
 class Texts:

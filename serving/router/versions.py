@@ -15,9 +15,9 @@ from cluster.errors import cause_of
 from cluster.shared_cache import SharedCache
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import MemoryNotFound
+from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey, SegmentGroup
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.store import MemoryStore
 from retrieval_worker.messages import Index
 from serving.router.manifests import index_of

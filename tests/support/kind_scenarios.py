@@ -28,11 +28,11 @@ from benchmarks.support.recall_engine import (
     request,
 )
 from memory_worker.keeper.keeper import local_keeper
+from memory_worker.manifest import Manifest
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon import Slots
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import Manifest
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
 from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, TWIN, config_for, memorized

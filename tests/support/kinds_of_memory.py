@@ -10,9 +10,9 @@ from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
+from memory_worker.manifest import DocumentEntry, Manifest, now
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import MemorizeRequest, MemorizeResult, MemoryKey
-from memory_worker.storage.manifest import DocumentEntry, Manifest, now
 from memory_worker.storage.store import MemoryStore
 from tests.support.memorizing import steps_until
 

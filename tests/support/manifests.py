@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.storage.durable import Storage, StoredFile
-from memory_worker.messages import Job, MemoryKey
-from memory_worker.storage.manifest import (
+from memory_worker.manifest import (
     Document,
     DocumentEntry,
     JobRecord,
@@ -12,6 +11,7 @@ from memory_worker.storage.manifest import (
     MemoryShape,
     SegmentEntry,
 )
+from memory_worker.messages import Job, MemoryKey
 from memory_worker.storage.store import head_path, passages_path, segment_path, source_path
 
 KEY = MemoryKey("acme", "book", "v000001-00000001")

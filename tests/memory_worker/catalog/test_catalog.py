@@ -30,8 +30,8 @@ from memory_worker.errors import (
     QuotaExceeded,
     VersionChanged,
 )
+from memory_worker.manifest import Document, JobRecord, Manifest
 from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord, Reservation
-from memory_worker.storage.manifest import Document, JobRecord, Manifest
 from memory_worker.storage.store import MemoryStore, new_request, source_path
 from tests.support.killed_actors import kill_and_await_restart
 from tests.support.waiting import wait_until

@@ -10,7 +10,7 @@ import ray
 from cluster.routing import MemoryRouting
 from memory_worker.keeper import peers
 from memory_worker.keeper.peers import KEEPER, HeldFile, Peers
-from memory_worker.storage.manifest import MemoryShape
+from memory_worker.manifest import MemoryShape
 
 NODES = [f"node{number}" for number in range(200)]
 RANKS = dict(enumerate(reversed(NODES)))

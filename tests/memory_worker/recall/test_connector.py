@@ -7,11 +7,11 @@ import pytest
 import ray
 import torch
 
+from memory_worker.manifest import MemoryShape
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.models.beacon import Rope
 from memory_worker.recall.connector import MemoryConnector, MemoryLoads, _memory_of
 from memory_worker.recall.loading import CacheLayer, Expected, LoadFailed, MemoryLoader, SlotRange, heads_of_rank
-from memory_worker.storage.manifest import MemoryShape
 
 CONFIG = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 10000.0}
 BLOCK = 16

@@ -8,9 +8,9 @@ from benchmarks.support.stored_memories import SHAPE
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
 from memory_worker.errors import MemoryTooLarge
+from memory_worker.manifest import DocumentEntry, Manifest, SegmentEntry, now
 from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.recall.groups import memories_of, segment_groups
-from memory_worker.storage.manifest import DocumentEntry, Manifest, SegmentEntry, now
 
 NOTHING = StoredFile(path="t/m/v/x", size=0, digest="0" * 64)
 

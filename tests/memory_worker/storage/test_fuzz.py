@@ -23,8 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from benchmarks.support.stored_memories import in_little_memory
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound
-from memory_worker.messages import MemoryKey
-from memory_worker.storage.manifest import (
+from memory_worker.manifest import (
     Document,
     DocumentEntry,
     JobRecord,
@@ -32,6 +31,7 @@ from memory_worker.storage.manifest import (
     MemoryShape,
     SegmentEntry,
 )
+from memory_worker.messages import MemoryKey
 from memory_worker.storage.segments import Segment, write_slots
 from memory_worker.storage.store import MemoryStore
 

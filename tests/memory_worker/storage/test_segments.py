@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from benchmarks.support.stored_memories import SHAPE, in_little_memory, random_slots
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory
-from memory_worker.storage.manifest import MemoryShape
+from memory_worker.manifest import MemoryShape
 from memory_worker.storage.segments import SEGMENT_FORMAT, Segment, as_torch, write_slots
 from memory_worker.storage.store import MemoryStore
 

@@ -11,10 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from memory_worker.keeper.keeper import KeptMemory
+from memory_worker.manifest import MemoryShape
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.recall.loading import Expected, LoadFailed, MemoryLoader, SlotRange
-from memory_worker.storage.manifest import MemoryShape
 from memory_worker.training import RunConfig, TrainingError, load_run
 from memory_worker.training.config import DataConfig, StageConfig
 from memory_worker.training.data import Example, Source

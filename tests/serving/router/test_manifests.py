@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.storage.durable import Storage
+from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey, MemoryRecord
-from memory_worker.storage.manifest import Manifest
 from serving.router.manifests import index_of, memory_out, progress_out
 from tests.support import manifests as made
 
