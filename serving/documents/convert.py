@@ -1,4 +1,4 @@
-"""Files that people have, made into the plain text that is memorized: called by the ingress for uploads.
+"""Files that people have, made into the plain text that is memorized: called for uploads.
 
 What comes back is the source text: every offset that an answer cites counts characters in it. HTML, PDF and Word files
 come from strangers, and their converter is large and native: it runs in a process of its own, with limits.
@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import IO, Literal
 
 from serving.config import ConvertConfig
-from serving.errors import ConversionFailed, NoText, NotUtf8, UnsupportedDocument
+from serving.errors import ConversionFailed, NoText, UnsupportedDocument
 
 _PLAIN = {".txt", ".text", ".md", ".markdown"}
 _CONVERTED = {
@@ -30,42 +30,19 @@ _SAMPLE_CHARACTERS = 4000
 _SAMPLES = 3
 
 
-_DEFAULT_LIMITS = ConvertConfig()
-
-
-def read_document(name: str, data: bytes, limits: ConvertConfig = _DEFAULT_LIMITS) -> str:
-    """The text of the file `name`, whose kind is its extension's; text and Markdown come back unchanged.
+def convert(name: str, source: IO[bytes], limits: ConvertConfig) -> str:
+    """The text of the file `name` on disk, whose kind is its extension's; `source` is read from its beginning.
 
     Raises `UnsupportedDocument`, or one of its subclasses, for a file that gives no text. Takes the time of a
     conversion (at least that of starting a process, at most `limits.seconds`): call it in a thread.
     """
-    mime_type = _mime_type(name)
-    if mime_type is None:
-        return _with_words(name, decode_utf8(name, data))
-    with tempfile.TemporaryFile() as source:
-        source.write(data)
-        source.seek(0)
-        return _with_words(name, _convert(name, source, mime_type, limits))
-
-
-def read_document_file(name: str, path: Path, limits: ConvertConfig = _DEFAULT_LIMITS) -> str:
-    """`read_document` of the file at `path`, without reading into memory what is converted elsewhere."""
-    mime_type = _mime_type(name)
-    if mime_type is None:
-        return _with_words(name, decode_utf8(name, path.read_bytes()))
-    with path.open("rb") as source:
-        return _with_words(name, _convert(name, source, mime_type, limits))
-
-
-def decode_utf8(name: str, data: bytes) -> str:
-    """`data` as UTF-8 without its byte-order mark. Raises `NotUtf8`."""
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise NotUtf8(
-            f"{name!r} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it, for instance "
-            f"with: iconv -f {_guess_encoding(data)} -t UTF-8 FILE > NEW"
-        ) from None
+    source.seek(0)
+    text = _run_worker(name, source, _CONVERTED[PurePath(name).suffix.lower()], limits)
+    if text.strip():
+        return text
+    if PurePath(name).suffix.lower() == ".pdf":
+        raise NoText(f"{name!r} has no text layer (scanned pages?); run OCR on it first, for instance ocrmypdf")
+    raise NoText(f"{name!r} holds no text but white space; send a file that has some")
 
 
 def detect_language(text: str) -> Literal["en", "zh"]:
@@ -83,31 +60,16 @@ def detect_language(text: str) -> Literal["en", "zh"]:
 
 def is_plain(name: str) -> bool:
     """Whether the file is text as it is. Raises `UnsupportedDocument` for a kind that cannot become text."""
-    return _mime_type(name) is None
-
-
-def _mime_type(name: str) -> str | None:
-    """What the file is converted from; None for text, which is not converted."""
     suffix = PurePath(name).suffix.lower()
-    if suffix in _PLAIN:
-        return None
-    if suffix not in _CONVERTED:
-        supported = ", ".join(sorted(_PLAIN | set(_CONVERTED)))
+    if suffix not in KINDS:
+        supported = ", ".join(sorted(KINDS))
         raise UnsupportedDocument(
             f"{name!r} is of no supported type ({supported}); convert it to one, or rename it if it is text"
         )
-    return _CONVERTED[suffix]
+    return suffix in _PLAIN
 
 
-def _with_words(name: str, text: str) -> str:
-    if text.strip():
-        return text
-    if PurePath(name).suffix.lower() == ".pdf":
-        raise NoText(f"{name!r} has no text layer (scanned pages?); run OCR on it first, for instance ocrmypdf")
-    raise NoText(f"{name!r} holds no text but white space; send a file that has some")
-
-
-def _convert(name: str, source: IO[bytes], mime_type: str, limits: ConvertConfig) -> str:
+def _run_worker(name: str, source: IO[bytes], mime_type: str, limits: ConvertConfig) -> str:
     """The text of `source`, by a converter that has three open files, an empty folder and no environment of ours.
 
     Its output goes to files, not pipes: their size is bounded by the kernel, and a converter that was killed cannot
@@ -189,13 +151,3 @@ def _too_slow(name: str, limits: ConvertConfig) -> ConversionFailed:
     return ConversionFailed(
         f"converting {name!r} takes longer than {limits.seconds:g} s; split it, or convert it to text yourself"
     )
-
-
-def _guess_encoding(data: bytes) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16"
-    try:
-        data.decode("gb18030")
-    except UnicodeDecodeError:
-        return "LATIN1"
-    return "GB18030"

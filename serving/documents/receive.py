@@ -7,8 +7,9 @@ is told when they are there.
 import asyncio
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import IO, Any, NamedTuple
 
 from fastapi import Request
@@ -20,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from cluster.storage.durable import Storage
-from memory_worker.messages import Reservation
+from memory_worker.messages import MemoryKey, Reservation
 from memory_worker.storage.store import check_id, source_path
 from serving import api
 from serving.config import LimitsConfig
@@ -52,7 +53,9 @@ class Receiver:
         kind = _content_type(request)
         if kind == "application/json":
             wanted = await _json(request, api.CreateMemory)
-            return await self._create(router, tenant, wanted, _texts(self._storage, wanted.documents))
+            names = (f"doc-{number}" if d.id is None else d.id for number, d in enumerate(wanted.documents, 1))
+            texts = [self._text(id, d.text) for id, d in zip(names, wanted.documents, strict=True)]
+            return await self._create(router, tenant, wanted, texts)
         if kind == "multipart/form-data":
             async with _form(request, self._limits.documents) as form:
                 files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
@@ -62,7 +65,9 @@ class Receiver:
                 fields["tags"] = [tag for tag in form.getlist("tags") if isinstance(tag, str)]
                 placeholder = [{"text": "in its file"}]
                 wanted = _validate(api.CreateMemory, {**fields, "documents": placeholder})
-                return await self._create(router, tenant, wanted, self._files(files))
+                named = [(document_id(file.filename, number), file) for number, file in enumerate(files, 1)]
+                documents = [self._file(id, file.filename, file.file) for id, file in named]
+                return await self._create(router, tenant, wanted, documents)
         if kind == MEDIA_TYPE:
             return await self._import(request, router, tenant)
         raise ProblemError(
@@ -76,21 +81,20 @@ class Receiver:
         kind = _content_type(request)
         if kind == "application/json":
             text = (await _json(request, api.PutDocument)).text
-            return await self._put(
-                request, router, tenant, memory, document, lambda path: store_text(self._storage, path, document, text)
-            )
+            return await self._put(request, router, tenant, memory, self._text(document, text))
         if kind in ("text/plain", "text/markdown"):
             with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as spooled:
                 async for piece in request.stream():
                     await asyncio.to_thread(spooled.write, piece)
-                return await self._put_file(request, router, tenant, memory, document, f"{document}.txt", spooled)
+                incoming = self._file(document, f"{document}.txt", spooled)
+                return await self._put(request, router, tenant, memory, incoming)
         if kind == "multipart/form-data":
             async with _form(request, 1) as form:
                 files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
                 if len(files) != 1:
                     raise ProblemError(422, f"{len(files)} files were sent; send one in the field 'file'")
-                name = files[0].filename or "file.txt"
-                return await self._put_file(request, router, tenant, memory, document, name, files[0].file)
+                incoming = self._file(document, files[0].filename, files[0].file)
+                return await self._put(request, router, tenant, memory, incoming)
         raise ProblemError(
             415, f"content type {kind or 'missing'!r}; send application/json, text/plain or multipart/form-data"
         )
@@ -103,7 +107,7 @@ class Receiver:
             tenant, wanted.id, wanted.title, wanted.kind, wanted.ratio, len(documents)
         )
         try:
-            stored = [await self._store(d.store, source_path(reserved.key, d.id)) for d in documents]
+            stored = [await self._store(document, reserved.key) for document in documents]
             language = await asyncio.to_thread(detect_language, stored[0].sample)
             return await router.create.remote(
                 reserved.key,
@@ -134,51 +138,31 @@ class Receiver:
                 await router.abandon.remote(reserved.key)
                 raise
 
-    async def _put_file(
-        self,
-        request: Request,
-        router: DeploymentHandle,
-        tenant: str,
-        memory: str,
-        document: str,
-        name: str,
-        file: IO[bytes],
-    ) -> api.MemoryOut:
-        def store(path: str) -> StoredText:
-            file.seek(0)
-            return store_file(self._storage, path, document, name, file, self._limits.convert)
-
-        return await self._put(request, router, tenant, memory, document, store)
-
     async def _put(
-        self,
-        request: Request,
-        router: DeploymentHandle,
-        tenant: str,
-        memory: str,
-        document: str,
-        store: Callable[[str], StoredText],
+        self, request: Request, router: DeploymentHandle, tenant: str, memory: str, document: _Incoming
     ) -> api.MemoryOut:
-        reserved: Reservation = await router.reserve_change.remote(tenant, memory, document, if_match(request))
+        reserved: Reservation = await router.reserve_change.remote(tenant, memory, document.id, if_match(request))
         try:
-            stored = await self._store(store, source_path(reserved.key, document))
+            stored = await self._store(document, reserved.key)
             return await router.change.remote(reserved, stored.document)
         except BaseException:
             await router.abandon.remote(reserved.key)
             raise
 
-    def _files(self, files: Sequence[UploadFile]) -> list[_Incoming]:
-        def incoming(number: int, file: UploadFile) -> _Incoming:
-            id, name = document_id(file.filename, number), file.filename or "file.txt"
-            return _Incoming(
-                id, lambda path: store_file(self._storage, path, id, name, file.file, self._limits.convert)
-            )
+    def _text(self, id: str, text: str) -> _Incoming:
+        return _Incoming(id, lambda path: store_text(self._storage, path, id, text))
 
-        return [incoming(number, file) for number, file in enumerate(files, start=1)]
+    def _file(self, id: str, name: str | None, file: IO[bytes]) -> _Incoming:
+        def store(path: str) -> StoredText:
+            file.seek(0)
+            return store_file(self._storage, path, id, name or "file.txt", file, self._limits.convert)
 
-    async def _store(self, store: Callable[[str], StoredText], path: str) -> StoredText:
-        """Runs `store` in one of the few threads that texts are made and written in."""
-        return await asyncio.get_running_loop().run_in_executor(self._converting, store, path)
+        return _Incoming(id, store)
+
+    async def _store(self, document: _Incoming, key: MemoryKey) -> StoredText:
+        """Stores a text in one of the few threads that texts are made and written in."""
+        path = source_path(key, document.id)
+        return await asyncio.get_running_loop().run_in_executor(self._converting, document.store, path)
 
 
 def if_match(request: Request) -> str | None:
@@ -211,31 +195,19 @@ def _validate(model: type[BaseModel], values: Any) -> Any:
         raise RequestValidationError(error.errors()) from None
 
 
-class _form:
+@asynccontextmanager
+async def _form(request: Request, files: int) -> AsyncIterator[FormData]:
     """The form of a multipart request, its files spooled to disk."""
-
-    def __init__(self, request: Request, files: int) -> None:
-        self._context = request.form(max_files=files, max_fields=100)
-
-    async def __aenter__(self) -> FormData:
-        try:
-            return await self._context.__aenter__()
-        except (MultiPartException, HTTPException) as error:
-            detail = getattr(error, "detail", error)
-            raise ProblemError(
-                413 if "Too many files" in str(detail) else 400, f"the multipart body cannot be read: {detail}"
-            ) from None
-
-    async def __aexit__(self, *raised: Any) -> None:
-        await self._context.__aexit__(*raised)
-
-
-def _texts(storage: Storage, documents: Sequence[api.DocumentIn]) -> list[_Incoming]:
-    def incoming(number: int, document: api.DocumentIn) -> _Incoming:
-        id = document.id if document.id is not None else f"doc-{number}"
-        return _Incoming(id, lambda path: store_text(storage, path, id, document.text))
-
-    return [incoming(number, document) for number, document in enumerate(documents, start=1)]
+    try:
+        form = await request.form(max_files=files, max_fields=100)
+    except (MultiPartException, HTTPException) as error:
+        detail = getattr(error, "detail", error)
+        status = 413 if "Too many files" in str(detail) else 400
+        raise ProblemError(status, f"the multipart body cannot be read: {detail}") from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def _check_ids(ids: Sequence[str]) -> None:

@@ -10,13 +10,13 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from cluster.storage.durable import Storage
 from memory_worker.manifest import Document
 from serving.config import ConvertConfig
-from serving.documents.convert import is_plain, read_document_file
+from serving.documents.convert import convert, is_plain
 from serving.errors import NoText, NotUtf8, ProblemError
 
 _PIECE_BYTES = 1 << 20
@@ -48,10 +48,9 @@ def store_file(storage: Storage, path: str, id: str, name: str, file: IO[bytes],
     Takes as long as converting does: call it in a thread.
     """
     if not is_plain(name):
-        with tempfile.NamedTemporaryFile(suffix=PurePath(name).suffix) as spooled:
+        with tempfile.TemporaryFile() as spooled:
             shutil.copyfileobj(file, spooled)
-            spooled.flush()
-            return store_text(storage, path, id, read_document_file(name, Path(spooled.name), limits))
+            return store_text(storage, path, id, convert(name, spooled, limits))
     reading = _Reading(name)
     with storage.writer(path) as sink:
         for piece in reading.pieces(file):
@@ -98,7 +97,7 @@ class _Reading:
             except UnicodeDecodeError as error:
                 raise NotUtf8(
                     f"{self._name!r} is not UTF-8 (near byte {read + error.start}); convert it, for instance with: "
-                    "iconv -f LATIN1 -t UTF-8 FILE > NEW"
+                    f"iconv -f {_guess_encoding(piece)} -t UTF-8 FILE > NEW"
                 ) from None
             self.characters += len(text)
             self.blank = self.blank and not text.strip()
@@ -108,3 +107,13 @@ class _Reading:
                 return
             read += len(piece)
             yield piece
+
+
+def _guess_encoding(piece: bytes) -> str:
+    if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(piece)
+    except UnicodeDecodeError:
+        return "LATIN1"
+    return "GB18030"

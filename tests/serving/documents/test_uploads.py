@@ -76,6 +76,22 @@ def test_where_bytes_are_wrong_is_said(storage: Storage) -> None:
         stored(storage, "a.txt", b"x" * (_PIECE_BYTES + 3) + b"\xff")
 
 
+def test_the_command_that_mends_it_is_said(storage: Storage) -> None:
+    chinese = "城门在暴风雨之前被打开了两次。"
+    for data, encoding in [
+        (b"caf\xe9\n", "LATIN1"), ("gate".encode("utf-16"), "UTF-16"), (chinese.encode("gb18030"), "GB18030"),
+        (b"x" * (_PIECE_BYTES - 3) + chinese.encode("gb18030"), "GB18030"),  # a piece ends within a character
+    ]:  # fmt: skip
+        with pytest.raises(NotUtf8, match=f"iconv -f {encoding}"):
+            stored(storage, "b.txt", data)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "b.md", "folder/c.markdown"])
+def test_text_is_kept_unchanged(storage: Storage, name: str) -> None:
+    text = "# Title\r\n\r\n  two  spaces\tand é门\n".encode()
+    assert storage.read(stored(storage, name, text).document.source).to_pybytes() == text
+
+
 def test_html_is_converted(storage: Storage) -> None:
     document, sample = stored(storage, "a.html", b"<p>One</p><script>no()</script><p>Two</p>")
     assert storage.read(document.source).to_pybytes() == b"One\n\nTwo" and sample == "One\n\nTwo"
