@@ -45,8 +45,8 @@ from retrieval_worker.messages import Evidence, EvidenceRequest, Hit, Index, Pas
 from serving import api
 from serving.config import load_profile
 from serving.router import router as router_module
-from serving.router.manifests import index_of
 from serving.router.router import Router
+from serving.router.versions import index_of
 
 DOCUMENTS = (1, 10, 100, 1000)
 SLOTS = 4000

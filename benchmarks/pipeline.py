@@ -46,8 +46,8 @@ def engines_alone(storage: str) -> Ask:
     from memory_worker.storage.store import MemoryStore
     from retrieval_worker.fusion import clue_weights, select_hits
     from retrieval_worker.messages import EvidenceRequest
-    from serving.router.manifests import index_of
     from serving.router.pipeline import CLUE_KINDS
+    from serving.router.versions import index_of
 
     profile, store = load_profile("embedded"), MemoryStore(memories_root(storage))
     key = store.current("default", "town")

@@ -186,7 +186,7 @@ class Stages:
 
     async def _passages(self) -> "list[Passage]":
         """Some passages of the memory, as a search finds them."""
-        from serving.router.manifests import index_of
+        from serving.router.versions import index_of
 
         ranked = await self.handles["Retriever"].search.remote(index_of([self.manifest]), [_question(0)], _BATCH)
         hits = {hit.passage.id: hit.passage for ranking in ranked for hit in ranking.hits}
@@ -202,7 +202,7 @@ class Stages:
         """Questions a second: one search for the question and its clues, and the evidence of an answer."""
         from retrieval_worker.fusion import clue_weights, select_hits
         from retrieval_worker.messages import EvidenceRequest
-        from serving.router.manifests import index_of
+        from serving.router.versions import index_of
 
         index, search, retriever = index_of([self.manifest]), self.profile.retrieval.search, self.handles["Retriever"]
 

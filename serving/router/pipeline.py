@@ -3,6 +3,9 @@
 Clues are recalled while the question is already being searched; each clue is searched the moment its line is
 complete; the rankings are fused; the generator answers from the passages; the sentences that support question
 and answer are picked as evidence. If recall fails, the question goes on as plain RAG and says so.
+
+Each stage is an OpenTelemetry span below those that Serve makes of its own calls, which carry a trace from the proxy
+to the engines (`ray.tracing` in the profile); where nothing is traced, spans do nothing.
 """
 
 import asyncio
@@ -14,10 +17,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from opentelemetry import trace
 from ray.serve.handle import DeploymentHandle
 from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, wait_fixed
 
 from cluster.messages import Finished, TextDelta
+from cluster.storage.durable import Storage
 from cluster.streams import merge_streams, retry_stream
 from generator_worker.messages import GenerateRequest, GenerateTask, Generation, Source
 from memory_worker.manifest import Manifest
@@ -28,13 +33,11 @@ from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import is_callers_fault, is_unavailable, problem_for
-from serving.router.prepared import Prepared
-from serving.router.shown import citation_out, clue_out, passage_out
-from serving.router.spans import StageSpans
-from serving.router.texts import Texts
 from serving.router.versions import AskedVersions
+from serving.router.views import citation_out, clue_out, passage_out
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
+_tracer = trace.get_tracer("memorag")
 
 # What is recalled from memory for each task.
 CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
@@ -44,9 +47,25 @@ CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
 READ_MEMORY = {*CLUE_KINDS, "memory"}  # tasks that ask the memory model
 _MOST_REWRITES = 8  # questions taken from the generator's list
 
+_PREPARED = 2048  # passages at most, fewer than a Retriever keeps
 _RETRY_S = 0.2  # a replica whose engine died answers until it is replaced: not asked again at once
 
 PipelineEvent = Clue | Hit | TextDelta | api.Answer
+
+
+class Prepared:
+    """Passages whose sentences were lately sent to be embedded: the Retriever still has them, with luck."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], None] = {}  # index, passage
+
+    def take_missing(self, index: Index, passages: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of `passages` not asked for before; they count as prepared from now on."""
+        missing = tuple(passage for passage in passages if (index.name, passage) not in self._known)
+        if len(self._known) > _PREPARED:
+            self._known.clear()
+        self._known.update(dict.fromkeys((index.name, passage) for passage in passages))
+        return missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +80,7 @@ class Pools:
     question_deadline_s: float
     degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as embedded-model
     prepared: Prepared
-    texts: Texts
+    storage: Storage
     on_damage: Callable[[Sequence[Manifest], BaseException], Awaitable[bool]]  # told of errors that are survived
 
 
@@ -82,7 +101,7 @@ class Inquiry:
         The question is over when the lease on the versions is.
         """
         self._pools = pools
-        self._manifests = manifests = asked.manifests
+        self.manifests = manifests = asked.manifests
         self._groups = groups
         self._question = question
         self._cache_salt = cache_salt
@@ -93,7 +112,6 @@ class Inquiry:
         self._queries: asyncio.Queue[str | None] = asyncio.Queue()  # None: no more will come
         self._tasks: list[asyncio.Task[Any]] = []
         self._started = time.perf_counter()
-        self._spans = StageSpans(manifests, question.task)
         self._deadline = time.monotonic() + min(pools.question_deadline_s, lease_s)
         self.clues: list[Clue] = []
         self.hits: list[Hit] = []  # in the order that citations number them
@@ -147,7 +165,7 @@ class Inquiry:
                         self.clues.append(clue)
                         yield clue
         finally:
-            self._spans.end_stage("recall", self._started, clues=len(self.clues), groups=len(self._groups))
+            self._end_stage("recall", self._started, clues=len(self.clues), groups=len(self._groups))
         self.timings.recall = self._elapsed_ms()
 
     async def _recall_group(
@@ -168,9 +186,9 @@ class Inquiry:
             # A boundary: whatever broke there, the question can be answered without clues, unless it is at fault.
             if required or is_callers_fault(error):
                 raise
-            names = ", ".join(manifest.memory for manifest in self._manifests)
+            names = ", ".join(manifest.memory for manifest in self.manifests)
             logger.warning("recall failed for %s, going on without: %r", names, error)
-            await self._pools.on_damage(self._manifests, error)
+            await self._pools.on_damage(self.manifests, error)
             if "recall" not in self.degraded:
                 self.degraded.append("recall")
 
@@ -194,7 +212,7 @@ class Inquiry:
     def begin_search(self) -> asyncio.Task[list[Ranking]]:
         """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
         # A summary asks nothing: the title stands for it until key points come.
-        titles = " ".join(manifest.title for manifest in self._manifests if manifest.title)
+        titles = " ".join(manifest.title for manifest in self.manifests if manifest.title)
         self._queries.put_nowait(self._question.question or titles or "summary")
         self._tasks.append(task := asyncio.create_task(self._search()))
         return task
@@ -206,7 +224,7 @@ class Inquiry:
         rankings = await searching
         self.hits = select_hits(rankings, self._weights(rankings), self._pools.search)
         self.timings.retrieve = self._elapsed_ms() - began
-        self._spans.end_stage("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
+        self._end_stage("retrieve", self._started + began / 1000, queries=len(rankings), passages=len(self.hits))
 
     def _weights(self, rankings: list[Ranking]) -> list[float]:
         """Clues count by their grounding, measured by the question's; in a summary by that of the best of them."""
@@ -243,7 +261,7 @@ class Inquiry:
                 yield item
         assert generation is not None, "the generator's stream ends with a Generation"
         self.timings.generate = self._elapsed_ms() - began
-        self._spans.end_stage("generate", self._started + began / 1000, tokens=generation.completion_tokens)
+        self._end_stage("generate", self._started + began / 1000, tokens=generation.completion_tokens)
         self.usage.prompt_tokens = generation.prompt_tokens
         self.usage.completion_tokens = generation.completion_tokens
         if generation.cut:
@@ -254,7 +272,7 @@ class Inquiry:
     async def _stream_generation(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
         """What the Generator makes of the question and the passages; of the whole text for `full`."""
         if task == "full":
-            sources = await self._pools.texts.read(self._manifests)
+            sources = await asyncio.to_thread(self._read_texts)
         else:
             sources = tuple(Source(hit.passage.text, hit.score) for hit in self.hits)
         request = GenerateRequest(
@@ -292,7 +310,7 @@ class Inquiry:
                 return await self._call(self._retriever.evidence, request)
 
             evidence = await self._ask_index(find, ids)
-            self._spans.end_stage("evidence", began, sentences=len(evidence))
+            self._end_stage("evidence", began, sentences=len(evidence))
         return self._finish(
             answer=generation.text,
             citations=[citation_out(n, self.hits[n - 1]) for n in generation.citations],
@@ -312,12 +330,11 @@ class Inquiry:
                 pieces.append(item.text)
                 yield item
         self.timings.recall = self._elapsed_ms()
-        self._spans.end_stage("recall", self._started, tokens=self.usage.recall_completion_tokens)
+        self._end_stage("recall", self._started, tokens=self.usage.recall_completion_tokens)
         yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
 
     def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:
-        self.timings.total = self._elapsed_ms()
-        asked = [api.MemoryVersion(id=manifest.memory, version=manifest.version) for manifest in self._manifests]
+        asked = [api.MemoryVersion(id=manifest.memory, version=manifest.version) for manifest in self.manifests]
         return api.Answer(
             memory=asked[0].id if len(asked) == 1 else None,
             version=asked[0].version if len(asked) == 1 else None,
@@ -330,7 +347,7 @@ class Inquiry:
             passages=[passage_out(hit) for hit in self.hits],
             degraded=self.degraded,
             usage=self.usage,
-            timings_ms=self.timings,
+            timings_ms=self.end_timings(),
         )
 
     async def _ask_index(self, ask: Callable[[Index, Any], Awaitable[Any]], what: Any) -> Any:
@@ -346,6 +363,28 @@ class Inquiry:
                 return await method.remote(*arguments)
 
         return await _until_available(self._deadline)(call)
+
+    def _read_texts(self) -> tuple[Source, ...]:
+        """Every document of every memory, whole, in order. Raises `DamagedFile`."""
+        files = [document.source for manifest in self.manifests for document in manifest.documents]
+        return tuple(Source(bytes(self._pools.storage.read(file)).decode()) for file in files)
+
+    def end_timings(self) -> api.Timings:
+        """The timings, of a question that has been answered now."""
+        self.timings.total = self._elapsed_ms()
+        return self.timings
+
+    def _end_stage(self, stage: str, began: float, **counts: int) -> None:
+        """A stage that began then (`time.perf_counter`) has ended now; `counts` say how much there was of what."""
+        now, past = time.time_ns(), time.perf_counter() - began
+        attributes: dict[str, Any] = {
+            "memorag.memory": [manifest.memory for manifest in self.manifests],
+            "memorag.version": [manifest.version for manifest in self.manifests],
+            "memorag.tenant": self.manifests[0].tenant,
+            "memorag.task": self._question.task,
+        }
+        attributes |= {f"memorag.{name}": count for name, count in counts.items()}
+        _tracer.start_span(f"memorag.{stage}", start_time=now - int(past * 1e9), attributes=attributes).end(now)
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started) * 1000

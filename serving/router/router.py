@@ -4,34 +4,32 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.planning.costs import MemoryKind
-from cluster.storage.durable import StoredFile
+from cluster.storage.durable import Storage, StoredFile
 from memory_worker.catalog.actor import catalog
 from memory_worker.errors import NoJob
 from memory_worker.manifest import Document, JobRecord, Manifest
 from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, ReadLease, Reservation, SegmentGroup
+from memory_worker.recall.groups import segment_groups
+from memory_worker.storage.manifest import Document, JobRecord, Manifest
 from memory_worker.storage.store import check_id, new_request
 from serving import api
 from serving.config import Profile
 from serving.documents.uploads import memory_id
 from serving.errors import ProblemError, damaged_path, problem_for
 from serving.router.jobs import Jobs
-from serving.router.kinds import require_same_model
-from serving.router.manifests import memory_out, progress_out
 from serving.router.once import KeyedAnswers
-from serving.router.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools
-from serving.router.prefetch import Prefetch
-from serving.router.prepared import Prepared
+from serving.router.pipeline import CLUE_KINDS, READ_MEMORY, Inquiry, Pools, Prepared
 from serving.router.question_limits import QuestionLimits
 from serving.router.secret import salt_of
-from serving.router.shown import clue_out, event_out, passage_out
-from serving.router.texts import Texts
 from serving.router.usage_metrics import UsageMetrics
-from serving.router.versions import AskedVersions, Versions
+from serving.router.versions import AskedVersions, Versions, require_same_model
+from serving.router.views import clue_out, event_out, memory_out, passage_out, progress_out
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # with its replica and request id
 
@@ -68,14 +66,14 @@ class Router(KeyedAnswers):
             profile.limits.question_s,
             degraded,
             Prepared(),
-            Texts(storage_root),
+            Storage(storage_root),
             self._repair,
         )
         self._limits = QuestionLimits(profile)
         self._metrics = UsageMetrics()
         self._model: MemorizerDescription | None = None
         settings = (profile.memory.catalog, profile.quotas)
-        jobs = Jobs(self._catalog, self._versions.manifest, settings, memorizer, retriever, Prefetch(recaller, profile))
+        jobs = Jobs(self._catalog, self._versions.manifest, settings, memorizer, retriever, self._prefetch)
         self._working = asyncio.get_running_loop().create_task(jobs.run_forever())
 
     # -- memories ------------------------------------------------------------------------------------------
@@ -249,64 +247,46 @@ class Router(KeyedAnswers):
         self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
     ) -> AsyncIterator[api.Event]:
         """Events clue, passage, token; last done."""
-        manifests: Sequence[Manifest] = ()
-        try:
-            asked, seconds = await self._read_many(tenant, memories, tag)
-            manifests = asked.manifests
-            inquiry = await self._inquiry(tenant, asked, seconds, question)
+        async with self._inquiring(tenant, memories, tag, question) as inquiry:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
                 yield event_out(item)
-        except Exception as error:
-            raise await self._problem(manifests, error) from error
 
     async def answer(self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question) -> api.Answer:
         """The whole answer at once."""
-        asked, seconds = await self._read_many(tenant, memories, tag)
-        inquiry = await self._inquiry(tenant, asked, seconds, question)
-        try:
+        async with self._inquiring(tenant, memories, tag, question) as inquiry:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
                     return item
-        except Exception as error:
-            raise await self._problem(asked.manifests, error) from error
         raise ProblemError(500, "the pipeline ended without an answer")
 
     async def clues(self, tenant: str, memory: str, query: api.CluesQuery) -> api.CluesOut:
         """Recall on its own."""
         question = api.Question(question=query.question, language=query.language)
-        asked, seconds = await self._read_many(tenant, [memory], None)
-        inquiry = await self._inquiry(tenant, asked, seconds, question)
-        started = time.perf_counter()
-        try:
+        async with self._inquiring(tenant, [memory], None, question) as inquiry:
             clues = [clue_out(clue) async for clue in inquiry.recall(CLUE_KINDS["memorag"], required=True)]
-        except Exception as error:
-            raise await self._problem(asked.manifests, error) from error
-        inquiry.timings.total = (time.perf_counter() - started) * 1000
         return api.CluesOut(
             memory=memory,
-            version=asked.manifests[0].version,
+            version=inquiry.manifests[0].version,
             clues=clues,
             degraded=inquiry.degraded,
             usage=inquiry.usage,
-            timings_ms=inquiry.timings,
+            timings_ms=inquiry.end_timings(),
         )
 
     async def passages(self, tenant: str, memory: str, query: api.PassagesQuery) -> api.PassagesOut:
         """Retrieval on its own, with the text as it is."""
-        asked, seconds = await self._read_many(tenant, [memory], None)
-        inquiry = await self._inquiry(tenant, asked, seconds, api.Question(question=query.question, task="rag"))
-        started = time.perf_counter()
-        try:
+        question = api.Question(question=query.question, task="rag")
+        async with self._inquiring(tenant, [memory], None, question) as inquiry:
             await inquiry.retrieve(inquiry.begin_search())
-        except Exception as error:
-            raise await self._problem(asked.manifests, error) from error
-        inquiry.timings.total = (time.perf_counter() - started) * 1000
-        hits = [passage_out(hit) for hit in inquiry.hits]
-        version = asked.manifests[0].version
-        return api.PassagesOut(memory=memory, version=version, passages=hits, timings_ms=inquiry.timings)
+        return api.PassagesOut(
+            memory=memory,
+            version=inquiry.manifests[0].version,
+            passages=[passage_out(hit) for hit in inquiry.hits],
+            timings_ms=inquiry.end_timings(),
+        )
 
     # -- health --------------------------------------------------------------------------------------------
 
@@ -359,26 +339,48 @@ class Router(KeyedAnswers):
         assert reserved.base is not None, "a change has a base"
         return await self._versions.manifest(reserved.base)
 
-    async def _read_many(self, tenant: str, memories: Sequence[str], tag: str | None) -> tuple[AskedVersions, float]:
-        """The present versions, and for how many seconds their files stay."""
-        found: Sequence[ReadLease] = await self._catalog.read_many.remote(tenant, memories, tag)
-        if not found:
-            missing = f"no ready memory has the tag {tag!r}" if tag else "no memory is named"
-            raise ProblemError(404 if tag else 422, f"{missing}; give ids in 'memories', or a tag that memories have")
-        asked = await self._versions.of([lease.key for lease in found])
-        return asked, min(lease.seconds for lease in found)
+    @asynccontextmanager
+    async def _inquiring(
+        self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
+    ) -> AsyncIterator[Inquiry]:
+        """A question about the present versions of the memories. What the block raises becomes a problem."""
+        manifests: Sequence[Manifest] = ()
+        try:
+            leases: Sequence[ReadLease] = await self._catalog.read_many.remote(tenant, memories, tag)
+            if not leases:
+                missing = f"no ready memory has the tag {tag!r}" if tag else "no memory is named"
+                raise ProblemError(
+                    404 if tag else 422, f"{missing}; give ids in 'memories', or a tag that memories have"
+                )
+            asked = await self._versions.of([lease.key for lease in leases])
+            manifests = asked.manifests
+            await self._limits.check(question)
+            groups = await self._groups(asked) if question.task in READ_MEMORY else ()
+            if question.task == "memory":
+                await self._limits.check_answer_from_memory(asked, question)
+            salt, seconds = salt_of(self._secret, tenant), min(lease.seconds for lease in leases)
+            yield Inquiry(self._pools, asked, groups, question, salt, seconds)
+        except Exception as error:
+            raise await self._problem(manifests, error) from error
 
-    async def _inquiry(self, tenant: str, asked: AskedVersions, seconds: float, question: api.Question) -> Inquiry:
-        await self._limits.check(question)
-        groups: Sequence[SegmentGroup] = ()
-        if question.task in READ_MEMORY:
-            model = await self._memory_model()
-            for manifest in asked.manifests:
-                require_same_model(manifest, model)
-            groups = asked.groups
-        if question.task == "memory":
-            await self._limits.check_answer_from_memory(asked, question)
-        return Inquiry(self._pools, asked, groups, question, salt_of(self._secret, tenant), seconds)
+    async def _groups(self, asked: AskedVersions) -> Sequence[SegmentGroup]:
+        model = await self._memory_model()
+        for manifest in asked.manifests:
+            require_same_model(manifest, model)
+        return asked.groups
+
+    async def _prefetch(self, manifest: Manifest) -> None:
+        """Has the Recaller replica that a new version's questions are routed to bring its segments to that node.
+
+        Never raises: the first question loads what could not be prefetched.
+        """
+        if self._profile.pools.memory.min_replicas == 0:
+            return  # not woken for memories that nobody may ask about
+        for group in segment_groups([manifest], self._profile.memory.group_slots):
+            try:
+                await self._pools.recaller.options(session_id=group.name).prefetch.remote(group)
+            except Exception as error:  # noqa: BLE001  a boundary: see above
+                logger.warning("%s is not prefetched: %r", group.name, error)
 
     async def _problem(self, manifests: Sequence[Manifest], error: BaseException) -> ProblemError:
         """The problem that `error` is to a client; where a file is damaged, what is being done about it."""

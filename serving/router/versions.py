@@ -14,13 +14,12 @@ from ray.actor import ActorHandle
 from cluster.errors import cause_of
 from cluster.shared_cache import SharedCache
 from cluster.storage.durable import DamagedFile
-from memory_worker.errors import MemoryNotFound
-from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryKey, SegmentGroup
+from memory_worker.errors import MemoryNotFound, WrongModel
+from memory_worker.messages import MemorizerDescription, MemoryKey, SegmentGroup
+from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.recall.groups import segment_groups
 from memory_worker.storage.store import MemoryStore
-from retrieval_worker.messages import Index
-from serving.router.manifests import index_of
+from retrieval_worker.messages import Index, IndexPart
 
 _DOCUMENT_BYTES, _FILE_BYTES = 1800, 300  # of RAM, for each in a manifest and what is derived from it; a test measures
 
@@ -76,6 +75,23 @@ class Versions:
             except Exception as error:
                 raise (unread if isinstance(cause_of(error), MemoryNotFound) else error) from error
             return manifest
+
+
+def index_of(manifests: Sequence[Manifest]) -> Index:
+    """The passages of these versions, under a name made of theirs: the Retriever knows it while it has them open."""
+    parts = (
+        IndexPart(manifest.memory, document.id, document.passages)
+        for manifest in manifests
+        for document in manifest.documents
+    )
+    return Index(tuple(parts), "+".join(f"{m.tenant}/{m.memory}/{m.version}" for m in manifests))
+
+
+def require_same_model(manifest: Manifest, model: MemorizerDescription, name: str | None = None) -> None:
+    """Raises `WrongModel` where another model, or another recipe of the kind, made the memory; `name` is its own."""
+    running = fingerprint_of(manifest.kind, model.fingerprint)
+    if manifest.fingerprint != running:
+        raise WrongModel(name or manifest.memory, manifest.fingerprint, running)
 
 
 def bytes_of(asked: AskedVersions) -> int:

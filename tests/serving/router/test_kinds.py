@@ -7,7 +7,7 @@ from cluster.storage.durable import Storage
 from memory_worker.messages import KindDescription, MemorizerDescription
 from memory_worker.models.fingerprint import KINDS, fingerprint_of
 from serving.errors import problem_for
-from serving.router.kinds import require_same_model
+from serving.router.versions import require_same_model
 from tests.support import manifests as made
 
 STOCK = MemorizerDescription(

@@ -1,25 +1,16 @@
-"""What the Router reads out of manifests: the index the Retriever searches, and the memory as HTTP shows it."""
+"""Memories, jobs and what the pipeline found, in the shapes of `serving.api`: what HTTP shows of them."""
 
-from collections.abc import Sequence
+from dataclasses import asdict
 
-from memory_worker.manifest import Manifest
-from memory_worker.messages import Job, MemoryRecord
-from retrieval_worker.messages import Index, IndexPart
+from cluster.messages import TextDelta
+from memory_worker.messages import Clue, Job, MemoryRecord
+from memory_worker.storage.manifest import Manifest
+from retrieval_worker.messages import Hit
 from serving import api
 
 
-def index_of(manifests: Sequence[Manifest]) -> Index:
-    """The passages of these versions, under a name made of theirs: the Retriever knows it while it has them open."""
-    parts = (
-        IndexPart(manifest.memory, document.id, document.passages)
-        for manifest in manifests
-        for document in manifest.documents
-    )
-    return Index(tuple(parts), "+".join(f"{m.tenant}/{m.memory}/{m.version}" for m in manifests))
-
-
 def memory_out(record: MemoryRecord, manifest: Manifest | None) -> api.MemoryOut:
-    """The memory as HTTP shows it: from its version's manifest when it is ready, from its job until then."""
+    """The memory: from its version's manifest when it is ready, from its job until then."""
     job, failed = record.job, record.failed_change
     if manifest is not None:
         return api.MemoryOut(
@@ -43,6 +34,7 @@ def memory_out(record: MemoryRecord, manifest: Manifest | None) -> api.MemoryOut
             else None,
         )
     made_of = job.record if job else None
+    documents = made_of.documents if made_of else ()
     return api.MemoryOut(
         id=record.memory,
         title=made_of.title if made_of else None,
@@ -55,9 +47,7 @@ def memory_out(record: MemoryRecord, manifest: Manifest | None) -> api.MemoryOut
         tokens=job.total_tokens if job else 0,
         passages=0,
         bytes=0,
-        documents=[
-            api.DocumentOut(id=d.id, characters=d.characters, tokens=0) for d in (made_of.documents if made_of else ())
-        ],
+        documents=[api.DocumentOut(id=d.id, characters=d.characters, tokens=0) for d in documents],
         created=record.created,
         job=_job_out(job),
         error=record.error,
@@ -75,6 +65,30 @@ def progress_out(status: api.Status, job: Job, rate: float) -> api.ProgressOut:
         tokens_per_second=rate,
         seconds_left=left,
     )
+
+
+def clue_out(clue: Clue) -> api.ClueOut:
+    return api.ClueOut(**asdict(clue))
+
+
+def passage_out(hit: Hit) -> api.PassageOut:
+    return api.PassageOut(**asdict(hit.passage), score=hit.score)
+
+
+def citation_out(n: int, hit: Hit) -> api.CitationOut:
+    """`[n]` in an answer."""
+    return api.CitationOut(n=n, **asdict(hit.passage))
+
+
+def event_out(item: Clue | Hit | TextDelta | api.Answer) -> api.Event:
+    """What the pipeline yields, as an event of a stream."""
+    if isinstance(item, Clue):
+        return api.Event(name="clue", data=clue_out(item).model_dump())
+    if isinstance(item, Hit):
+        return api.Event(name="passage", data=passage_out(item).model_dump())
+    if isinstance(item, TextDelta):
+        return api.Event(name="token", data={"text": item.text})
+    return api.Event(name="done", data=item.model_dump())
 
 
 def _job_out(job: Job | None) -> api.JobOut | None:
