@@ -5,7 +5,6 @@ the clients know these classes, too.
 """
 
 import http
-import json
 import math
 from dataclasses import field
 from typing import Any
@@ -63,10 +62,6 @@ class ProblemError(ExpectedError):
             "detail": self.detail,
             **self.members,
         }
-
-    def json_bytes(self) -> bytes:
-        """`body` as it is sent."""
-        return json.dumps(self.body(), ensure_ascii=False).encode()
 
 
 def problem_for(error: BaseException) -> ProblemError:

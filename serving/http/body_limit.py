@@ -1,9 +1,11 @@
 """ASGI middleware that refuses request bodies beyond a size, before and while they arrive."""
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ProblemError
+from serving.http.problems import problem_response
 
 
 class BodyLimit:
@@ -26,7 +28,7 @@ class BodyLimit:
         limit = self._upload if _is_upload(scope, headers.get("content-type", "")) else self._json
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
-            await self._refuse(send, limit)
+            await _refuse(limit)(scope, receive, send)
             return
         received, started, refused = 0, False, False
 
@@ -42,7 +44,7 @@ class BodyLimit:
             nonlocal started, refused
             if not started and received > limit:  # who read the body made another refusal of `_TooLarge`
                 started = refused = True
-                await self._refuse(send, limit)
+                await _refuse(limit)(scope, receive, send)
             started = True
             if not refused:
                 await send(message)
@@ -52,18 +54,12 @@ class BodyLimit:
         except _TooLarge:
             if started:
                 raise
-            await self._refuse(send, limit)
+            await _refuse(limit)(scope, receive, send)
 
-    async def _refuse(self, send: Send, limit: int) -> None:
-        problem = ProblemError(
-            413,
-            f"the request is larger than {limit:,} bytes; send less, or raise limits.body_bytes for JSON, "
-            "limits.upload_bytes for files",
-        )
-        body = problem.json_bytes()
-        headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+def _refuse(limit: int) -> Response:
+    detail = f"the request is larger than {limit:,} bytes; send less, or raise limits.body_bytes for JSON, "
+    return problem_response(ProblemError(413, f"{detail}limits.upload_bytes for files"))
 
 
 def _is_upload(scope: Scope, kind: str) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,8 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from cluster.planning.costs import MemoryKind
-from cluster.storage.durable import Storage, StoredFile
-from memory_worker.manifest import Manifest
+from cluster.storage.durable import StoredFile
 from memory_worker.messages import MemoryKey
 from serving import api
 from serving.config import Profile
@@ -134,8 +133,7 @@ def _add_memory_routes(app: FastAPI) -> None:
     @app.post("/v1/memories", status_code=202, openapi_extra=_CREATE_BODY)
     async def create_memory(request: Request, response: Response, tenant: Tenant) -> api.MemoryOut:
         """Make a memory of documents. Answers at once; follow `/events` until it is ready."""
-        made: api.MemoryOut = await _receiver(request).create(request, _router(request), tenant)
-        return _tag(response, made)
+        return _tag(response, await request.app.state.receiver.create(request, _router(request), tenant))
 
     @app.get("/v1/memories")
     async def list_memories(
@@ -186,7 +184,7 @@ def _add_document_routes(app: FastAPI) -> None:
     async def get_document(request: Request, tenant: Tenant, memory: MemoryId, document: str) -> PlainTextResponse:
         """The text of a document; every offset in answers counts its characters."""
         source: StoredFile = await _router(request).source.remote(tenant, memory, document)
-        text = await asyncio.to_thread(_storage(request).read, source)
+        text = await asyncio.to_thread(request.app.state.gate.storage.read, source)
         return PlainTextResponse(text.to_pybytes())
 
     @app.put("/v1/memories/{memory}/documents/{document}", status_code=202, openapi_extra=_PUT_BODY)
@@ -197,7 +195,8 @@ def _add_document_routes(app: FastAPI) -> None:
 
         With `If-Match`, only if the memory is still at that version. One change at a time: 412 for a second one.
         """
-        return _tag(response, await _receiver(request).put(request, _router(request), tenant, memory, document))
+        put = request.app.state.receiver.put
+        return _tag(response, await put(request, _router(request), tenant, memory, document))
 
     @app.delete("/v1/memories/{memory}/documents/{document}")
     async def delete_document(
@@ -234,13 +233,13 @@ def _add_question_routes(app: FastAPI) -> None:
     @app.post("/v1/memories/{memory}/clues")
     async def clues(request: Request, tenant: Tenant, memory: MemoryId, query: api.CluesQuery) -> api.CluesOut:
         """Only recall: the clues that the memory gives for a question."""
-        async with _questions(request):
+        async with request.app.state.questions:
             return await _router(request).clues.remote(tenant, memory, query)
 
     @app.post("/v1/memories/{memory}/passages")
     async def passages(request: Request, tenant: Tenant, memory: MemoryId, query: api.PassagesQuery) -> api.PassagesOut:
         """Only retrieval: the passages that match a text."""
-        async with _questions(request):
+        async with request.app.state.questions:
             return await _router(request).passages.remote(tenant, memory, query)
 
 
@@ -277,21 +276,6 @@ def _router(request: Request) -> DeploymentHandle:
     return request.app.state.router
 
 
-def _storage(request: Request) -> Storage:
-    gate: Gate = request.app.state.gate
-    return gate.storage
-
-
-def _receiver(request: Request) -> Receiver:
-    receiver: Receiver = request.app.state.receiver
-    return receiver
-
-
-def _questions(request: Request) -> InFlight:
-    questions: InFlight = request.app.state.questions
-    return questions
-
-
 def _tag(response: Response, memory: api.MemoryOut) -> api.MemoryOut:
     response.headers["ETag"] = f'"{memory.version}"'
     return memory
@@ -300,7 +284,7 @@ def _tag(response: Response, memory: api.MemoryOut) -> api.MemoryOut:
 async def _ask(
     request: Request, tenant: str, memories: list[str], tag: str | None, question: api.Question
 ) -> api.Answer | EventSourceResponse:
-    questions = _questions(request)
+    questions = request.app.state.questions
     if question.stream:
         asked = _router(request).options(stream=True).ask
         return await stream_events(asked.remote(tenant, memories, tag, question), questions)
@@ -310,28 +294,22 @@ async def _ask(
 
 async def stream_events(events: Any, counted: InFlight | None = None) -> EventSourceResponse:
     """The Router's events as server-sent events. A failure before the first is an ordinary problem response."""
-    if counted:
-        await counted.__aenter__()
-    try:
+    async with AsyncExitStack() as beginning:
+        beginning.callback(events.cancel)  # of what is still being made where the client has gone
+        if counted:
+            await beginning.enter_async_context(counted)
         iterator = aiter(events)
         first: api.Event = await anext(iterator)
-    except BaseException:
-        events.cancel()
-        if counted:
-            await counted.__aexit__(None, None, None)
-        raise
+        begun = beginning.pop_all()
 
     async def lines() -> AsyncIterator[ServerSentEvent]:
-        try:
-            yield _line(first)
-            async for event in iterator:
-                yield _line(event)
-        except Exception as error:  # noqa: BLE001  the response has begun: it ends with what went wrong
-            yield _line(api.Event(name="error", data=problem_for(error).body()))
-        finally:  # the client may have gone: what is still being made for it is cancelled
-            events.cancel()
-            if counted:
-                await counted.__aexit__(None, None, None)
+        async with begun:
+            try:
+                yield _line(first)
+                async for event in iterator:
+                    yield _line(event)
+            except Exception as error:  # noqa: BLE001  the response has begun: it ends with what went wrong
+                yield _line(api.Event(name="error", data=problem_for(error).body()))
 
     return EventSourceResponse(lines(), headers={"Cache-Control": "no-store"})
 
@@ -339,7 +317,7 @@ async def stream_events(events: Any, counted: InFlight | None = None) -> EventSo
 async def _archive(request: Request, manifest: Manifest) -> AsyncIterator[bytes]:
     """The archive, whose version stays whole however slowly the client reads."""
     key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
-    pieces = pack(_storage(request), manifest)
+    pieces = pack(request.app.state.gate.storage, manifest)
     held = time.monotonic()
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         if time.monotonic() - held > _HOLD_S:

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from cluster.config import Settings
 from cluster.errors import MessageError
 from cluster.storage.durable import Storage
 from cluster.storage.files import files_at
@@ -36,11 +37,7 @@ _NO_KEY = "0" * 64  # no key's digest: what an unknown id's key is compared with
 _PATIENCE_S = 1.0  # how long requests wait for the key file, when what it said before is known
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class KeyEntry(_Frozen):
+class KeyEntry(Settings):
     """What is kept of one key."""
 
     id: str = Field(pattern=r"^[0-9a-f]{8}$")
@@ -50,7 +47,7 @@ class KeyEntry(_Frozen):
     note: str = ""
 
 
-class _Keys(_Frozen):
+class _Keys(Settings):
     keys: tuple[KeyEntry, ...] = ()
 
 

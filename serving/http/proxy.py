@@ -8,10 +8,12 @@ import json
 import logging
 
 from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import APPLICATION
 from serving.errors import ProblemError
+from serving.http.problems import problem_response
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,7 +53,7 @@ class RetryableFailures:
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
                 if message["status"] in _OF_THE_PROXY and b"problem+json" not in kind and await self._is_ours(asked):
                     replaced = True
-                    await _send_problem(send)
+                    await _problem()(asked, receive, send)
             if not replaced:  # else this is the body that went with it
                 await send(message)
 
@@ -62,7 +64,7 @@ class RetryableFailures:
                 raise
             logger.exception("a request was lost on its way to the Ingress")
         if not started and await self._is_ours(asked):
-            await _send_problem(send)
+            await _problem()(asked, receive, send)
 
     async def _is_ours(self, scope: Scope) -> bool:
         """Whether the request is for our application; by its path alone, where the proxy has not heard of that."""
@@ -88,10 +90,6 @@ class RetryableFailures:
         return unknown and (path in ("/", "/healthz", "/readyz") or path.startswith("/v1/"))
 
 
-async def _send_problem(send: Send) -> None:
-    problem = ProblemError(503, "the part of the server that works on this request is not there just now; try again")
-    body = problem.json_bytes()
-    headers = {"content-type": "application/problem+json", "content-length": str(len(body)), **problem.headers}
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": problem.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def _problem() -> Response:
+    detail = "the part of the server that works on this request is not there just now; try again"
+    return problem_response(ProblemError(503, detail))
