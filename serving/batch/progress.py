@@ -1,54 +1,25 @@
-"""How far many questions or files are, for people: done of all, rate, time left. A bar, lines, or a function."""
+"""How far many questions or files are, for people: done of all, rate, time left."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-OnCount = Callable[[int, int, int], None]  # done, of how many (0: not known yet), done before this began
+from serving.client.progress import drawing
 
-_LINES_EVERY_S = 5.0
+OnCount = Callable[[int, int, int], None]  # done, of how many (0: not known yet), done before this began
 
 
 @contextmanager
 def counting(verb: str, unit: str, progress: bool | OnCount | None) -> Iterator[OnCount]:
-    """What to call with every count.
-
-    `progress`: a function is called with each; True draws a bar on stderr, or lines where that is no terminal; False
-    is silent; None draws on a terminal only.
-    """
+    """What to call with every count: the caller's function, or what draws it as `drawing` does."""
     if callable(progress):
         yield progress
         return
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if progress is False or (progress is None and not console.is_terminal):
-        yield lambda done, total, before: None
-        return
     rate = Rate()
-    if not console.is_terminal:
-        last = 0.0
-
-        def line(done: int, total: int, before: int) -> None:
-            nonlocal last
-            note = rate.note(done, total, before, unit)
-            if total and time.monotonic() - last >= _LINES_EVERY_S:
-                last = time.monotonic()
-                console.print(note)
-
-        yield line
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(verb, total=None, note="")
-
-        def draw(done: int, total: int, before: int) -> None:
-            note = rate.note(done, total, before, unit) if total else f"reading {unit}"
-            bar.update(task, completed=done, total=total or None, note=note)
-
-        yield draw
+    with drawing(verb, progress) as draw:
+        yield lambda done, total, before: draw(
+            done, total, rate.note(done, total, before, unit) if total else f"reading {unit}"
+        )
 
 
 class Rate:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.options import STORAGE, Json, Storage
+from serving.cli.options import STORAGE, Storage, speaking
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _SHOWN_FAILURES = 20
 
 
+@speaking
 def batch(
+    out: Output,
     questions: Annotated[
         str, typer.Argument(help="Parquet or JSON Lines: a file, a folder or a URI; columns id, memory, question.")
     ],
@@ -36,12 +38,10 @@ def batch(
     ray_address: Annotated[
         str | None, typer.Option(help="Address of the server's Ray cluster; otherwise that of --storage.")
     ] = None,
-    as_json: Json = False,
 ) -> None:
     """Answer every question of a file, once each. Killed, it goes on; give the same command to watch it again."""
     from serving.batch.answer import answer_all
 
-    out = Output(as_json)
     with out.interruptible("interrupted; the run goes on: give the same command to watch it"):
         with redirect_stdout(sys.stderr):  # where Ray has something to say
             report = answer_all(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.options import Json
+from serving.cli.options import speaking
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from serving.evaluation.run import Run
 
 
+@speaking
 def evaluate(
+    out: Output,
     dataset: Annotated[
         Path,
         typer.Argument(
@@ -45,13 +47,11 @@ def evaluate(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Questions in flight; above 1, batches may change an answer's last bits.")
     ] = 1,
-    as_json: Json = False,
 ) -> None:
     """Measure quality: answers, recall, latency and tokens of each method, with confidence intervals.
 
     Killed, it goes on where it stopped: give the same command again.
     """
-    out = Output(as_json)
     with out.interruptible("interrupted; give the same command to go on"):
         from serving.batch.progress import counting
         from serving.client.client import MemoRAG

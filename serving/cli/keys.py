@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.options import Json
+from serving.cli.options import speaking
 from serving.cli.show import Commands, Output
 
 if TYPE_CHECKING:
@@ -25,25 +25,25 @@ _STORAGE = "~/.memorag"
 
 
 @app.command()
+@speaking
 def create(
+    out: Output,
     tenant: Annotated[str, typer.Argument(help="Whom the key is for; a new name is a new tenant.")],
     note: Annotated[str, typer.Option(help="What it is used for, for people.")] = "",
     storage: Storage = _STORAGE,
-    as_json: Json = False,
 ) -> None:
     """Make a key, and show it: the only time that it can be seen."""
-    out = Output(as_json)
     key = _key_file(storage).create(tenant, note)
     out.result({"id": key.split("_")[1], "tenant": tenant, "note": note, "key": key}, key)
     out.note("this key is shown only now: keep it where only its user can read it")
 
 
 @app.command("list")
-def list_keys(storage: Storage = _STORAGE, as_json: Json = False) -> None:
+@speaking
+def list_keys(out: Output, storage: Storage = _STORAGE) -> None:
     """List the keys there are: ids, tenants, when they were made, notes."""
-    out = Output(as_json)
     entries = _key_file(storage).entries()
-    if as_json:
+    if out.as_json:
         out.result({"keys": [_describe(entry) for entry in entries]}, "")
     elif not entries:
         out.note("no keys yet; make one with: memorag keys create TENANT")
@@ -54,13 +54,13 @@ def list_keys(storage: Storage = _STORAGE, as_json: Json = False) -> None:
 
 
 @app.command()
+@speaking
 def revoke(
+    out: Output,
     id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: the part after 'mr_'.")],
     storage: Storage = _STORAGE,
-    as_json: Json = False,
 ) -> None:
     """Revoke a key: requests with it are refused within seconds."""
-    out = Output(as_json)
     entry = _key_file(storage).revoke(id)
     out.result({"revoked": _describe(entry)}, f"revoked {entry.id} of {entry.tenant}")
 

@@ -4,14 +4,11 @@ What was asked for goes to stdout (`--json`: as one JSON value), all else to std
 with what to do, and exit code 1; wrong usage is exit code 2. Heavy modules are imported inside the commands.
 """
 
-import inspect
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,7 +16,7 @@ from cluster.planning.costs import MemoryKind
 from serving.cli.batch import batch, memorize_folder
 from serving.cli.evaluate import evaluate
 from serving.cli.keys import app as keys_app
-from serving.cli.options import STORAGE, Json, ProfileName, Storage, Url
+from serving.cli.options import STORAGE, ProfileName, Storage, on_server, speaking
 from serving.cli.plan import calibrate, plan
 from serving.cli.show import DEGRADED, Commands, Output
 from serving.cli.status import status
@@ -50,7 +47,6 @@ app.command()(calibrate)
 app.command()(evaluate)
 app.command()(plan)
 
-_DEFAULT_URL = "http://127.0.0.1:8000"
 MemoryId = Annotated[str, typer.Argument(metavar="ID", help="The memory's id.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of the answer at most.")]
 LanguageOption = Annotated[Literal["en", "zh"] | None, typer.Option(help="Language of the prompts; else the text's.")]
@@ -60,48 +56,24 @@ Stream = Annotated[
 Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite"]
 
 
-def _on_server(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that asks a server: with --storage, --url and --json, of which its `out` and `client` are made."""
-
-    def run(*, storage: Storage = STORAGE, url: Url = None, as_json: Json = False, **given: Any) -> None:
-        from serving.client.client import MemoRAG
-        from serving.deploy.daemon import state_of
-
-        if url is None:
-            state = state_of(storage.expanduser().resolve())
-            url = (state.address if state else None) or _DEFAULT_URL
-        with MemoRAG(url, os.environ.get("MEMORAG_API_KEY")) as client:
-            command(Output(as_json), client, **given)
-
-    _, _, *own = inspect.signature(command).parameters.values()
-    *options, _ = inspect.signature(run).parameters.values()
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in [*own, *options]]
-    # Where Typer looks for them.
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
-
-
 @app.command()
+@speaking
 def up(
+    out: Output,
     profile: ProfileName = "embedded",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     storage: Storage = STORAGE,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until interrupted.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress until it is given up.")] = 600.0,
-    as_json: Json = False,
 ) -> None:
     """Start a server on this machine; return when it is ready, with its address."""
-    out = Output(as_json)
     from serving.config import load_profile
     from serving.deploy import daemon
 
     load_profile(profile)  # a mistake in it is said here, not in the server's log
-    folder = storage.expanduser().resolve()
     profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
-    options = daemon.ServerOptions(profile, str(folder), host, port)
+    options = daemon.ServerOptions(profile, str(storage), host, port)
     if foreground:
         daemon.require_free_port(host, port)
         daemon.run_server(options, on_ready=lambda address: out.result({"address": address}, address))
@@ -110,29 +82,28 @@ def up(
     with out.waiting("starting the server") as wait:
         state, started = daemon.start(options, timeout_s=timeout, on_wait=wait)
     if started:
-        out.note(f"ready in {time.monotonic() - begun:.0f} s; log: {folder / 'server.log'}")
+        out.note(f"ready in {time.monotonic() - begun:.0f} s; log: {storage / 'server.log'}")
     else:
-        out.note(f"{folder} is already served, with profile {state.profile}")
+        out.note(f"{storage} is already served, with profile {state.profile}")
     if state.profile == "embedded":
         out.note(DEGRADED["embedded-model"])
-    facts = {"address": state.address, "profile": state.profile, "pid": state.pid, "storage": str(folder)}
+    facts = {"address": state.address, "profile": state.profile, "pid": state.pid, "storage": str(storage)}
     out.result(facts | {"started": started}, str(state.address))
 
 
 @app.command()
-def down(storage: Storage = STORAGE, as_json: Json = False) -> None:
+@speaking
+def down(out: Output, storage: Storage = STORAGE) -> None:
     """End the server of a storage folder, with all its processes and temporary files. Memories stay."""
-    out = Output(as_json)
     from serving.deploy import daemon
 
-    folder = storage.expanduser().resolve()
     with out.waiting("stopping the server"):
-        stopped = daemon.stop(folder)
-    out.result({"stopped": stopped}, "stopped" if stopped else f"no server was running on {folder}")
+        stopped = daemon.stop(storage)
+    out.result({"stopped": stopped}, "stopped" if stopped else f"no server was running on {storage}")
 
 
 @app.command()
-@_on_server
+@on_server
 def memorize(
     out: Output,
     client: "MemoRAG",
@@ -158,13 +129,12 @@ def memorize(
     if recursive:
         memorize_folder(out, client, files, concurrency=concurrency, tags=tag or (), kind=kind, ratio=ratio)
         return
-    progress = out.progress_lines() if not out.on_terminal else True
-    memory = client.memorize(*files, id=id, title=title, tags=tag or (), kind=kind, ratio=ratio, progress=progress)
+    memory = client.memorize(*files, id=id, title=title, tags=tag or (), kind=kind, ratio=ratio, progress=True)
     out.memory(memory.info)
 
 
 @app.command()
-@_on_server
+@on_server
 def ask(
     out: Output,
     client: "MemoRAG",
@@ -186,7 +156,7 @@ def ask(
 
 
 @app.command()
-@_on_server
+@on_server
 def summarize(
     out: Output,
     client: "MemoRAG",
@@ -204,7 +174,7 @@ def summarize(
 
 
 @memories_app.callback(invoke_without_command=True)
-@_on_server
+@on_server
 def memories(out: Output, client: "MemoRAG", context: typer.Context) -> None:
     """List the memories of a server."""
     if context.invoked_subcommand:
@@ -213,24 +183,22 @@ def memories(out: Output, client: "MemoRAG", context: typer.Context) -> None:
 
 
 @memories_app.command("show")
-@_on_server
+@on_server
 def memories_show(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Show one memory."""
-    memory = client.memory(id)
-    out.memory(memory.info)
+    out.memory(client.memory(id).info)
 
 
 @memories_app.command("cancel")
-@_on_server
+@on_server
 def memories_cancel(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Cancel what is being made of a memory."""
-    memory = client.memory(id)
-    memory.cancel()
+    client.memory(id).cancel()
     out.result({"cancelled": id}, f"cancelled the job of {id}")
 
 
 @memories_app.command("delete")
-@_on_server
+@on_server
 def memories_delete(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Delete one memory."""
     client.delete(id)
@@ -238,7 +206,7 @@ def memories_delete(out: Output, client: "MemoRAG", id: MemoryId) -> None:
 
 
 @app.command("export")
-@_on_server
+@on_server
 def export_memory(
     out: Output,
     client: "MemoRAG",
@@ -254,7 +222,7 @@ def export_memory(
 
 
 @app.command("import")
-@_on_server
+@on_server
 def import_memory(
     out: Output,
     client: "MemoRAG",
@@ -268,7 +236,7 @@ def import_memory(
 
 
 @documents_app.command("put")
-@_on_server
+@on_server
 def documents_put(
     out: Output,
     client: "MemoRAG",
@@ -279,13 +247,12 @@ def documents_put(
 ) -> None:
     """Add a document to a memory, or replace it, and wait until questions see it."""
     memory = client.memory(id)
-    progress = out.progress_lines() if not out.on_terminal else True
-    memory.documents.put(document or file.name, path=file, if_match=if_match, progress=progress)
+    memory.documents.put(document or file.name, path=file, if_match=if_match, progress=True)
     out.memory(memory.info)
 
 
 @documents_app.command("delete")
-@_on_server
+@on_server
 def documents_delete(
     out: Output,
     client: "MemoRAG",
@@ -294,19 +261,18 @@ def documents_delete(
     if_match: Annotated[str | None, typer.Option(help="Only if the memory is at this version.")] = None,
 ) -> None:
     """Delete a document from a memory; no question sees it any more."""
-    memory = client.memory(id)
-    out.memory(memory.documents.delete(document, if_match=if_match).info)
+    out.memory(client.memory(id).documents.delete(document, if_match=if_match).info)
 
 
 @app.command()
+@speaking
 def reload(
+    out: Output,
     profile: Annotated[str | None, typer.Option(help="Profile to take up; otherwise its own again.")] = None,
     storage: Storage = STORAGE,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the new replicas.")] = 600.0,
-    as_json: Json = False,
 ) -> None:
     """Have a running server take up a changed profile, replica by replica, without losing a request."""
-    out = Output(as_json)
     from serving.config import load_profile
     from serving.deploy import daemon
 
@@ -314,17 +280,17 @@ def reload(
         load_profile(profile)
         profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
     with out.waiting("reloading"):
-        state = daemon.reload(storage.expanduser().resolve(), profile, timeout_s=timeout)
+        state = daemon.reload(storage, profile, timeout_s=timeout)
     out.result({"profile": state.profile, "address": state.address}, f"reloaded with profile {state.profile}")
 
 
 @app.command()
-def doctor(storage: Storage = STORAGE, port: int = 8000, as_json: Json = False) -> None:
+@speaking
+def doctor(out: Output, storage: Storage = STORAGE, port: int = 8000) -> None:
     """Check this machine and installation; say how to mend what is wrong."""
-    out = Output(as_json)
     from serving.deploy.doctor import examine
 
-    checks = examine(storage.expanduser().resolve(), port)
+    checks = examine(storage, port)
     out.checks(checks)
     if any(check.state == "fail" for check in checks):
         raise typer.Exit(1)

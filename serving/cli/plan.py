@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.planning.costs import MemoryKind, PlanError
-from serving.cli.options import Json, ProfileName
+from serving.cli.options import ProfileName, speaking
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -21,18 +21,17 @@ _ESTIMATE = (
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the questions per second that are planned for
 
 
+@speaking
 def calibrate(
+    out: Output,
     text: Annotated[Path, typer.Argument(help="A text such as yours: it is memorized and asked.", exists=True)],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File for the rates, as JSON.")],
     profile: ProfileName = "embedded",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each stage is measured.")] = 10.0,
-    as_json: Json = False,
 ) -> None:
     """Measure what each deployment does on this machine: starts a server of its own, and ends it."""
     from serving.planning.calibrate import Calibrated
     from serving.planning.calibrate import calibrate as measure
-
-    out = Output(as_json)
 
     def write(found: Calibrated) -> None:
         output.write_text(found.rates.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -41,7 +40,9 @@ def calibrate(
     measure(profile, text.read_text(encoding="utf-8"), seconds=seconds, note=out.note, then=write)
 
 
+@speaking
 def plan(
+    out: Output,
     memories: Annotated[int, typer.Option(min=1, help="Memories in all.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one memory.")],
     questions_per_second: Annotated[float, typer.Option(min=0.001, help="Questions asked of all of them.")],
@@ -72,7 +73,6 @@ def plan(
         typer.Option(metavar="MODEL=FILE", help="config.json of a model that cannot be read or fetched here."),
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="File for the cost curves, as SVG.")] = None,
-    as_json: Json = False,
 ) -> None:
     """GPUs, nodes, object store and storage that so many memories and questions take, and what binds first."""
     from cluster.planning.estimates import Assumptions
@@ -84,7 +84,6 @@ def plan(
 
     if rates and gpu:
         raise typer.BadParameter("--rates are measured and --gpu is for an estimate without them: give one of the two")
-    out = Output(as_json)
     settings, files = load_profile(profile), dict(_shape_option(value) for value in shape or ())
     node = Node(node_gpus, node_cpus, gpu, gpu_gb and gpu_gb * 1e9)
     sizes = sizes_of(settings, node, files)

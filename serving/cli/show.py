@@ -1,7 +1,6 @@
 """How the command line shows things: JSON for machines, colour and bars on a terminal, plain lines otherwise."""
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 _SHOWN_PASSAGES = 5
 _PASSAGE_CHARACTERS = 300
-_LINES_EVERY_S = 5.0
 _TABLE_WIDTH = 140  # off a terminal
 _CLUE_KINDS = {"span": "span", "question": "question", "draft": "draft answer", "key_point": "key point"}
 DEGRADED = {
@@ -88,20 +86,6 @@ class Output:
         else:
             self.note(line)
             yield self.note
-
-    def progress_lines(self) -> Callable[[Mapping[str, Any]], None]:
-        """Shows progress events as a line every few seconds."""
-        from serving.client.progress import progress_note
-
-        last = 0.0
-
-        def show(event: Mapping[str, Any]) -> None:
-            nonlocal last
-            if event["total_tokens"] and time.monotonic() - last >= _LINES_EVERY_S:
-                last = time.monotonic()
-                self.note(progress_note(event))
-
-        return show
 
     def facts(self, facts: Mapping[str, Any]) -> None:
         """Names and values."""
@@ -182,17 +166,11 @@ class Output:
         if self.as_json:
             self.result(answer, "")
             return
-        if answer["clues"]:
-            self._print_heading("Clues")
-        for clue in answer["clues"]:
-            self._clue(clue)
-        if answer["passages"]:
-            self._print_heading("Passages")
-        for number, passage in enumerate(answer["passages"], 1):
-            self._passage(number, passage)
-        self._print_heading("Answer")
-        self._print(Text(answer["answer"]))
-        self._end(answer)
+        from serving.client.client import Event
+
+        parts = [("clue", clue) for clue in answer["clues"]] + [("passage", each) for each in answer["passages"]]
+        parts += [("token", {"text": answer["answer"]}), ("done", answer)]
+        self.stream(Event(name, data) for name, data in parts)
 
     def _end(self, answer: Mapping[str, Any]) -> None:
         if answer["citations"]:
@@ -202,9 +180,8 @@ class Output:
         if answer["evidence"]:
             self._print_heading("Evidence")
         for evidence in answer["evidence"]:
-            self._print(
-                Text(f"  {_place(evidence)}  {evidence['score']:.3f}  ", style="dim"), Text(_short(evidence["text"]))
-            )
+            place = Text(f"  {_place(evidence)}  {evidence['score']:.3f}  ", style="dim")
+            self._print(place, Text(_short(evidence["text"])))
         for note in answer["degraded"]:
             self._print()
             self._print(Text("Note: ", style="bold yellow"), DEGRADED.get(note, f"degraded: {note}"))

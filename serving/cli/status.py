@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serving.cli.options import STORAGE, Json, Storage
+from serving.cli.options import STORAGE, Storage, speaking
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -21,27 +21,26 @@ if TYPE_CHECKING:
 _EVERY_S = 2.0
 
 
+@speaking
 def status(
+    out: Output,
     storage: Storage = STORAGE,
     live: Annotated[
         bool, typer.Option("--live", help="Pools, replicas, memories and rates, until Ctrl-C; once where piped.")
     ] = False,
-    as_json: Json = False,
 ) -> None:
     """Say whether the server of a storage folder runs, where, since when, and what it holds."""
     from serving.deploy import daemon
 
-    out = Output(as_json)
-    folder = storage.expanduser().resolve()
-    state = daemon.state_of(folder)
+    state = daemon.state_of(storage)
     if state is None or state.process() is None:
         hint = "it was killed; 'memorag down' removes what it left" if state else "start one with 'memorag up'"
-        out.result({"running": False, "storage": str(folder)}, f"no server runs on {folder}; {hint}")
+        out.result({"running": False, "storage": str(storage)}, f"no server runs on {storage}; {hint}")
         raise typer.Exit(1)
     if live:
-        _live(out, folder, state)
+        _live(out, storage, state)
     else:
-        out.facts(_facts(folder, state))
+        out.facts(_facts(storage, state))
 
 
 def _facts(folder: Path, state: "ServerState") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from serving.cli.options import Json
+from serving.cli.options import speaking
 from serving.cli.show import Commands, Output
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ app = typer.Typer(
 
 
 @app.command()
+@speaking
 def run(
+    out: Output,
     file: Annotated[Path, typer.Argument(metavar="RUN.yaml", exists=True, dir_okay=False, help="The run's settings.")],
     ray: Annotated[
         str | None,
@@ -44,10 +46,8 @@ def run(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of this run, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
-    as_json: Json = False,
 ) -> None:
     """Train, or go on where the run was stopped; return when its last stage is done, with the checkpoint's folder."""
-    out = Output(as_json)
     from memory_worker.training import load_run
 
     settings = load_run(file)
@@ -67,7 +67,9 @@ def run(
 
 
 @app.command()
+@speaking
 def prepare(
+    out: Output,
     files: Annotated[
         list[Path],
         typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="Plain text, a document each."),
@@ -76,10 +78,8 @@ def prepare(
     language: Annotated[Literal["en", "zh"], typer.Option(help="Of the documents.")] = "en",
     most: Annotated[int, typer.Option(min=1, help="Questions on one document at most.")] = 200,
     seed: Annotated[int, typer.Option(help="Equal seeds make equal tasks.")] = 0,
-    as_json: Json = False,
 ) -> None:
     """Turn documents into training tasks: cloze spans, evidence recall, surrogate questions."""
-    out = Output(as_json)
     from memory_worker.training.prepare import prepare as prepared
 
     documents = [
@@ -93,16 +93,16 @@ def prepare(
 
 
 @app.command()
+@speaking
 def average(
+    out: Output,
     models: Annotated[
         list[Path],
         typer.Argument(metavar="MODEL...", exists=True, file_okay=False, help="Results of runs from one model."),
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the checkpoint to.")] = Path("averaged"),
-    as_json: Json = False,
 ) -> None:
     """Write the mean of models that were trained from one beginning with different seeds: better than each."""
-    out = Output(as_json)
     from memory_worker.training.average import average as averaged
 
     averaged(models, out_folder)

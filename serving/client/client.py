@@ -76,8 +76,10 @@ class MemoRAG:
         """Makes a memory of files (txt, md, html, pdf, docx) or of `text`, and waits until it is ready.
 
         `kind` and `ratio` are as in docs/kinds.md; the server chooses where they are left out.
-        `progress`: True draws a bar, False is silent, None draws on a terminal only; a function is called with
-        every progress event. Raises `MemoRAGError` where the server refuses, or fails to make the memory.
+        `progress`: True draws a bar, or lines off a terminal; False is silent; None draws on a terminal only; a
+        function is called with every progress event.
+
+        Raises `MemoRAGError` where the server refuses, or fails to make the memory.
         """
         if (text is None) == (not paths):
             raise ValueError("give either the paths of files or text=, and not both")
@@ -139,8 +141,7 @@ class MemoRAG:
 
     def delete(self, id: str) -> None:
         """Deletes a memory, whatever its state."""
-        with self._reachable():
-            check(self._http.delete(_path(id)))
+        self._request("DELETE", _path(id))
 
     def ready(self) -> dict[str, Any]:
         """What `/readyz` says. Raises where a pool does not answer."""
@@ -157,8 +158,11 @@ class MemoRAG:
         self.close()
 
     def _json(self, method: str, path: str, **arguments: Any) -> Any:
+        return self._request(method, path, **arguments).json()
+
+    def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         with self._reachable():
-            return check(self._http.request(method, path, **arguments)).json()
+            return check(self._http.request(method, path, **arguments))
 
     def _stream(self, method: str, path: str, **arguments: Any) -> Iterator[Event]:
         """The events of a response; an `error` event is raised."""
@@ -221,8 +225,7 @@ class Memory:
 
     def cancel(self) -> None:
         """Ends the job that makes or changes the memory. Raises `MemoRAGError` with status 409 where there is none."""
-        with self._client._reachable():
-            check(self._client._http.delete(_path(self.id, "job")))
+        self._client._request("DELETE", _path(self.id, "job"))
 
     def wait(self, *, progress: bool | OnProgress | None = None) -> "Memory":
         """Returns when the job that is under way is over and the memory ready; outlives broken connections.
@@ -312,9 +315,7 @@ class Memory:
 
     def source(self, document: str) -> str:
         """The text of a document: what all offsets count characters of."""
-        with self._client._reachable():
-            response = check(self._client._http.get(_path(self.id, "documents", document)))
-        return response.content.decode("utf-8")
+        return self._client._request("GET", _path(self.id, "documents", document)).content.decode("utf-8")
 
     def export(self, path: str | Path) -> None:
         """Writes the whole memory, checksummed, to one file. Nothing is left of it where that fails."""
