@@ -186,15 +186,8 @@ class CitationOut(BaseModel):
     end: int
 
 
-class EvidenceOut(BaseModel):
+class EvidenceOut(PassageOut):
     """A sentence that supports question and answer, chosen by the embedder, whatever the model wrote."""
-
-    memory: str
-    document: str
-    start: int
-    end: int
-    text: str
-    score: float
 
 
 class Usage(BaseModel):

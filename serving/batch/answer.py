@@ -10,8 +10,6 @@ watches. Nothing here imports Ray before it is needed: Ray reads how to authenti
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +69,11 @@ def answer_all(
         patience_s,
         uuid.uuid4().hex,
     )
-    with _connected(storage, ray_address), counting("asking", "questions", progress) as show:
-        actor = _run_of(job, retry_failed)
-        return _watch(actor, show)
+    try:
+        with attached(storage, ray_address), counting("asking", "questions", progress) as show:
+            return _watch(_run_of(job, retry_failed), show)
+    except NotAttached as error:
+        raise BatchError(str(error)) from None
 
 
 def _run_of(job: BatchJob, retry_failed: bool) -> Any:
@@ -82,6 +82,7 @@ def _run_of(job: BatchJob, retry_failed: bool) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from cluster.actors import lasting_actor
+    from serving.batch.answers import Answers
     from serving.batch.run import BatchRun
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft="://" in job.output)
@@ -91,7 +92,7 @@ def _run_of(job: BatchJob, retry_failed: bool) -> Any:
             actor = ray.get_actor(name, _NAMESPACE)
         except ValueError:
             if retry_failed:
-                _drop_failed(job)
+                Answers(job.output, job.tenant, job.rows_per_part).drop_failed()
             # On this node, where the folders are.
             lasting = lasting_actor(BatchRun, name, _NAMESPACE, max_concurrency=8, scheduling_strategy=here)
             actor = lasting.remote(job)
@@ -136,18 +137,3 @@ def _watch(actor: Any, show: OnCount) -> BatchReport:
     if report.error:
         raise BatchError(report.error)
     return report
-
-
-def _drop_failed(job: BatchJob) -> None:
-    from serving.batch.answers import Answers
-
-    Answers(job.output, job.tenant, job.rows_per_part).drop_failed()
-
-
-@contextmanager
-def _connected(storage: str | Path | None, address: str | None) -> Iterator[None]:
-    try:
-        with attached(storage, address):
-            yield
-    except NotAttached as error:
-        raise BatchError(str(error)) from None

@@ -57,3 +57,15 @@ class BatchReport:
 def locate(place: str | Path) -> str:
     """A URI as it is, a path as an absolute one."""
     return place if isinstance(place, str) and "://" in place else str(Path(place).expanduser().resolve())
+
+
+def until_ready(patience_s: float) -> dict[str, Any]:
+    """Options of tenacity: calls again a server that says "not now", for no longer than `patience_s`."""
+    from tenacity import retry_if_exception, stop_before_delay, wait_random_exponential
+
+    return {
+        "retry": retry_if_exception(lambda error: getattr(error, "status", None) in (429, 503)),
+        "stop": stop_before_delay(patience_s),
+        "wait": wait_random_exponential(multiplier=1.0, max=30.0, min=0.5),
+        "reraise": True,
+    }

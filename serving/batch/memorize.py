@@ -13,9 +13,9 @@ from typing import Any, Literal
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_when_event_set
 
 from cluster.planning.costs import MemoryKind
-from serving.batch.patience import until_ready
+from serving.batch.job import until_ready
 from serving.batch.progress import OnCount
-from serving.client.client import MemoRAG
+from serving.client.client import MemoRAG, Memory
 from serving.client.errors import MemoRAGError, ServerUnreachable
 from serving.documents.convert import KINDS
 
@@ -73,13 +73,12 @@ def memorize_folder(
     patience["retry"] |= retry_if_exception_type(ServerUnreachable)
     patience["stop"] |= stop_when_event_set(given_up)
     retrying = Retrying(**patience, sleep=sleep_using_event(given_up))
-    wanted: dict[str, Any] = {"tags": tags, "kind": kind, "ratio": ratio}
 
     def make(path: Path) -> FileResult:
         name = path.relative_to(folder).as_posix()
         id = memory_id(name)
         try:
-            made = retrying.copy()(_memorize, client, path, id, name, wanted)
+            _, made = retrying.copy()(memorize_once, client, id, path, title=name, tags=tags, kind=kind, ratio=ratio)
         except (MemoRAGError, OSError) as error:
             return FileResult(name, id, "failed", str(error))
         return FileResult(name, id, "made" if made else "there")
@@ -112,8 +111,8 @@ def memory_id(name: str) -> str:
     return f"{plain[:_ID_CHARACTERS]}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def _memorize(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str, Any]) -> bool:
-    """Whether it was this call that made the memory; it is ready when this returns."""
+def memorize_once(client: MemoRAG, id: str, *paths: Path, **given: Any) -> tuple[Memory, bool]:
+    """The memory of that id, ready, and whether it was this call that made it, of what `MemoRAG.memorize` takes."""
     try:
         there = client.memory(id)
     except MemoRAGError as error:
@@ -123,15 +122,13 @@ def _memorize(client: MemoRAG, path: Path, id: str, title: str, wanted: dict[str
         if there.status == "memorizing":
             there.wait(progress=False)
         if there.status != "failed":
-            return False  # ready, whatever else is being made of it
+            return there, False  # ready, whatever else is being made of it
     try:
-        client.memorize(path, id=id, title=title, progress=False, **wanted)
+        return client.memorize(*paths, id=id, progress=False, **given), True
     except MemoRAGError as error:
         if error.status != 409:
             raise
-        client.memory(id).wait(progress=False)  # another made it in the meantime
-        return False
-    return True
+        return client.memory(id).wait(progress=False), False  # another made it in the meantime
 
 
 def _is_hidden(path: Path) -> bool:

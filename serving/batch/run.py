@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -22,8 +22,7 @@ from tenacity import AsyncRetrying
 from cluster.errors import cause_of
 from serving import api
 from serving.batch.answers import Answers, make_answer_row, make_failure_row
-from serving.batch.job import BatchError, BatchJob, BatchReport
-from serving.batch.patience import until_ready
+from serving.batch.job import BatchError, BatchJob, BatchReport, until_ready
 from serving.batch.questions import BatchQuestion, Questions
 from serving.config import APPLICATION
 from serving.errors import ProblemError, problem_for
@@ -117,27 +116,21 @@ class BatchRun:
         self._report = replace(self._report, **{"seconds": seconds} | changed)
 
 
+@dataclass
 class _Asking:
     """The questions of a run on their way to the Routers."""
 
-    def __init__(
-        self,
-        run: BatchRun,
-        router: DeploymentHandle,
-        answers: Answers,
-        kept: dict[str, api.Answer],
-        rows: asyncio.Queue[dict[str, Any] | None],
-    ) -> None:
-        self._run = run
-        self._job = run.job()
-        self._router = router
-        self._name = answers.run
-        self._known = answers.keys
-        self._ids: set[tuple[str, str]] = set()
-        self._kept = kept
-        self._rows = rows
-        self._slots = asyncio.Semaphore(self._job.concurrency)
-        self._already = 0
+    run: BatchRun
+    router: DeploymentHandle
+    answers: Answers
+    kept: dict[str, api.Answer]
+    rows: asyncio.Queue[dict[str, Any] | None]
+    already: int = 0
+    ids: set[tuple[str, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.job = self.run.job()
+        self.slots = asyncio.Semaphore(self.job.concurrency)
 
     async def all(self, questions: Questions) -> None:
         """Asks what is not known, and returns when the last answer is there."""
@@ -147,27 +140,27 @@ class _Asking:
                 for question in batch:
                     if self._is_settled(question):
                         continue
-                    await self._slots.acquire()
-                    if self._run.stopping:
+                    await self.slots.acquire()
+                    if self.run.stopping:
                         return
                     asking.create_task(self._ask(question))
-                self._run.tell(already=self._already)
+                self.run.tell(already=self.already)
 
     def _is_settled(self, question: BatchQuestion) -> bool:
         """Whether nothing is to be asked: it is recorded, or kept by a Router, or its row is wrong."""
         identity = question.memory, question.id
-        if question.key in self._known:
-            self._ids.add(identity)
-            self._already += 1
+        if question.key in self.answers.keys:
+            self.ids.add(identity)
+            self.already += 1
             return True
-        self._known.add(question.key)
-        if identity in self._ids:
+        self.answers.keys.add(question.key)
+        if identity in self.ids:
             detail = f"another question on memory {question.memory!r} has the id {question.id!r}; give each its own"
-            self._rows.put_nowait(make_failure_row(question, ProblemError(422, detail)))
+            self.rows.put_nowait(make_failure_row(question, ProblemError(422, detail)))
             return True
-        self._ids.add(identity)
-        if answer := self._kept.pop(question.key.hex(), None):
-            self._rows.put_nowait(make_answer_row(question, answer))
+        self.ids.add(identity)
+        if answer := self.kept.pop(question.key.hex(), None):
+            self.rows.put_nowait(make_answer_row(question, answer))
             return True
         return False
 
@@ -177,21 +170,21 @@ class _Asking:
         except ProblemError as problem:
             row = make_failure_row(question, problem)
         finally:
-            self._slots.release()
-        self._rows.put_nowait(row)
+            self.slots.release()
+        self.rows.put_nowait(row)
 
     async def _answer(self, question: BatchQuestion) -> api.Answer:
         """Raises `ProblemError`: of the kind "not now" only when patience is over."""
-        arguments = self._name, question.key.hex(), self._job.tenant, [question.memory], _check(question)
+        arguments = self.answers.run, question.key.hex(), self.job.tenant, [question.memory], _check(question)
 
         async def ask() -> api.Answer:
             try:
-                answer: api.Answer = await self._router.answer_once.remote(*arguments)
+                answer: api.Answer = await self.router.answer_once.remote(*arguments)
             except Exception as error:  # a boundary: whatever it is becomes a row
                 raise problem_for(error) from error
             return answer
 
-        return await AsyncRetrying(**until_ready(self._job.patience_s))(ask)
+        return await AsyncRetrying(**until_ready(self.job.patience_s))(ask)
 
 
 def _check(question: BatchQuestion) -> api.Question:

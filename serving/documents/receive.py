@@ -22,6 +22,7 @@ from starlette.formparsers import MultiPartException
 
 from cluster.storage.durable import Storage
 from memory_worker.messages import MemoryKey, Reservation
+from memory_worker.storage.manifest import JobRecord
 from memory_worker.storage.store import check_id, source_path
 from serving import api
 from serving.config import LimitsConfig
@@ -103,24 +104,10 @@ class Receiver:
         self, router: DeploymentHandle, tenant: str, wanted: api.CreateMemory, documents: Sequence[_Incoming]
     ) -> api.MemoryOut:
         _check_ids([document.id for document in documents])
-        reserved, kind, ratio = await router.reserve.remote(
-            tenant, wanted.id, wanted.title, wanted.kind, wanted.ratio, len(documents)
+        key, job = await router.reserve.remote(
+            tenant, wanted.id, wanted.title, wanted.tags, wanted.kind, wanted.ratio, len(documents)
         )
-        try:
-            stored = [await self._store(document, reserved.key) for document in documents]
-            language = await asyncio.to_thread(detect_language, stored[0].sample)
-            return await router.create.remote(
-                reserved.key,
-                [each.document for each in stored],
-                language=language,
-                title=wanted.title,
-                tags=wanted.tags,
-                kind=kind,
-                ratio=ratio,
-            )
-        except BaseException:
-            await router.abandon.remote(reserved.key)
-            raise
+        return await self._begin(router, key, job, documents)
 
     async def _import(self, request: Request, router: DeploymentHandle, tenant: str) -> api.MemoryOut:
         """A new memory of an archive; its id is the archive's own, or the query's `id`."""
@@ -141,12 +128,20 @@ class Receiver:
     async def _put(
         self, request: Request, router: DeploymentHandle, tenant: str, memory: str, document: _Incoming
     ) -> api.MemoryOut:
-        reserved: Reservation = await router.reserve_change.remote(tenant, memory, document.id, if_match(request))
+        key, job = await router.reserve_change.remote(tenant, memory, document.id, if_match(request))
+        return await self._begin(router, key, job, [document])
+
+    async def _begin(
+        self, router: DeploymentHandle, key: MemoryKey, job: JobRecord, documents: Sequence[_Incoming]
+    ) -> api.MemoryOut:
+        """Stores the texts and begins the job that makes a version of them; gives the version up where that fails."""
         try:
-            stored = await self._store(document, reserved.key)
-            return await router.change.remote(reserved, stored.document)
+            stored = [await self._store(document, key) for document in documents]
+            language = job.language or await asyncio.to_thread(detect_language, stored[0].sample)
+            texts = tuple(each.document for each in stored)
+            return await router.begin.remote(key, job.model_copy(update={"documents": texts, "language": language}))
         except BaseException:
-            await router.abandon.remote(reserved.key)
+            await router.abandon.remote(key)
             raise
 
     def _text(self, id: str, text: str) -> _Incoming:

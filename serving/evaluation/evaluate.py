@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
+from serving.batch.memorize import memorize_once
 from serving.batch.progress import OnCount
 from serving.client.client import MemoRAG, Memory
-from serving.client.errors import MemoRAGError
 from serving.evaluation.datasets import Example
 from serving.evaluation.methods import Method, answer_row
 from serving.evaluation.run import Run
 
 TAG = "evaluation"
-_NOT_FOUND = 404
 
 
 def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -53,7 +52,8 @@ def ask_all(
             wanted = [(example, method) for example in group for method in methods if run.lacks(example, method)]
             if not wanted:
                 continue
-            memory = _memorize(client, wanted[0][0])
+            text = wanted[0][0]
+            memory, _ = memorize_once(client, f"evaluation-{text.document}", text=text.text, tags=[TAG])
 
             def ask(pair: tuple[Example, Method], memory: Memory = memory) -> None:
                 run.record(answer_row(memory, *pair, max_tokens=max_tokens, cited=cited))
@@ -80,18 +80,3 @@ def own_server(profile: str, folder: Path, on_wait: Callable[[str], None]) -> It
 def forget(folder: Path) -> None:
     """Deletes what the run's own server kept."""
     shutil.rmtree(folder / "storage", ignore_errors=True)
-
-
-def _memorize(client: MemoRAG, example: Example) -> Memory:
-    """The memory of the example's text, made if it is not there."""
-    name = f"evaluation-{example.document}"
-    try:
-        memory = client.memory(name)
-    except MemoRAGError as error:
-        if error.status != _NOT_FOUND:
-            raise
-        return client.memorize(text=example.text, id=name, tags=[TAG], progress=False)
-    if memory.status == "failed":
-        memory.delete()
-        return client.memorize(text=example.text, id=name, tags=[TAG], progress=False)
-    return memory.wait(progress=False) if memory.status == "memorizing" else memory

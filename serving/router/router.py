@@ -16,7 +16,7 @@ from memory_worker.errors import NoJob
 from memory_worker.manifest import Document, JobRecord, Manifest
 from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, ReadLease, Reservation, SegmentGroup
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import Document, JobRecord, Manifest
+from memory_worker.storage.manifest import JobRecord, Manifest
 from memory_worker.storage.store import check_id, new_request
 from serving import api
 from serving.config import Profile
@@ -83,33 +83,55 @@ class Router(KeyedAnswers):
         tenant: str,
         memory: str | None,
         title: str | None,
+        tags: Sequence[str],
         kind: MemoryKind | None,
         ratio: int | None,
         documents: int,
-    ) -> tuple[Reservation, MemoryKind, int]:
-        """Where the texts of a new memory are put before `create` begins its job, and the kind and ratio it gets.
+    ) -> tuple[MemoryKey, JobRecord]:
+        """Where the texts of a new memory are put, and the job that `begin` is given with their documents and language.
 
         A name is made if none is given. Raises what is wrong with any of it, before a text is sent.
         """
         self._check_documents(documents)
-        model, usual = await self._memory_model(), self._profile.memory.memorize.ratio
-        chosen, fitting = model.choose_kind(kind, ratio, usual)
+        chosen, fitting = (await self._memory_model()).choose_kind(kind, ratio, self._profile.memory.memorize.ratio)
         name = memory if memory is not None else memory_id(title)
-        return await self._catalog.reserve.remote(tenant, name, create=True), chosen, fitting
+        reserved: Reservation = await self._catalog.reserve.remote(tenant, name, create=True)
+        job = JobRecord(
+            documents=(),
+            memory_kind=chosen,
+            ratio=fitting,
+            language="",
+            title=title,
+            tags=tuple(dict.fromkeys(tags)),
+        )
+        return reserved.key, job
 
-    async def reserve_change(self, tenant: str, memory: str, document: str, if_match: str | None) -> Reservation:
-        """Where the text of a document is put before `change` begins its job."""
+    async def reserve_change(
+        self, tenant: str, memory: str, document: str, if_match: str | None
+    ) -> tuple[MemoryKey, JobRecord]:
+        """Where the text of a document is put that is added or replaced, and the job, which lacks the document."""
         check_id(document, "document")
         reserved: Reservation = await self._catalog.reserve.remote(tenant, memory, create=False, if_match=if_match)
+        assert reserved.base is not None, "a change has a base"
         try:
-            base = await self._base(reserved)
+            base = await self._versions.manifest(reserved.base)
             if document not in {entry.id for entry in base.documents}:
                 self._check_documents(len(base.documents) + 1)
             require_same_model(base, await self._memory_model())
         except Exception:
             await self.abandon(reserved.key)
             raise
-        return reserved
+        job = JobRecord(
+            kind="put",
+            base=base.version,
+            documents=(),
+            memory_kind=base.kind,
+            ratio=base.ratio,
+            language=base.language,
+            title=base.title,
+            tags=base.tags,
+        )
+        return reserved.key, job
 
     async def reserve_import(self, tenant: str, memory: str, manifest: Manifest) -> Reservation:
         """Where the files of an archive are put before `adopt`. Raises where another model encoded it."""
@@ -121,42 +143,10 @@ class Router(KeyedAnswers):
         """A memory of files that are in storage already."""
         return await self._show(await self._catalog.adopt.remote(manifest))
 
-    async def create(
-        self,
-        key: MemoryKey,
-        documents: Sequence[Document],
-        *,
-        language: str,
-        title: str | None,
-        tags: Sequence[str],
-        kind: MemoryKind,
-        ratio: int,
-    ) -> api.MemoryOut:
-        """Begins to make a memory of texts that are in storage; it is `memorizing` when this returns."""
-        job = JobRecord(
-            documents=tuple(documents),
-            memory_kind=kind,
-            ratio=ratio,
-            language=language,
-            title=title,
-            tags=tuple(dict.fromkeys(tags)),
-        )
+    async def begin(self, key: MemoryKey, job: JobRecord) -> api.MemoryOut:
+        """Begins to make a version of texts that are in storage: when this returns the memory is `memorizing`, or being
+        changed while its present version is asked."""
         return await self._show(await self._catalog.begin.remote(key, job))
-
-    async def change(self, reserved: Reservation, document: Document) -> api.MemoryOut:
-        """Begins to add or replace a document whose text is in storage; the present version is asked until then."""
-        base = await self._base(reserved)
-        job = JobRecord(
-            kind="put",
-            base=base.version,
-            documents=(document,),
-            memory_kind=base.kind,
-            ratio=base.ratio,
-            language=base.language,
-            title=base.title,
-            tags=base.tags,
-        )
-        return await self._show(await self._catalog.begin.remote(reserved.key, job))
 
     async def abandon(self, key: MemoryKey) -> None:
         """Gives up what was reserved, with the texts put there."""
@@ -334,10 +324,6 @@ class Router(KeyedAnswers):
         if record.status != "ready":
             return memory_out(record, None)
         return memory_out(record, await self._versions.manifest(record.key))
-
-    async def _base(self, reserved: Reservation) -> Manifest:
-        assert reserved.base is not None, "a change has a base"
-        return await self._versions.manifest(reserved.base)
 
     @asynccontextmanager
     async def _inquiring(

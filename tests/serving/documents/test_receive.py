@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from cluster.storage.durable import Storage
 from memory_worker.errors import JobUnderWay
 from memory_worker.messages import MemoryKey, Reservation
+from memory_worker.storage.manifest import JobRecord
 from serving import api
 from serving.config import LimitsConfig
 from serving.documents.archive import MEDIA_TYPE, pack
@@ -36,35 +37,36 @@ class Router:
     begun: list[tuple] = field(default_factory=list)
     abandoned: list[MemoryKey] = field(default_factory=list)
 
-    async def reserve(self, *asked) -> tuple[Reservation, str, int]:
+    async def reserve(self, *asked) -> tuple[MemoryKey, JobRecord]:
         self.reserved.append(asked)
-        return Reservation(made.KEY, None), asked[3] or "beacon", asked[4] or 4
+        _, _, title, tags, kind, ratio, _ = asked
+        job = JobRecord(
+            documents=(), memory_kind=kind or "beacon", ratio=ratio or 4, language="", title=title, tags=tags
+        )
+        return made.KEY, job
 
-    async def reserve_change(self, *asked) -> Reservation:
+    async def reserve_change(self, *asked) -> tuple[MemoryKey, JobRecord]:
         self.reserved.append(asked)
-        return Reservation(made.KEY, None)
+        return made.KEY, JobRecord(kind="put", documents=(), ratio=4, language="zh")
 
     async def reserve_import(self, *asked) -> Reservation:
         self.reserved.append(asked)
         return Reservation(made.KEY, None)
 
-    async def create(self, *told, **named) -> api.MemoryOut:
-        return self._begin(told, named)
-
-    async def change(self, *told) -> api.MemoryOut:
-        return self._begin(told, {})
+    async def begin(self, *told) -> api.MemoryOut:
+        return self._begin(told)
 
     async def adopt(self, *told) -> api.MemoryOut:
-        return self._begin(told, {})
+        return self._begin(told)
 
     async def abandon(self, key: MemoryKey) -> None:
         self.abandoned.append(key)
         self.storage.delete_folder(key.path)
 
-    def _begin(self, told: tuple, named: dict) -> api.MemoryOut:
+    def _begin(self, told: tuple) -> api.MemoryOut:
         if self.error:
             raise self.error
-        self.begun.append((told, named))
+        self.begun.append(told)
         return OUT
 
 
@@ -104,11 +106,11 @@ async def test_json_documents(http: httpx.AsyncClient, router: Router) -> None:
     body = {"id": "m", "title": "T", "tags": ["x", "y"], "kind": "gist", "ratio": 4, "documents": documents}
     assert (await http.post("/memories", json=body)).status_code == 200
     assert texts(router) == {"a": "The gate is open é.", "doc-2": "Two."}
-    assert router.reserved == [("acme", "m", "T", "gist", 4, 2)]
-    [((key, jobs), named)] = router.begun
-    assert key == made.KEY and [(d.id, d.characters) for d in jobs] == [("a", 19), ("doc-2", 4)]
-    assert named == {"language": "en", "title": "T", "tags": ["x", "y"], "kind": "gist", "ratio": 4}
-    for document in jobs:
+    assert router.reserved == [("acme", "m", "T", ["x", "y"], "gist", 4, 2)]
+    [(key, job)] = router.begun
+    assert key == made.KEY and [(d.id, d.characters) for d in job.documents] == [("a", 19), ("doc-2", 4)]
+    assert (job.language, job.title, job.memory_kind, job.ratio) == ("en", "T", "gist", 4)
+    for document in job.documents:
         router.storage.read(document.source)
 
 
@@ -118,7 +120,7 @@ async def test_files(http: httpx.AsyncClient, router: Router) -> None:
         "/memories", files=files, data={"id": "m", "tags": ["x", "y"], "kind": "beacon", "ratio": "8"}
     )
     assert response.status_code == 200 and texts(router) == {"one.txt": "One.", "two.html": "Two."}
-    assert router.reserved == [("acme", "m", None, "beacon", 8, 2)] and router.begun[0][1]["tags"] == ["x", "y"]
+    assert router.reserved == [("acme", "m", None, ["x", "y"], "beacon", 8, 2)] and router.begun[0][1].ratio == 8
 
 
 async def test_an_archive(http: httpx.AsyncClient, router: Router, tmp_path) -> None:
@@ -128,7 +130,7 @@ async def test_an_archive(http: httpx.AsyncClient, router: Router, tmp_path) -> 
     assert (await http.post("/memories?id=other", content=data, headers=headers)).status_code == 200
     assert (await http.post("/memories", content=data, headers=headers)).status_code == 200
     assert [asked[:2] for asked in router.reserved] == [("acme", "other"), ("acme", "book")]
-    [((first,), _), _] = router.begun
+    [(first,), _] = router.begun
     assert [f.digest for f in first.files] == [f.digest for f in manifest.files]
     refused = await http.post("/memories", content=data[: len(data) // 2], headers=headers)
     assert refused.status_code == 422 and "no whole archive" in refused.json()["detail"]
@@ -145,8 +147,9 @@ async def test_a_document_in_every_form(http: httpx.AsyncClient, router: Router)
     for form in forms:
         assert (await http.put("/memories/m/d", **form)).status_code == 200
         assert texts(router) == {"d": "as JSON"}
-        (_, document), _ = router.begun[-1]
-        assert (document.id, document.characters) == ("d", 7)
+        _, job = router.begun[-1]
+        [document] = job.documents
+        assert (document.id, document.characters, job.kind, job.language) == ("d", 7, "put", "zh")
 
 
 @pytest.mark.parametrize(
