@@ -93,8 +93,7 @@ def _methods(tasks: str) -> "list[Method]":
 def _report(out: Output, run: "Run", dataset: Path, examples: "Sequence[Example]", methods: "Sequence[Method]") -> None:
     import json
 
-    from serving.evaluation.plot import report_svg
-    from serving.evaluation.report import report
+    from serving.evaluation.report import report, report_svg
 
     found = {"dataset": dataset.name} | report(examples, run.rows, methods)
     whole = list(found["parts"])[-1]

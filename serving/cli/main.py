@@ -7,8 +7,10 @@ with what to do, and exit code 1; wrong usage is exit code 2. Heavy modules are 
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -148,11 +150,8 @@ def ask(
     stream: Stream = None,
 ) -> None:
     """Answer a question from a memory, with clues, passages, evidence and timings."""
-    memory = client.memory(id)
-    if _streams(out, stream):
-        out.stream(memory.ask(question, task, max_tokens=max_tokens, language=language, stream=True))
-    else:
-        out.answer(memory.ask(question, task, max_tokens=max_tokens, language=language).raw)
+    asked = partial(client.memory(id).ask, question, task, max_tokens=max_tokens, language=language)
+    _show_answer(out, stream, asked)
 
 
 @app.command()
@@ -166,11 +165,7 @@ def summarize(
     stream: Stream = None,
 ) -> None:
     """Summarize a memory."""
-    memory = client.memory(id)
-    if _streams(out, stream):
-        out.stream(memory.summarize(max_tokens=max_tokens, language=language, stream=True))
-    else:
-        out.answer(memory.summarize(max_tokens=max_tokens, language=language).raw)
+    _show_answer(out, stream, partial(client.memory(id).summarize, max_tokens=max_tokens, language=language))
 
 
 @memories_app.callback(invoke_without_command=True)
@@ -304,8 +299,11 @@ def main() -> None:
     app(prog_name="memorag")
 
 
-def _streams(out: Output, stream: bool | None) -> bool:
-    return not out.as_json and (out.on_terminal if stream is None else stream)
+def _show_answer(out: Output, stream: bool | None, ask: Callable[..., Any]) -> None:
+    if not out.as_json and (out.on_terminal if stream is None else stream):
+        out.stream(ask(stream=True))
+    else:
+        out.answer(ask().raw)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """`memorag plan` and `memorag calibrate`: how large a cluster must be, from shapes and measured rates."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +21,8 @@ _ESTIMATE = (
     "",
 )
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the questions per second that are planned for
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 400, 64, 504, 48, 338
+_COLOURS = {"memory": "#1f6f8b", "retrieval": "#c06014", "generator": "#5c8d3d", "cpu": "#7a5195", "all": "#333333"}
 
 
 @speaking
@@ -79,7 +83,6 @@ def plan(
     from cluster.planning.plan import Demand, curve
     from cluster.planning.plan import plan as planned
     from serving.config import load_profile
-    from serving.planning.plan_curve import curve_svg
     from serving.planning.sizes import Node, estimate_rates, kind_of, sizes_of
 
     if rates and gpu:
@@ -107,11 +110,41 @@ def plan(
         out.note(f"memorizing was measured on {used.memorize_kind} memories: what {made} takes is a guess")
     if svg:
         loads = [questions_per_second * share for share in _CURVE]
-        svg.write_text(curve_svg(curve(demand, sizes, used, loads)), encoding="utf-8")
+        svg.write_text(_curve_svg(curve(demand, sizes, used, loads)), encoding="utf-8")
     basis: dict[str, Any] = {"estimate": measured is None, "rates": used.model_dump()}
     if measured is None:
         basis["assumptions"] = Assumptions().model_dump()
     out.result(basis | _as_json(found), _render(found, used, estimate=measured is None))
+
+
+def _curve_svg(plans: "Sequence[tuple[float, CapacityPlan]]") -> str:
+    """Nodes, or GPUs where there are any, of each pool over questions per second: at least two, ascending, log axes."""
+    from cluster.svg import Axis, Drawing
+
+    unit = "gpus" if plans[-1][1].gpus else "nodes"
+    series: dict[str, list[float]] = {"all": [getattr(plan, unit) for _, plan in plans]}
+    for index, pool in enumerate(plans[0][1].pools):
+        series[pool.name] = [getattr(plan.pools[index], unit) for _, plan in plans]
+    loads = [load for load, _ in plans]
+    values = [value for line in series.values() for value in line if value]
+    low, high = min(values), max(values)
+    x, y = Axis(loads[0], loads[-1], _LEFT, _RIGHT, log=True), Axis(low, high, _BOTTOM, _TOP, log=True)
+
+    picture, demand = Drawing(_WIDTH, _HEIGHT), plans[0][1].demand
+    title = f"{demand.memories:,} memories of {demand.tokens:,} tokens, ratio {demand.ratio}"
+    picture.text(_LEFT, 28, title, font_size=15)
+    picture.add("rect", x=_LEFT, y=_TOP, width=_RIGHT - _LEFT, height=_BOTTOM - _TOP, fill="none", stroke="#999")
+    picture.text((_LEFT + _RIGHT) / 2, _HEIGHT - 12, "questions per second", "middle")
+    picture.text(16, _TOP - 8, "GPUs" if unit == "gpus" else unit)
+    for load in loads:
+        picture.text(x(load), _BOTTOM + 18, f"{load:g}", "middle")
+    for value in sorted({low, math.sqrt(low * high), high}):
+        picture.text(_LEFT - 8, y(value) + 4, f"{value:.3g}", "end")
+    for number, (name, line) in enumerate(series.items()):
+        colour = _COLOURS[name]
+        picture.curve([(x(load), y(max(value, low))) for load, value in zip(loads, line, strict=True)], colour, 2)
+        picture.text(_RIGHT + 14, _TOP + 16 + 20 * number, name, fill=colour)
+    return picture.render()
 
 
 def _read_rates(file: Path) -> "Rates":

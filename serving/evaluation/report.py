@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.svg import Axis, Drawing
 from serving.evaluation.bootstrap import difference, interval
 from serving.evaluation.datasets import Example
 from serving.evaluation.methods import Row
@@ -15,6 +16,8 @@ from serving.evaluation.scores import exact, score
 
 Values = dict[str, float]  # by example id
 BASELINES = ("rag", "passages")  # what others are compared with, the first that is there
+_WIDTH, _LEFT, _RIGHT, _ROW, _GAP, _TOP = 720, 150, 570, 20, 46, 48
+_COLOURS = ("#1f6f8b", "#c06014", "#5c8d3d", "#7a5195", "#b5446e", "#666666", "#333333")
 
 
 def report(examples: Sequence[Example], rows: Sequence[Row], methods: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +49,30 @@ def report(examples: Sequence[Example], rows: Sequence[Row], methods: Sequence[s
     for method, answers in by_method.items():
         found["methods"][method] = _costs(list(answers.values()))
     return found
+
+
+def report_svg(title: str, figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """A panel for each of one part's figures, `{figure: {method: {mean, low, high, n}}}`, all 0 to 1; as SVG."""
+    methods = list(dict.fromkeys(method for values in figures.values() for method in values))
+    colours = {method: _COLOURS[place % len(_COLOURS)] for place, method in enumerate(methods)}
+    picture = Drawing(_WIDTH, _TOP + sum(_GAP + _ROW * len(values) for values in figures.values()))
+    picture.text(16, 28, title, font_size=15)
+    x, top = Axis(0, 1, _LEFT, _RIGHT), _TOP
+    for figure, values in figures.items():
+        bottom = top + 18 + _ROW * len(values)
+        picture.text(16, top + 10, figure, font_weight="bold")
+        for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+            picture.line(x(tick), top + 16, x(tick), bottom)
+            picture.text(x(tick), bottom + 13, f"{tick:g}", "middle", fill="#777", font_size=10)
+        for place, (method, value) in enumerate(values.items()):
+            y, colour = top + 18 + _ROW * place + _ROW / 2, colours[method]
+            picture.text(_LEFT - 10, y + 4, method, "end")
+            if value["low"] is not None:
+                picture.line(x(value["low"]), y, x(value["high"]), y, colour, stroke_width=2)
+            picture.add("circle", cx=x(value["mean"]), cy=y, r=4, fill=colour)
+            picture.text(_RIGHT + 14, y + 4, f"{value['mean']:.3f} (n = {value['n']})")
+        top += _GAP + _ROW * len(values)
+    return picture.render()
 
 
 def _figures(examples: Sequence[Example], rows: Mapping[str, Row]) -> dict[str, Values]:

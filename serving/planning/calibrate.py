@@ -47,13 +47,14 @@ def calibrate(
 
     Raises `PlanError` for a text of less than eight windows of its memory: it would measure overheads.
     """
+    from serving.deploy.app import memories_root
     from serving.deploy.temporary import measure_on_server
 
     profile = load_profile(profile_name)
 
     async def measure(address: str, storage: str) -> None:
         note("memorizing the text …")
-        stages = await Stages.of(profile, address, storage, text)
+        stages = await Stages.of(profile, address, memories_root(storage), text)
         rates = await stages.rates(profile_name, seconds, note)
         await asyncio.to_thread(then, Calibrated(rates, stages, asyncio.get_running_loop()))
 
@@ -73,20 +74,34 @@ class Stages:
     text: str
 
     @classmethod
-    async def of(cls, profile: Profile, address: str, storage: str, text: str) -> "Stages":
-        """Memorizes `text` on the server. Raises `PlanError` where it is too short to measure with."""
+    async def of(cls, profile: Profile, address: str, storage_root: str, text: str, memory: str = _MEMORY) -> "Stages":
+        """Memorizes `text` on the server under that name. Raises `PlanError` where it is too short to measure with."""
         from ray import serve
 
+        from memory_worker.storage.store import MemoryStore
+        from serving.client.client import MemoRAG
         from serving.config import APPLICATION
-        from serving.deploy.app import memories_root
 
+        def memorize() -> None:
+            with MemoRAG(address) as client:
+                client.memorize(text=text, id=memory, progress=False)
+
+        await asyncio.to_thread(memorize)
         names = ("Memorizer", "Recaller", "Embedder", "Retriever", "Generator")
         handles = {name: serve.get_deployment_handle(name, APPLICATION) for name in names}
-        return await _memorize(profile, address, memories_root(storage), handles, _MEMORY, text)
+        store = MemoryStore(storage_root)
+        manifest = store.read_manifest(store.current(_TENANT, memory))
+        described = await handles["Memorizer"].describe.remote()
+        tokens, least = sum(each.tokens for each in manifest.documents), 8 * described.kinds[manifest.kind].window
+        if tokens < least:
+            raise PlanError(
+                f"the text has {tokens:,} tokens, less than eight windows of its memory ({least:,}): give a longer one"
+            )
+        return cls(profile, address, storage_root, handles, manifest, text)
 
     async def of_text(self, memory: str, text: str) -> "Stages":
         """The same server with another text, memorized under that name."""
-        return await _memorize(self.profile, self.address, self.storage_root, self.handles, memory, text)
+        return await Stages.of(self.profile, self.address, self.storage_root, text, memory)
 
     async def rates(self, profile_name: str, seconds: float, note: Callable[[str], None]) -> Rates:
         """Measures all stages, one after another."""
@@ -220,10 +235,8 @@ class Stages:
         """Many answers, and tokens of one."""
         from generator_worker.messages import GenerateRequest, Generation, Source
 
-        generate, count = (
-            self.handles["Generator"].options(stream=True).generate,
-            self.profile.retrieval.search.passages,
-        )
+        generate = self.handles["Generator"].options(stream=True).generate
+        count = self.profile.retrieval.search.passages
         tokens: list[int] = []
 
         async def once(number: int) -> None:
@@ -264,28 +277,6 @@ class Busy:
     def core_s(self, *deployments: str) -> float:
         """CPU seconds of these for one call."""
         return sum(self.cpu_s.get(name, 0.0) for name in deployments) / self.calls
-
-
-async def _memorize(
-    profile: Profile, address: str, root: str, handles: dict[str, Any], memory: str, text: str
-) -> Stages:
-    from memory_worker.storage.store import MemoryStore
-    from serving.client.client import MemoRAG
-
-    def memorize() -> None:
-        with MemoRAG(address) as client:
-            client.memorize(text=text, id=memory, progress=False)
-
-    await asyncio.to_thread(memorize)
-    store = MemoryStore(root)
-    manifest = store.read_manifest(store.current(_TENANT, memory))
-    described = await handles["Memorizer"].describe.remote()
-    tokens, least = sum(document.tokens for document in manifest.documents), 8 * described.kinds[manifest.kind].window
-    if tokens < least:
-        raise PlanError(
-            f"the text has {tokens:,} tokens, less than eight windows of its memory ({least:,}): give a longer one"
-        )
-    return Stages(profile, address, root, handles, manifest, text)
 
 
 async def _busy(once: Callable[[int], Awaitable[None]], clients: int, seconds: float) -> Busy:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -138,33 +139,35 @@ class Jobs:
             head=base.head if base and record.kind != "repair" else None,
             kind=record.memory_kind,
         )
-        response = self._memorizer.options(stream=True).memorize.remote(request)
-        try:
-            async for item in response:
-                if isinstance(item, MemorizeProgress):
-                    await report.note_memorized(item)
-                else:
-                    return item
-        finally:
-            response.cancel()
-        raise RuntimeError("the Memorizer ended without a result")
+        made: MemorizeResult = await _follow(
+            self._memorizer.options(stream=True).memorize.remote(request), MemorizeProgress, report.note_memorized
+        )
+        return made
 
     async def _index(self, job: Job, report: "_Report") -> list[IndexedDocument]:
         return [await self._index_one(job, document, report) for document in job.record.documents]
 
     async def _index_one(self, job: Job, document: Document, report: "_Report") -> IndexedDocument:
         request = IndexRequest(document.source, passages_path(job.key, document.id))
-        response = self._retriever.options(stream=True).index.remote(request)
-        try:
-            async for item in response:
-                if isinstance(item, IndexProgress):
-                    await report.note_indexed(document, item)
-                else:
-                    report.note_indexed_whole(document)
-                    return item
-        finally:
-            response.cancel()
-        raise RuntimeError("the Retriever ended without an index")
+        indexed: IndexedDocument = await _follow(
+            self._retriever.options(stream=True).index.remote(request),
+            IndexProgress,
+            partial(report.note_indexed, document),
+        )
+        report.note_indexed_whole(document)
+        return indexed
+
+
+async def _follow(stream: Any, progress: type, note: Callable[[Any], Awaitable[None]]) -> Any:
+    """The result that a worker's stream ends with; `note` is told of what comes before it. Cancels what is not done."""
+    try:
+        async for item in stream:
+            if not isinstance(item, progress):
+                return item
+            await note(item)
+    finally:
+        stream.cancel()
+    raise RuntimeError(f"a worker's stream ended after {progress.__name__}, without a result")
 
 
 class _Report:

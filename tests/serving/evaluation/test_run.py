@@ -13,8 +13,7 @@ from serving import MemoRAG
 from serving.cli.main import app
 from serving.client.errors import ServerUnreachable
 from serving.evaluation.evaluate import ask_all, forget, sample
-from serving.evaluation.plot import report_svg
-from serving.evaluation.report import report
+from serving.evaluation.report import report, report_svg
 from serving.evaluation.run import EvaluationError, Run, fingerprint
 from tests.support.examples_of_questions import TEXT, example
 
