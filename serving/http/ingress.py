@@ -17,6 +17,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
+from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey
 from serving import api
 from serving.config import Profile

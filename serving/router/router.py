@@ -13,10 +13,9 @@ from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import Storage, StoredFile
 from memory_worker.catalog.actor import catalog
 from memory_worker.errors import NoJob
-from memory_worker.manifest import Document, JobRecord, Manifest
+from memory_worker.manifest import JobRecord, Manifest
 from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, ReadLease, Reservation, SegmentGroup
 from memory_worker.recall.groups import segment_groups
-from memory_worker.storage.manifest import JobRecord, Manifest
 from memory_worker.storage.store import check_id, new_request
 from serving import api
 from serving.config import Profile

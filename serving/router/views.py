@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from cluster.messages import TextDelta
+from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, Job, MemoryRecord
-from memory_worker.storage.manifest import Manifest
 from retrieval_worker.messages import Hit
 from serving import api
 

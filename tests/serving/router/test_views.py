@@ -7,7 +7,6 @@ import pytest
 from cluster.storage.durable import Storage
 from memory_worker.manifest import Manifest
 from memory_worker.messages import MemoryKey, MemoryRecord
-from memory_worker.storage.manifest import Manifest
 from serving.router.versions import index_of
 from serving.router.views import memory_out, progress_out
 from tests.support import manifests as made
