@@ -22,7 +22,7 @@ from benchmarks.support.town import EXAMPLE
 from cluster.planning.plan import Demand, plan, shared_questions_per_s
 from serving.config import load_profile
 from serving.planning.calibrate import Calibrated, calibrate
-from serving.planning.sizes import Node, sizes_of
+from serving.planning.sizes import NodeType, sizes_of
 
 TIMES = 3  # as long as the calibrated text
 SECONDS = 12.0
@@ -51,7 +51,7 @@ async def _check(found: Calibrated, text: str) -> list[dict[str, Any]]:
     manifest, rates = stages.manifest, found.rates
     (document,) = manifest.documents
     demand = Demand(1, document.tokens, 1.0, manifest.ratio)
-    predicted = plan(demand, sizes_of(load_profile("embedded"), Node(1, os.cpu_count() or 1), {}), rates)
+    predicted = plan(demand, sizes_of(load_profile("embedded"), NodeType(1, os.cpu_count() or 1), {}), rates)
     memorized = 1 / (await stages.memorize(SECONDS)).per_s
     files = [manifest.head, document.source, document.passages]
     files += [file for segment in document.segments for file in segment.files]

@@ -36,7 +36,7 @@ class ModelShape:
     dtype_bytes: int = 2
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], *, dtype_bytes: int = 2) -> "ModelShape":
+    def of(cls, config: Mapping[str, Any]) -> "ModelShape":
         """From the content of a config.json. Raises `PlanError` naming what it lacks."""
         wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
         if missing := [name for name in wanted if not config.get(name)]:
@@ -52,7 +52,6 @@ class ModelShape:
             vocabulary=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
             window=config.get("beacon_window") or 2048,
-            dtype_bytes=dtype_bytes,
         )
 
     @property

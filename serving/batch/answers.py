@@ -13,6 +13,7 @@ import io
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -54,13 +55,13 @@ ANSWERS = pa.schema(
 
 def make_answer_row(question: BatchQuestion, answer: api.Answer) -> dict[str, Any]:
     """The row of a question that was answered; its `error` is null."""
-    return answer.model_dump(exclude={"memories", "memory", "task"}) | question.fields()
+    return answer.model_dump(exclude={"memories", "memory", "task"}) | asdict(question)
 
 
 def make_failure_row(question: BatchQuestion, problem: ProblemError) -> dict[str, Any]:
     """The row of a question that failed; beside question and `error` all of it is null."""
     body = problem.body()
-    return question.fields() | {"error": {name: body[name] for name in ("status", "title", "detail")}}
+    return asdict(question) | {"error": {name: body[name] for name in ("status", "title", "detail")}}
 
 
 class Answers:

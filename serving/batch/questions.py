@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -52,12 +52,7 @@ class BatchQuestion:
     @cached_property
     def key(self) -> bytes:
         """16 bytes that stand for everything the row says: the same question asked the same way has the same key."""
-        row = [getattr(self, name) for name in SCHEMA.names]
-        return hashlib.blake2b(json.dumps(row).encode(), digest_size=16).digest()
-
-    def fields(self) -> dict[str, Any]:
-        """The columns."""
-        return {name: getattr(self, name) for name in SCHEMA.names}
+        return hashlib.blake2b(json.dumps(astuple(self)).encode(), digest_size=16).digest()
 
 
 class Questions:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from cluster.planning.costs import MemoryKind, PlanError
 from serving.cli.options import ProfileName, speaking
@@ -83,12 +84,12 @@ def plan(
     from cluster.planning.plan import Demand, curve
     from cluster.planning.plan import plan as planned
     from serving.config import load_profile
-    from serving.planning.sizes import Node, estimate_rates, kind_of, sizes_of
+    from serving.planning.sizes import NodeType, estimate_rates, kind_of, sizes_of
 
     if rates and gpu:
         raise typer.BadParameter("--rates are measured and --gpu is for an estimate without them: give one of the two")
     settings, files = load_profile(profile), dict(_shape_option(value) for value in shape or ())
-    node = Node(node_gpus, node_cpus, gpu, gpu_gb and gpu_gb * 1e9)
+    node = NodeType(node_gpus, node_cpus, gpu, gpu_gb and gpu_gb * 1e9)
     sizes = sizes_of(settings, node, files)
     measured = _read_rates(rates) if rates else None
     made = (
@@ -178,12 +179,13 @@ def _as_json(found: "CapacityPlan") -> dict[str, Any]:
 
 
 def _render(found: "CapacityPlan", rates: "Rates", *, estimate: bool) -> str:
-    demand = found.demand
+    demand, sizes = found.demand, (found.memory_bytes, found.store_bytes, found.storage_bytes)
+    memory, store, storage = (decimal(int(size)) for size in sizes)
     lines = list(_ESTIMATE) if estimate else []
     lines += [
         f"{demand.memories:,} {demand.kind} memories of {demand.tokens:,} tokens at ratio {demand.ratio}, "
         f"{demand.questions_per_s:g} questions a second; rates of {rates.machine}",
-        f"one memory: {found.slots:,} slots, {_bytes(found.memory_bytes)}, memorized in {found.memorize_s:,.1f} s",
+        f"one memory: {found.slots:,} slots, {memory}, memorized in {found.memorize_s:,.1f} s",
         "",
     ]
     for pool in found.pools:
@@ -195,15 +197,7 @@ def _render(found: "CapacityPlan", rates: "Rates", *, estimate: bool) -> str:
     lines += [
         "",
         f"all pools: {found.gpus:g} GPUs, {found.nodes} nodes",
-        f"object store: {_bytes(found.store_bytes)} of hot memories; storage: {_bytes(found.storage_bytes)}",
+        f"object store: {store} of hot memories; storage: {storage}",
         f"binds first: {found.binds.resource} ({found.binds.pool} pool, {found.binds.fill:.0%} full)",
     ]
     return "\n".join(lines)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

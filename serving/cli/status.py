@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,7 @@ def _live(out: Output, folder: Path, state: "ServerState") -> None:
         if out.as_json or not out.on_terminal:
             threading.Event().wait(_EVERY_S)  # rates are between two looks
             seen = look(profile).since(seen)
-            out.result(seen.as_json(), _plain(seen))
+            out.result(asdict(seen), _plain(seen))
             return
         try:
             with Live(table(seen), auto_refresh=False) as shown:

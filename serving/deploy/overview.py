@@ -4,8 +4,7 @@ Asked by `memorag status --live`, from a process that has joined the cluster (`s
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from cluster.actors import actor_names
 from memory_worker.catalog.actor import CATALOG
@@ -42,16 +41,13 @@ class Overview:
     reads_per_s: float | None = None  # versions read for questions
     memorized_tokens_per_s: float | None = None
 
-    def since(self, before: "Overview | None") -> "Overview":
+    def since(self, before: "Overview") -> "Overview":
         """This look, with the rates since that one."""
-        if before is None or (seconds := self.at - before.at) <= 0:
+        if (seconds := self.at - before.at) <= 0:
             return self
         reads = max(0, self.totals.reads - before.totals.reads)  # a catalog that died counts anew
         tokens = max(0, self.totals.done_tokens + self.totals.tokens - before.totals.done_tokens - before.totals.tokens)
         return replace(self, reads_per_s=reads / seconds, memorized_tokens_per_s=tokens / seconds)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def look(profile: Profile) -> Overview:

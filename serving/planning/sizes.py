@@ -18,8 +18,8 @@ DEFAULT_GPU = "h100"  # of a pool that names no accelerator type
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """One node of the cluster."""
+class NodeType:
+    """What each node of the cluster has."""
 
     gpus: int
     cpus: int
@@ -84,7 +84,7 @@ def _read_config(model: str, files: Mapping[str, Path]) -> Mapping[str, Any]:
         ) from error
 
 
-def sizes_of(profile: Profile, node: Node, files: Mapping[str, Path]) -> Sizes:
+def sizes_of(profile: Profile, node: NodeType, files: Mapping[str, Path]) -> Sizes:
     """The profile in numbers. Raises `PlanError` where the memory model leaves no room for a KV cache."""
     memory, pools = profile.memory, profile.pools
     shape = read_shape(memory.engine.model, files)
@@ -117,7 +117,7 @@ def sizes_of(profile: Profile, node: Node, files: Mapping[str, Path]) -> Sizes:
 def estimate_rates(
     profile: Profile,
     name: str,
-    node: Node,
+    node: NodeType,
     files: Mapping[str, Path],
     assumed: Assumptions,
     *,
@@ -164,15 +164,12 @@ def estimate_rates(
         passage_characters=characters,
         passage_bytes=characters + 2 * embedder.hidden + 8 * passage_tokens,  # text, vector, words with weights
         head_slots=assumed.head_slots,
-        recall_core_s=assumed.recall_core_s,
-        search_core_s=assumed.search_core_s,
-        generate_core_s=assumed.generate_core_s,
-        route_core_s=assumed.route_core_s,
+        **assumed.model_dump(include={"recall_core_s", "search_core_s", "generate_core_s", "route_core_s"}),
     )
 
 
 def _generate_tokens_per_s(
-    profile: Profile, node: Node, files: Mapping[str, Path], assumed: Assumptions, tokens: int
+    profile: Profile, node: NodeType, files: Mapping[str, Path], assumed: Assumptions, tokens: int
 ) -> float:
     engine, pool = profile.generator.engine, profile.pools.generator
     if engine is None:

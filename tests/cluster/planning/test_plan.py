@@ -23,7 +23,7 @@ from cluster.planning.plan import Demand, Rates, Replica, Sizes, curve, plan, sh
 from serving import config
 from serving.cli.main import app
 from serving.config import load_profile, profile_names
-from serving.planning.sizes import Node, read_shape, sizes_of
+from serving.planning.sizes import NodeType, read_shape, sizes_of
 
 SHAPE = ModelShape(
     layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, mlp=768, vocabulary=4096, tied=True, window=512
@@ -216,7 +216,7 @@ def test_vllms_share_is_of_the_whole_gpu(tmp_path: Path) -> None:
     """The profile `single-gpu` was refused always: 0.35 was taken of the 0.3 GPUs of a replica."""
     profile = load_profile("single-gpu")
     shape = read_shape(profile.memory.engine.model, {})
-    sizes = sizes_of(profile, Node(8, 16, gpu_bytes=80e9), {})
+    sizes = sizes_of(profile, NodeType(8, 16, gpu_bytes=80e9), {})
     assert sizes.kv_bytes == pytest.approx(0.35 * 80e9 - shape.weight_bytes)
     assert sizes.recaller.per_node == 24, "a share is of one GPU: three fit it, and none lies across two"
     code, shown, error = run(tmp_path, "--profile", "single-gpu", "--json")
