@@ -116,7 +116,7 @@ class Profile(Settings):
     quotas: QuotasConfig = QuotasConfig()
 
     @model_validator(mode="after")
-    def _readers_outlive_nothing(self) -> "Profile":
+    def _grace_outlasts_questions(self) -> "Profile":
         if self.memory.catalog.grace_s < self.limits.question_s:
             raise ValueError(
                 f"memory.catalog.grace_s ({self.memory.catalog.grace_s:g}) must not be less than limits.question_s "

@@ -98,12 +98,12 @@ class ResourceNeed:
     resource: str
     wanted: float
     unit: str
-    given: int = 0
+    given: int
 
     @property
     def fill(self) -> float:
         """Share of what is given that is used."""
-        return self.wanted / self.given if self.given else 0.0
+        return self.wanted / self.given
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,26 +160,19 @@ def plan(demand: Demand, sizes: Sizes, rates: Rates) -> CapacityPlan:
     tokens = demand.answer_tokens or rates.answer_tokens
 
     makers = _provision("memory", "memorizing", demand.memories * memorize_s / seconds, "Memorizer")
-    recall = ResourceNeed("memory", "recalling", questions / rates.recall_questions_per_s, "Recaller")
-    cache = ResourceNeed("memory", "KV cache", hot * memory_bytes / sizes.kv_bytes, "Recaller")
-    recallers = max(_round_up(recall.wanted), _round_up(cache.wanted))
+    recalling, cached = questions / rates.recall_questions_per_s, hot * memory_bytes / sizes.kv_bytes
+    recallers = max(_round_up(recalling), _round_up(cached))
     ranks = makers.given * sizes.ranks
     nodes = math.ceil(ranks / sizes.memorizer.per_node) + math.ceil(recallers / sizes.recaller.per_node)
-    store = ResourceNeed("memory", "object store", hot * memory_bytes / sizes.keeper_bytes, "node")
-    nodes = max(nodes, _round_up(store.wanted))
-    pools = [
-        PoolPlan(
-            "memory",
-            ranks * sizes.memorizer.gpus + recallers * sizes.recaller.gpus,
-            nodes,
-            (
-                makers,
-                replace(recall, given=recallers),
-                replace(cache, given=recallers),
-                replace(store, given=nodes),
-            ),
-        )
-    ]
+    stored = hot * memory_bytes / sizes.keeper_bytes
+    nodes = max(nodes, _round_up(stored))
+    needs = (
+        makers,
+        ResourceNeed("memory", "recalling", recalling, "Recaller", recallers),
+        ResourceNeed("memory", "KV cache", cached, "Recaller", recallers),
+        ResourceNeed("memory", "object store", stored, "node", nodes),
+    )
+    pools = [PoolPlan("memory", ranks * sizes.memorizer.gpus + recallers * sizes.recaller.gpus, nodes, needs)]
     texts = demand.memories * passages / seconds + questions * rates.search_texts
     embedders = _provision("retrieval", "embedding", texts / rates.embed_passages_per_s, "Embedder")
     retrievers = _provision("retrieval", "searching", questions / rates.search_questions_per_s, "Retriever")

@@ -4,19 +4,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from serving.client.progress import drawing
+from serving.client.progress import draw_counts
 
 OnCount = Callable[[int, int, int], None]  # done, of how many (0: not known yet), done before this began
 
 
 @contextmanager
 def counting(verb: str, unit: str, progress: bool | OnCount | None) -> Iterator[OnCount]:
-    """What to call with every count: the caller's function, or what draws it as `drawing` does."""
+    """What to call with every count: the caller's function, or what draws it as `draw_counts` does."""
     if callable(progress):
         yield progress
         return
     rate = Rate()
-    with drawing(verb, progress) as draw:
+    with draw_counts(verb, progress) as draw:
         yield lambda done, total, before: draw(
             done, total, rate.note(done, total, before, unit) if total else f"reading {unit}"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.options import STORAGE, Storage, speaking
+from serving.cli.options import STORAGE, Storage, with_output
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SHOWN_FAILURES = 20
 
 
-@speaking
+@with_output
 def batch(
     out: Output,
     questions: Annotated[

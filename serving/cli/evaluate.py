@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.options import speaking
+from serving.cli.options import with_output
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from serving.evaluation.run import Run
 
 
-@speaking
+@with_output
 def evaluate(
     out: Output,
     dataset: Annotated[

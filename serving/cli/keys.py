@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.options import speaking
+from serving.cli.options import with_output
 from serving.cli.show import Commands, Output
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _STORAGE = "~/.memorag"
 
 
 @app.command()
-@speaking
+@with_output
 def create(
     out: Output,
     tenant: Annotated[str, typer.Argument(help="Whom the key is for; a new name is a new tenant.")],
@@ -39,7 +39,7 @@ def create(
 
 
 @app.command("list")
-@speaking
+@with_output
 def list_keys(out: Output, storage: Storage = _STORAGE) -> None:
     """List the keys there are: ids, tenants, when they were made, notes."""
     entries = _key_file(storage).entries()
@@ -54,7 +54,7 @@ def list_keys(out: Output, storage: Storage = _STORAGE) -> None:
 
 
 @app.command()
-@speaking
+@with_output
 def revoke(
     out: Output,
     id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: the part after 'mr_'.")],

@@ -18,7 +18,7 @@ from cluster.planning.costs import MemoryKind
 from serving.cli.batch import batch, memorize_folder
 from serving.cli.evaluate import evaluate
 from serving.cli.keys import app as keys_app
-from serving.cli.options import STORAGE, ProfileName, Storage, on_server, speaking
+from serving.cli.options import STORAGE, ProfileName, Storage, with_client, with_output
 from serving.cli.plan import calibrate, plan
 from serving.cli.show import DEGRADED, Commands, Output
 from serving.cli.status import status
@@ -59,7 +59,7 @@ Task = Literal["memorag", "memory", "rag", "summarize", "full", "hyde", "rewrite
 
 
 @app.command()
-@speaking
+@with_output
 def up(
     out: Output,
     profile: ProfileName = "embedded",
@@ -94,7 +94,7 @@ def up(
 
 
 @app.command()
-@speaking
+@with_output
 def down(out: Output, storage: Storage = STORAGE) -> None:
     """End the server of a storage folder, with all its processes and temporary files. Memories stay."""
     from serving.deploy import daemon
@@ -105,7 +105,7 @@ def down(out: Output, storage: Storage = STORAGE) -> None:
 
 
 @app.command()
-@on_server
+@with_client
 def memorize(
     out: Output,
     client: "MemoRAG",
@@ -136,7 +136,7 @@ def memorize(
 
 
 @app.command()
-@on_server
+@with_client
 def ask(
     out: Output,
     client: "MemoRAG",
@@ -155,7 +155,7 @@ def ask(
 
 
 @app.command()
-@on_server
+@with_client
 def summarize(
     out: Output,
     client: "MemoRAG",
@@ -169,7 +169,7 @@ def summarize(
 
 
 @memories_app.callback(invoke_without_command=True)
-@on_server
+@with_client
 def memories(out: Output, client: "MemoRAG", context: typer.Context) -> None:
     """List the memories of a server."""
     if context.invoked_subcommand:
@@ -178,14 +178,14 @@ def memories(out: Output, client: "MemoRAG", context: typer.Context) -> None:
 
 
 @memories_app.command("show")
-@on_server
+@with_client
 def memories_show(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Show one memory."""
     out.memory(client.memory(id).info)
 
 
 @memories_app.command("cancel")
-@on_server
+@with_client
 def memories_cancel(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Cancel what is being made of a memory."""
     client.memory(id).cancel()
@@ -193,7 +193,7 @@ def memories_cancel(out: Output, client: "MemoRAG", id: MemoryId) -> None:
 
 
 @memories_app.command("delete")
-@on_server
+@with_client
 def memories_delete(out: Output, client: "MemoRAG", id: MemoryId) -> None:
     """Delete one memory."""
     client.delete(id)
@@ -201,7 +201,7 @@ def memories_delete(out: Output, client: "MemoRAG", id: MemoryId) -> None:
 
 
 @app.command("export")
-@on_server
+@with_client
 def export_memory(
     out: Output,
     client: "MemoRAG",
@@ -217,7 +217,7 @@ def export_memory(
 
 
 @app.command("import")
-@on_server
+@with_client
 def import_memory(
     out: Output,
     client: "MemoRAG",
@@ -231,7 +231,7 @@ def import_memory(
 
 
 @documents_app.command("put")
-@on_server
+@with_client
 def documents_put(
     out: Output,
     client: "MemoRAG",
@@ -247,7 +247,7 @@ def documents_put(
 
 
 @documents_app.command("delete")
-@on_server
+@with_client
 def documents_delete(
     out: Output,
     client: "MemoRAG",
@@ -260,7 +260,7 @@ def documents_delete(
 
 
 @app.command()
-@speaking
+@with_output
 def reload(
     out: Output,
     profile: Annotated[str | None, typer.Option(help="Profile to take up; otherwise its own again.")] = None,
@@ -280,7 +280,7 @@ def reload(
 
 
 @app.command()
-@speaking
+@with_output
 def doctor(out: Output, storage: Storage = STORAGE, port: int = 8000) -> None:
     """Check this machine and installation; say how to mend what is wrong."""
     from serving.deploy.doctor import examine

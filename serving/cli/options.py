@@ -24,7 +24,7 @@ ProfileName = Annotated[str, typer.Option("--profile", help="Name of a profile, 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def speaking(command: Callable[..., None]) -> Callable[..., None]:
+def with_output(command: Callable[..., None]) -> Callable[..., None]:
     """A command with --json, of which its first parameter, `out`, is made."""
 
     def run(
@@ -36,8 +36,8 @@ def speaking(command: Callable[..., None]) -> Callable[..., None]:
     return _add_options(run, command, made=1)
 
 
-def on_server(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that asks a server: `speaking`, with --storage and --url, of which its second, `client`, is made."""
+def with_client(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that asks a server: `with_output`, with --storage and --url, of which its second, `client`, is made."""
 
     def run(
         out: Output,
@@ -58,7 +58,7 @@ def on_server(command: Callable[..., None]) -> Callable[..., None]:
         with MemoRAG(url, os.environ.get("MEMORAG_API_KEY")) as client:
             command(out, client, **given)
 
-    return speaking(_add_options(run, command, made=2))
+    return with_output(_add_options(run, command, made=2))
 
 
 def _add_options(run: Callable[..., None], command: Callable[..., None], *, made: int) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from cluster.planning.costs import MemoryKind, PlanError
-from serving.cli.options import ProfileName, speaking
+from serving.cli.options import ProfileName, with_output
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 400, 64, 504, 48, 338
 _COLOURS = {"memory": "#1f6f8b", "retrieval": "#c06014", "generator": "#5c8d3d", "cpu": "#7a5195", "all": "#333333"}
 
 
-@speaking
+@with_output
 def calibrate(
     out: Output,
     text: Annotated[Path, typer.Argument(help="A text such as yours: it is memorized and asked.", exists=True)],
@@ -45,7 +45,7 @@ def calibrate(
     measure(profile, text.read_text(encoding="utf-8"), seconds=seconds, note=out.note, then=write)
 
 
-@speaking
+@with_output
 def plan(
     out: Output,
     memories: Annotated[int, typer.Option(min=1, help="Memories in all.")],

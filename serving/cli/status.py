@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serving.cli.options import STORAGE, Storage, speaking
+from serving.cli.options import STORAGE, Storage, with_output
 from serving.cli.show import Output
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _EVERY_S = 2.0
 
 
-@speaking
+@with_output
 def status(
     out: Output,
     storage: Storage = STORAGE,

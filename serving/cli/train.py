@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from serving.cli.options import speaking
+from serving.cli.options import with_output
 from serving.cli.show import Commands, Output
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 @app.command()
-@speaking
+@with_output
 def run(
     out: Output,
     file: Annotated[Path, typer.Argument(metavar="RUN.yaml", exists=True, dir_okay=False, help="The run's settings.")],
@@ -67,7 +67,7 @@ def run(
 
 
 @app.command()
-@speaking
+@with_output
 def prepare(
     out: Output,
     files: Annotated[
@@ -93,7 +93,7 @@ def prepare(
 
 
 @app.command()
-@speaking
+@with_output
 def average(
     out: Output,
     models: Annotated[

@@ -12,16 +12,16 @@ _LINES_EVERY_S = 5.0
 
 @contextmanager
 def show_progress(label: str, progress: bool | OnProgress | None) -> Iterator[OnProgress]:
-    """What to call with every progress event of a job: the caller's function, or what draws it as `drawing` does."""
+    """What to call with every progress event of a job: the caller's function, or what `draw_counts` draws it with."""
     if callable(progress):
         yield progress
         return
-    with drawing(f"memorizing {label}", progress) as draw:
+    with draw_counts(f"memorizing {label}", progress) as draw:
         yield lambda event: draw(event["done_tokens"], event["total_tokens"], _note(event))
 
 
 @contextmanager
-def drawing(verb: str, progress: bool | None) -> Iterator[Callable[[int, int, str], None]]:
+def draw_counts(verb: str, progress: bool | None) -> Iterator[Callable[[int, int, str], None]]:
     """What to call with every count: done, of how many (0: not known yet), and both in words.
 
     True draws a bar on stderr, or a line every few seconds where that is no terminal; False is silent; None draws on a

@@ -236,7 +236,7 @@ class Router(KeyedAnswers):
         self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
     ) -> AsyncIterator[api.Event]:
         """Events clue, passage, token; last done."""
-        async with self._inquiring(tenant, memories, tag, question) as inquiry:
+        async with self._inquire(tenant, memories, tag, question) as inquiry:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
@@ -244,7 +244,7 @@ class Router(KeyedAnswers):
 
     async def answer(self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question) -> api.Answer:
         """The whole answer at once."""
-        async with self._inquiring(tenant, memories, tag, question) as inquiry:
+        async with self._inquire(tenant, memories, tag, question) as inquiry:
             async for item in inquiry.run():
                 if isinstance(item, api.Answer):
                     self._metrics.count_question(tenant, item)
@@ -254,7 +254,7 @@ class Router(KeyedAnswers):
     async def clues(self, tenant: str, memory: str, query: api.CluesQuery) -> api.CluesOut:
         """Recall on its own."""
         question = api.Question(question=query.question, language=query.language)
-        async with self._inquiring(tenant, [memory], None, question) as inquiry:
+        async with self._inquire(tenant, [memory], None, question) as inquiry:
             clues = [clue_out(clue) async for clue in inquiry.recall(CLUE_KINDS["memorag"], required=True)]
         return api.CluesOut(
             memory=memory,
@@ -268,7 +268,7 @@ class Router(KeyedAnswers):
     async def passages(self, tenant: str, memory: str, query: api.PassagesQuery) -> api.PassagesOut:
         """Retrieval on its own, with the text as it is."""
         question = api.Question(question=query.question, task="rag")
-        async with self._inquiring(tenant, [memory], None, question) as inquiry:
+        async with self._inquire(tenant, [memory], None, question) as inquiry:
             await inquiry.retrieve(inquiry.begin_search())
         return api.PassagesOut(
             memory=memory,
@@ -325,7 +325,7 @@ class Router(KeyedAnswers):
         return memory_out(record, await self._versions.manifest(record.key))
 
     @asynccontextmanager
-    async def _inquiring(
+    async def _inquire(
         self, tenant: str, memories: Sequence[str], tag: str | None, question: api.Question
     ) -> AsyncIterator[Inquiry]:
         """A question about the present versions of the memories. What the block raises becomes a problem."""
