@@ -15,6 +15,7 @@ import pytest
 from serving import MemoRAG
 from serving.client.client import Answer
 from serving.client.errors import MemoRAGError, ServerUnreachable
+from serving.client.progress import show_progress
 from tests.support.answers import ANSWER, PASSAGE
 
 PROGRESS = {"status": "memorizing", "done_tokens": 5, "total_tokens": 10, "tokens_per_second": 2.0, "seconds_left": 2.5}
@@ -350,3 +351,12 @@ def test_several_memories_are_asked_at_once(stub: Stub) -> None:
         assert client.usage()["memories"] == 3
     asked = {"question": "who?", "memories": ["a", "b"], "tag": "log", "task": "rag", "max_tokens": 5}
     assert json.loads(stub.requests[0][2]) == asked
+
+
+def test_progress_is_lines_where_it_is_asked_for_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    event = {"done_tokens": 10, "total_tokens": 2000, "tokens_per_second": 5.0, "seconds_left": 398.0}
+    for progress, said in [(True, "10 of 2,000 tokens, 5 tokens/s, 398 s left\n"), (None, ""), (False, "")]:
+        with show_progress("book", progress) as show:
+            show(event)
+            show(event)  # at once: not said again
+        assert capsys.readouterr().err == said

@@ -171,6 +171,10 @@ async def test_what_fails_before_the_first_event_is_a_problem_and_later_an_event
     with pytest.raises(ProblemError):
         await stream_events(events, counted)
     assert events.cancelled and counted.count == 0
+    refused = Events(2)
+    with pytest.raises(ProblemError, match="0 questions are being answered"):
+        await stream_events(refused, InFlight(0))
+    assert refused.cancelled
     events = Events(2)
     response = await stream_events(events, counted)
     assert counted.count == 1
