@@ -139,23 +139,18 @@ class Jobs:
             head=base.head if base and record.kind != "repair" else None,
             kind=record.memory_kind,
         )
-        made: MemorizeResult = await _follow(
-            self._memorizer.options(stream=True).memorize.remote(request), MemorizeProgress, report.note_memorized
-        )
+        stream = self._memorizer.options(stream=True).memorize.remote(request)
+        made: MemorizeResult = await _follow(stream, MemorizeProgress, report.note_memorized)
         return made
 
     async def _index(self, job: Job, report: "_Report") -> list[IndexedDocument]:
-        return [await self._index_one(job, document, report) for document in job.record.documents]
-
-    async def _index_one(self, job: Job, document: Document, report: "_Report") -> IndexedDocument:
-        request = IndexRequest(document.source, passages_path(job.key, document.id))
-        indexed: IndexedDocument = await _follow(
-            self._retriever.options(stream=True).index.remote(request),
-            IndexProgress,
-            partial(report.note_indexed, document),
-        )
-        report.note_indexed_whole(document)
-        return indexed
+        made: list[IndexedDocument] = []
+        for document in job.record.documents:
+            request = IndexRequest(document.source, passages_path(job.key, document.id))
+            stream = self._retriever.options(stream=True).index.remote(request)
+            made.append(await _follow(stream, IndexProgress, partial(report.note_indexed, document)))
+            report.note_indexed_whole(document)
+        return made
 
 
 async def _follow(stream: Any, progress: type, note: Callable[[Any], Awaitable[None]]) -> Any:
