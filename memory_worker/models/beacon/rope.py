@@ -56,10 +56,10 @@ class Rope:
             exponents = torch.arange(0, turned, 2, dtype=torch.float32) / turned
             frequencies = 1.0 / parameters["rope_theta"] ** exponents / parameters.get("factor", 1.0)
             return cls(frequencies, 1.0, interleaved, still)
-        from transformers import LlamaConfig
+        from transformers import PreTrainedConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        stock = LlamaConfig(
+        stock: Any = PreTrainedConfig(
             hidden_size=config["hidden_size"],
             num_attention_heads=config["num_attention_heads"],
             head_dim=head_dim,
