@@ -11,7 +11,7 @@ EXAMPLE := examples/chronicle.txt
 QUESTION ?= What haven did the finder of the green sword reach?
 MINUTES ?= 20
 SEED    ?= 0
-WORKERS ?= 2
+WORKERS ?= 3
 SOAK    := .memorag-soak
 
 .PHONY: install lock hooks up down test test-long test-all ready-to-test browser lint soak bench docs
@@ -44,7 +44,7 @@ lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Two workers, whatever the machine has: one for the tests on a server, one for those on Ray, and both for the others.
+# Three workers, whatever the machine has: one for the tests on a server, one for those on Ray, one for the others.
 RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
 
 test: ready-to-test

@@ -1,6 +1,9 @@
 """What may run beside what, and the Ray that all tests of parts share."""
 
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
@@ -60,8 +63,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+class SayAtOnce:
+    """Names each test that fails when it does, so that a run that is cut short has said what had failed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:  # a worker has none
+            terminal.write_line("")
+            terminal.write_line(f"{report.outcome.upper()} in {report.when}: {report.nodeid}", red=True)
+
+
+def pytest_collection_finish() -> None:
+    """The models here are small: a second thread of torch would wait for the first more than it computes."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SayAtOnce(config))
+
+
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model, made once for all workers; whoever changes its files copies them first."""
+    from benchmarks.support.random_model import ensure_random_model
+
+    folder = tmp_path_factory.getbasetemp()
+    return ensure_random_model((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "models")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[str]:
+    """Its address, for other processes of the tests."""
+    import ray
     from ray import serve
 
     from benchmarks.support.recall_engine import ray_of_its_own
@@ -70,11 +107,11 @@ def ray_session() -> Iterator[None]:
         patch.setenv(KEY_NAME, "correct horse")  # what Ray starts has the environment of now
         with ray_of_its_own():
             serve.start(proxy_location="Disabled")
-            yield
+            yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="module")
-def local_ray(ray_session: None) -> Iterator[None]:
+def local_ray(ray_session: str) -> Iterator[None]:
     """This process is connected to a Ray with Serve and eight logical CPUs, and nothing else runs there."""
     from benchmarks.support.own_ray import empty_ray
 

@@ -31,6 +31,7 @@ IN_PROCESS = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # else ranks of an engine compile, each for a minute, what runs once
 }
 
 Slots = tuple[torch.Tensor, torch.Tensor]  # unrotated keys, values [layers, kv_heads, slots, head_dim]
@@ -84,7 +85,7 @@ def connector_config(store: MemoryStore, **changes: Any) -> dict[str, Any]:
         "namespace": NAMESPACE,
         "storage_root": store.storage.root,
         "keeper_budget_bytes": 2**30,
-        "keeper_timeout_s": 10.0,
+        "keeper_timeout_s": 600.0,  # it starts with the first load
         **changes,
     }
 

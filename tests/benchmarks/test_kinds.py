@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kinds import measure
-from benchmarks.support.random_model import ensure_random_model
 from serving.evaluation.datasets import Example
 
 LINE = "The keeper of light {} wrote down nineteen ships and {} storms.\n"
@@ -20,11 +19,10 @@ def example(document: str, number: int) -> Example:
     return Example(f"{document}-{number}", "", text, document, question, (answer,), "f1", "en", ((start, end),))
 
 
-def test_shares_are_between_nothing_and_the_full_memory(tmp_path: Path) -> None:
-    folder = ensure_random_model(tmp_path)
+def test_shares_are_between_nothing_and_the_full_memory(random_model: Path) -> None:
     examples = [example(document, number) for document in ("one", "other") for number in (3, 5, 11)]
     cut = len(examples[0].text) - 10  # the last line's question has its evidence beyond
-    rows = measure(folder, examples, texts=2, questions=9, characters=cut, kinds=["pruned"])
+    rows = measure(random_model, examples, texts=2, questions=9, characters=cut, kinds=["pruned"])
     by = {(row["kind"], row["ratio"]): row for row in rows}
     assert {*by} == {("nothing", 0), ("full", 1), *(("pruned", ratio) for ratio in (2, 3, 4, 8, 16))}
     assert {row["questions"] for row in rows} == {4}
@@ -36,6 +34,6 @@ def test_shares_are_between_nothing_and_the_full_memory(tmp_path: Path) -> None:
     )
 
 
-def test_texts_without_evidence_are_said_to_be_none(tmp_path: Path) -> None:
+def test_texts_without_evidence_are_said_to_be_none(random_model: Path) -> None:
     with pytest.raises(SystemExit, match="give more --characters"):
-        measure(ensure_random_model(tmp_path), [example("one", 5)], texts=1, questions=1, characters=20)
+        measure(random_model, [example("one", 5)], texts=1, questions=1, characters=20)

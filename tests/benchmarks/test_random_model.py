@@ -5,24 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from benchmarks.support.random_model import ensure_random_model
-
 _MAKE = "import sys; from benchmarks.support.random_model import ensure_random_model as make; print(make(sys.argv[1]))"
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_random_model(tmp_path_factory.mktemp("random"))
 
 
 def _digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_two_processes_at_once_make_one_model_with_the_same_bytes_as_ever(tmp_path: Path, model: Path) -> None:
+def test_two_processes_at_once_make_one_model_with_the_same_bytes_as_ever(tmp_path: Path, random_model: Path) -> None:
     folder = tmp_path / "shared"
     both = [
         subprocess.Popen([sys.executable, "-c", _MAKE, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -30,17 +21,17 @@ def test_two_processes_at_once_make_one_model_with_the_same_bytes_as_ever(tmp_pa
     ]
     made = {process.communicate()[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
-    assert made == {str(folder / model.name)}
-    assert list(folder.iterdir()) == [folder / model.name]  # nothing temporary is left
-    assert _digests(folder / model.name) == _digests(model)
+    assert made == {str(folder / random_model.name)}
+    assert list(folder.iterdir()) == [folder / random_model.name]  # nothing temporary is left
+    assert _digests(folder / random_model.name) == _digests(random_model)
 
 
-def test_transformers_generates_valid_lines_of_text_with_it(model: Path) -> None:
+def test_transformers_generates_valid_lines_of_text_with_it(random_model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(random_model)
+    language_model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     parameters = sum(p.numel() for p in language_model.parameters())
     assert 4e6 < parameters < 6e6
     texts = []

@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.support.random_model import ensure_random_model
 from generator_worker.errors import QuestionTooLong
 from generator_worker.messages import GenerateRequest, Source
 from generator_worker.prompts import build_prompt
@@ -29,8 +28,8 @@ CHINESE = replace(
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(ensure_random_model(tmp_path_factory.mktemp("model")))
+def tokenizer(random_model):
+    return AutoTokenizer.from_pretrained(random_model)
 
 
 def _words(prompt):

@@ -1,68 +1,48 @@
-"""Recalls over memories of every kind with a real engine, in a process of its own; prints as JSON what was seen.
+"""Recalls over memories of every kind with a real engine.
 
-`test_kinds.py` runs it and says what is right: `python -m tests.support.kind_scenarios FOLDER MODEL STOCK`.
+`engine_scenarios` runs them, and `test_kinds.py` says what is right.
 """
 
 import asyncio
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
-
-from benchmarks.support.recall_engine import IN_PROCESS
-
-os.environ.update(IN_PROCESS)
 
 import ray
 import torch
 from transformers import DynamicCache
 
-from benchmarks.support.recall_engine import (
-    NAMESPACE,
-    Reference,
-    connector_config,
-    engine,
-    ray_of_its_own,
-    recalled,
-    request,
-)
+from benchmarks.support.recall_engine import NAMESPACE, Reference, recalled, request
 from memory_worker.keeper.keeper import local_keeper
 from memory_worker.manifest import Manifest
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon import Slots
+from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.recall.groups import segment_groups
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
-from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, TWIN, config_for, memorized
+from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, TWIN, memorized
 
 NEW_TOKENS = 24
 GROUP_SLOTS = 2600
 QUESTION = [*range(700, 720)]
 
 
-def main(folder: Path, model: Path, stock: Path) -> None:
-    store = MemoryStore(str(folder))
-    memorizer = Memorizer(config_for(model), store.storage.root)
-    reference = Reference(model)
+def kinds(llm: Any, store: MemoryStore, memorizer: Memorizer, reference: Reference) -> dict[str, Any]:
+    """What an engine of the memorizer's model, which checks the fingerprint, does with memories of every kind."""
     made: dict[str, dict[str, Manifest]] = {}
     for kind in RATIOS:
         texts = {"note": {"note": NOTE}, "twin": {"twin": TWIN}, "story": {"story": STORY}}
         made[kind] = {
             name: asyncio.run(memorized(memorizer, store, f"{kind}-{name}", kind, text)) for name, text in texts.items()
         }
-    seen: dict[str, Any] = {kind: {} for kind in RATIOS}
-    with ray_of_its_own():
-        with engine(model, connector_config(store, fingerprint=memorizer._description.fingerprint)) as llm:
-            for kind, memories in made.items():
-                seen[kind] = asked(llm, store, reference, memories)
-            seen["full"]["plain"] = plain(llm, memorizer, reference, made["full"]["note"])
-            seen["together"] = together(llm, store, reference, made)
-        with engine(stock, connector_config(store, fingerprint="0" * 64)) as llm:
-            for kind, memories in made.items():
-                seen[kind]["other_model"] = recalled(llm, [request(groups_of(memories["note"])[0], QUESTION, 4)])
-    print("SEEN", json.dumps(seen))
+    seen = {kind: asked(llm, store, reference, memories) for kind, memories in made.items()}
+    for kind in RATIOS:  # of the engine's own shape and dtype: only the fingerprint tells
+        other = {"memory": f"{kind}-foreign", "fingerprint": fingerprint_of(kind, "0" * 64)}
+        store.publish(foreign := made[kind]["note"].model_copy(update=other))
+        seen[kind]["other_model"] = recalled(llm, [request(groups_of(foreign)[0], QUESTION, 4)])
+    seen["full"]["plain"] = plain(llm, memorizer, reference, made["full"]["note"])
+    seen["together"] = together(llm, store, reference, made)
+    return seen
 
 
 def groups_of(manifest: Manifest) -> tuple[SegmentGroup, ...]:
@@ -121,7 +101,3 @@ def together(
         slots = stored(store, group, {part.key: manifest for part in group.ranges})
         right.append(reference.continued(reference.cache([(slots.keys, slots.values)]), QUESTION, NEW_TOKENS))
     return {"groups": len(groups), "right": answers == right}
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

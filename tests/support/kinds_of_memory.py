@@ -6,7 +6,6 @@ from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
@@ -32,9 +31,9 @@ def config_for(model: Path, **memorize: Any) -> MemoryConfig:
     )
 
 
-def stock_model(folder: Path) -> Path:
-    """The embedded model without its beacon weights: a checkpoint as hubs have them."""
-    embedded, stock = ensure_random_model(folder), folder / "stock"
+def stock_model(embedded: Path, folder: Path) -> Path:
+    """The model `embedded` without its beacon weights, made in `folder`: a checkpoint as hubs have them."""
+    stock = folder / "stock"
     stock.mkdir()
     for file in embedded.iterdir():
         if file.suffix == ".json":

@@ -1,32 +1,24 @@
-"""Runs real engines over real memories in a process of its own and prints, as JSON, what was seen.
+"""Real engines over memories of random tokens.
 
-`test_connector_parity.py` runs it and says what is right: `python -m tests.support.recall_scenarios FOLDER [long]`.
-Each engine takes a while to start: with `long` those run that only `make test-long` has.
+`engine_scenarios` runs them, and `test_connector_parity.py` says what is right.
 """
 
 import copy
 import json
-import os
 import random
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from benchmarks.support.recall_engine import IN_PROCESS
-
-os.environ.update(IN_PROCESS)
 
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import (
     Reference,
     Slots,
     connector_config,
     engine,
     group,
-    ray_of_its_own,
     recalled,
     request,
     store_slots,
@@ -44,69 +36,68 @@ SLOTS = {"aligned": 256, "unaligned": 250, "block-and-one": 33, "small": 20}
 HEAD = 7
 
 
-def main(folder: Path, long: bool) -> None:
-    chance = random.Random(5)
-    store = MemoryStore(str(folder / "store"))
-    embedded = ensure_random_model(folder)
-    seen: dict[str, Any] = {}
-    with ray_of_its_own():
-        memories = {name: memorized(embedded, slots, chance) for name, slots in SLOTS.items()}
-        memories["twin"] = memorized(embedded, SLOTS["unaligned"], chance)
-        for name, parts in memories.items():
-            store_slots(store, key(name), parts)
-        reference = Reference(embedded)
-        questions = [[chance.randrange(4096) for _ in range(chance.randint(3, 40))] for _ in range(32)]
-        ask = [(name, question) for i, question in enumerate(questions) for name in [list(SLOTS)[i % len(SLOTS)]]]
-        caches = {name: reference.cache(parts) for name, parts in memories.items()}
-        right = [reference.continued(copy.deepcopy(caches[name]), q, NEW_TOKENS) for name, q in ask]
-        requests = [request(stored(name), question, NEW_TOKENS) for name, question in ask]
+class Recalls:
+    """Memories of a model, 32 questions to them, and what transformers answers."""
 
-        if long:
-            with engine(embedded, connector_config(store), dtype="bfloat16") as llm:
-                seen["bfloat16"] = {"answered": sum(len(a) == NEW_TOKENS for a in recalled(llm, requests[:4]))}
-            with engine(embedded, connector_config(store), tensor_parallel_size=2) as llm:
-                answers = recalled(llm, requests[:8])
-                seen["tensor_parallel"] = {
-                    "right": same(answers, right[:8]),
-                    "fetched": [stats["fetched"] for stats in llm.collective_rpc("recall_stats")],
-                }
-            with engine(embedded, connector_config(store, fingerprint="0" * 64)) as llm:
-                seen["other_model"] = recalled(llm, requests[:2])
-            made = write_model(folder / "qwen3", "qwen3", embedded, head_dim=64, initializer_range=1.0)
-            seen["qwen3"] = qwen3(add_beacons(made), store)
-        else:
-            with engine(embedded, connector_config(store), block_size=BLOCK) as llm:
-                answers = recalled(llm, requests)
-                seen["concurrent"] = {"right": same(answers, right), "loads": worker(llm)}
-                answers = recalled(llm, requests)
-                seen["warm"] = {"right": same(answers, right), "loads": worker(llm)}
-                seen["twins"] = twins(llm, reference, caches, questions[0])
-                seen["composed"] = composed(llm, reference, memories, questions)
-                seen["unsalted"] = recalled(llm, [request(stored("small"), questions[0], 4, salt=False)])
-                seen["failures"] = failures(llm, store, requests, right)
-            # 24 blocks hold 768 tokens: too few for all memories and questions at once.
-            tight = {
-                "block_size": BLOCK,
-                "num_gpu_blocks_override": 24,
-                "max_model_len": 512,
-                "disable_log_stats": False,
+    def __init__(self, model: Path, store: MemoryStore) -> None:
+        chance = random.Random(5)
+        beacon = BeaconModel.from_pretrained(model, dtype=torch.float32, device="cpu")
+        self.model, self.store, self.reference = model, store, Reference(model)
+        self.fingerprint = beacon.fingerprint
+        self.memories = {name: memorized(beacon, slots, chance) for name, slots in SLOTS.items()}
+        self.memories["twin"] = memorized(beacon, SLOTS["unaligned"], chance)
+        for name, parts in self.memories.items():
+            self.keep(name, parts)
+        self.questions = [[chance.randrange(4096) for _ in range(chance.randint(3, 40))] for _ in range(32)]
+        ask = [(list(SLOTS)[i % len(SLOTS)], question) for i, question in enumerate(self.questions)]
+        self.caches = {name: self.reference.cache(parts) for name, parts in self.memories.items()}
+        self.right = [
+            self.reference.continued(copy.deepcopy(self.caches[name]), question, NEW_TOKENS) for name, question in ask
+        ]
+        self.requests = [request(stored(name), question, NEW_TOKENS) for name, question in ask]
+
+    def keep(self, name: str, parts: Sequence[Slots], tenant: str = "tests") -> None:
+        store_slots(self.store, key(name, tenant), parts, self.fingerprint)
+
+    def short(self, llm: Any) -> dict[str, Any]:
+        """With an engine that nobody has asked yet."""
+        seen: dict[str, Any] = {}
+        answers = recalled(llm, self.requests)
+        seen["concurrent"] = {"right": same(answers, self.right), "loads": worker(llm)}
+        answers = recalled(llm, self.requests)
+        seen["warm"] = {"right": same(answers, self.right), "loads": worker(llm)}
+        seen["twins"] = twins(llm, self)
+        seen["composed"] = composed(llm, self)
+        seen["unsalted"] = recalled(llm, [request(stored("small"), self.questions[0], 4, salt=False)])
+        return seen | {"failures": failures(llm, self)}
+
+    def tight(self) -> dict[str, Any]:
+        """24 blocks hold 768 tokens: too few for all memories and questions at once."""
+        tight = {"num_gpu_blocks_override": 24, "max_model_len": 512, "disable_log_stats": False}
+        with engine(self.model, connector_config(self.store), block_size=BLOCK, **tight) as llm:
+            answers = [recalled(llm, self.requests) for _ in range(2)]
+            return {
+                "right": [same(a, self.right) for a in answers],
+                "preempted": preemptions(llm),
+                "loads": worker(llm),
             }
-            with engine(embedded, connector_config(store), **tight) as llm:
-                answers = [recalled(llm, requests) for _ in range(2)]
-                seen["tight"] = {
-                    "right": [same(a, right) for a in answers],
-                    "preempted": preemptions(llm),
-                    "loads": worker(llm),
-                }
-        if GOLDENS.exists():
-            folders = sorted(GOLDENS.iterdir())
-            folders = folders[1:] if long else folders[:1]
-            seen["goldens"] = {path.name: goldens(path, store) for path in folders}
-    print("SEEN", json.dumps(seen))
+
+    def long(self) -> dict[str, Any]:
+        """With engines that nothing else needs."""
+        seen: dict[str, Any] = {}
+        with engine(self.model, connector_config(self.store), dtype="bfloat16") as llm:
+            answers = recalled(llm, self.requests[:4])
+            seen["bfloat16"] = {"answered": sum(len(answer) == NEW_TOKENS for answer in answers)}
+        with engine(self.model, connector_config(self.store), tensor_parallel_size=2) as llm:
+            seen["tensor_parallel"] = {
+                "right": same(recalled(llm, self.requests[:8]), self.right[:8]),
+                "fetched": [stats["fetched"] for stats in llm.collective_rpc("recall_stats")],
+            }
+        return seen
 
 
-def key(memory: str) -> MemoryKey:
-    return MemoryKey("tests", memory, "v000001-00000000")
+def key(memory: str, tenant: str = "tests") -> MemoryKey:
+    return MemoryKey(tenant, memory, "v000001-00000000")
 
 
 def stored(memory: str) -> SegmentGroup:
@@ -114,9 +105,8 @@ def stored(memory: str) -> SegmentGroup:
     return group(key(memory), 2, SLOTS.get(memory, SLOTS["unaligned"]))
 
 
-def memorized(model: Path, slots: int, chance: random.Random) -> list[Slots]:
+def memorized(beacon: BeaconModel, slots: int, chance: random.Random) -> list[Slots]:
     """A head and two documents of random tokens, encoded after the head, that make `slots` slots."""
-    beacon = BeaconModel.from_pretrained(model, dtype=torch.float32, device="cpu")
     head = beacon.compress([chance.randrange(4096) for _ in range(HEAD)], ratio=8, head=HEAD)
     first = (slots - HEAD) // 3
     parts = [head]
@@ -139,16 +129,16 @@ def preemptions(llm: Any) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
-def twins(llm: Any, reference: Reference, caches: Any, question: list[int]) -> dict[str, Any]:
+def twins(llm: Any, of: Recalls) -> dict[str, Any]:
     """The same question to two memories of as many slots, one after the other and both at once."""
-    names = ("unaligned", "twin")
+    names, question = ("unaligned", "twin"), of.questions[0]
     asked = [request(stored(name), question, NEW_TOKENS) for name in names]
-    right = [reference.continued(copy.deepcopy(caches[name]), question, NEW_TOKENS) for name in names]
+    right = [of.reference.continued(copy.deepcopy(of.caches[name]), question, NEW_TOKENS) for name in names]
     apart = [recalled(llm, [one])[0] for one in asked]
     return {"differ": right[0] != right[1], "apart": same(apart, right), "together": same(recalled(llm, asked), right)}
 
 
-def composed(llm: Any, reference: Reference, memories: dict[str, list[Slots]], questions: Any) -> dict[str, int]:
+def composed(llm: Any, of: Recalls) -> dict[str, int]:
     """Segments of several memories behind the head of the first: whole memories, and parts in another order."""
     made = [
         (("unaligned", 0, 2), ("twin", 0, 2)),
@@ -157,14 +147,14 @@ def composed(llm: Any, reference: Reference, memories: dict[str, list[Slots]], q
     ]
     asked, right = [], []
     for number, ranges in enumerate(made):
-        parts = [memories[ranges[0][0]][0]]
+        parts = [of.memories[ranges[0][0]][0]]
         for name, first, end in ranges:
-            parts += memories[name][1 + first : 1 + end]
+            parts += of.memories[name][1 + first : 1 + end]
         slots = sum(keys.shape[2] for keys, _ in parts)
         one = SegmentGroup(tuple(SegmentRange(key(name), first, end) for name, first, end in ranges), slots)
-        for question in (questions[0], questions[number + 1]):
+        for question in (of.questions[0], of.questions[number + 1]):
             asked.append(request(one, question, NEW_TOKENS))
-            right.append(reference.continued(reference.cache(parts), question, NEW_TOKENS))
+            right.append(of.reference.continued(of.reference.cache(parts), question, NEW_TOKENS))
     before = worker(llm)["fetched"]
     answers = recalled(llm, asked)
     return {
@@ -174,32 +164,33 @@ def composed(llm: Any, reference: Reference, memories: dict[str, list[Slots]], q
     }
 
 
-def failures(llm: Any, store: MemoryStore, requests: list[Any], right: list[Any]) -> dict[str, Any]:
+def failures(llm: Any, of: Recalls) -> dict[str, Any]:
     """A memory that is not there, one with other slots than asked for, one of another shape …; others go on."""
     question = [5, 6, 7]
     odd = torch.randn(4, 2, 40, 32), torch.randn(4, 2, 40, 32)  # 32 dimensions a head; the engine has 64
-    store_slots(store, key("odd"), [odd, odd])
+    of.keep("odd", [odd, odd])
     late = [(torch.randn(4, 2, n, 64), torch.randn(4, 2, n, 64)) for n in (3, 47)]
     missing = request(group(key("late"), 1, 50), question, 4)
     bad = [missing, request(group(key("small"), 2, 21), question, 4), request(group(key("odd"), 1, 80), question, 4)]
     bad.append(request(group(key("nonsense"), 1, 1000), [], 4))  # nothing beside the memory
     bad.append(request(group(MemoryKey("tests", "bad/key", "x"), 1, 8), question, 4))
     bad.append(request(SegmentGroup((SegmentRange(key("small"), 1, 3),), 20), question, 4))
-    foreign = MemoryKey("others", "small", "v000001-00000000")
-    store_slots(store, foreign, late)
+    foreign = key("small", "others")
+    of.keep("small", late, "others")
     bad.append(request(SegmentGroup((SegmentRange(key("small"), 0, 2), SegmentRange(foreign, 0, 1)), 67), question, 4))
     llm.reset_prefix_cache()
-    answers = recalled(llm, [*bad, *requests])
-    store_slots(store, key("late"), late)
+    answers = recalled(llm, [*bad, *of.requests])
+    of.keep("late", late)
     again = recalled(llm, [missing])[0]
-    return {"answers": answers[: len(bad)], "others": same(answers[len(bad) :], right), "retried": len(again)}
+    return {"answers": answers[: len(bad)], "others": same(answers[len(bad) :], of.right), "retried": len(again)}
 
 
-def qwen3(model: Path, store: MemoryStore) -> dict[str, Any]:
+def qwen3(folder: Path, tokenizer: Path, store: MemoryStore) -> dict[str, Any]:
     """Recalled over a memory of a Qwen3 checkpoint, by an engine that checks the fingerprint."""
+    model = add_beacons(write_model(folder, "qwen3", tokenizer, head_dim=64, initializer_range=1.0))
     chance = random.Random(3)
-    parts = memorized(model, 100, chance)
-    fingerprint = BeaconModel.from_pretrained(model, device="cpu").fingerprint
+    beacon = BeaconModel.from_pretrained(model, dtype=torch.float32, device="cpu")
+    parts, fingerprint = memorized(beacon, 100, chance), beacon.fingerprint
     store_slots(store, key("qwen3"), parts, fingerprint)
     questions = [[chance.randrange(4096) for _ in range(9)] for _ in range(4)]
     reference = Reference(model)
@@ -225,7 +216,3 @@ def goldens(folder: Path, store: MemoryStore) -> dict[str, bool]:
             right.append(expected[f"{case}.greedy"].tolist())
             asked.append(request(group(name, 1, keys.shape[2]), expected[f"{case}.question"].tolist(), len(right[-1])))
         return {case: answer == r for case, answer, r in zip(cases, recalled(llm, asked), right, strict=True)}
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] == ["long"])

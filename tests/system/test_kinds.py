@@ -61,7 +61,13 @@ def test_memories_of_all_kinds_are_asked_at_once(server: Server, memories: dict[
         check_problem(client.post("/v1/answer", json=together), 422, "full and gist and pruned cannot be read together")
 
 
-@pytest.mark.parametrize("kind", RATIOS)
+# The Memorizer makes what is added, or damaged, of every kind in `memory_worker/memorize/test_kinds.py`.
+one_kind = pytest.mark.parametrize(
+    "kind", [kind if kind == "gist" else pytest.param(kind, marks=pytest.mark.long) for kind in RATIOS]
+)
+
+
+@one_kind
 def test_a_document_that_is_put_has_the_kind_of_its_memory(server: Server, memories: dict[str, dict], kind: str):
     id = memories[kind]["id"]
     with server.client() as client:
@@ -74,7 +80,7 @@ def test_a_document_that_is_put_has_the_kind_of_its_memory(server: Server, memor
         assert manifest["kind"] == kind and manifest["parent"] == memories[kind]["version"]
 
 
-@pytest.mark.parametrize("kind", RATIOS)
+@one_kind
 def test_a_damaged_segment_is_made_again_the_same(server: Server, kind: str):
     forget(server)
     id = f"hurt-{kind}-{uuid.uuid4().hex[:8]}"
@@ -124,11 +130,11 @@ def test_the_command_line_and_an_archive_keep_the_kind(server: Server, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory) -> Iterator[Server]:
+def stock(random_model, tmp_path_factory) -> Iterator[Server]:
     """A server whose memory model is a stock Qwen2 checkpoint: no beacon weights, and no setting that says so."""
     storage = tmp_path_factory.mktemp("stock")
     settings = yaml.safe_load((ROOT / "serving" / "profiles" / "embedded.yaml").read_text())
-    settings["memory"]["engine"]["model"] = str(stock_model(storage))
+    settings["memory"]["engine"]["model"] = str(stock_model(random_model, storage))
     settings["memory"]["memorize"]["ratio"] = 16
     profile = storage / "profile.yaml"
     profile.write_text(yaml.safe_dump(settings))

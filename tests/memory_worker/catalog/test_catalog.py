@@ -4,6 +4,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from memory_worker.errors import (
 from memory_worker.manifest import Document, JobRecord, Manifest
 from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord, Reservation
 from memory_worker.storage.store import MemoryStore, new_request, source_path
-from tests.support.killed_actors import kill_and_await_restart
-from tests.support.waiting import wait_until
+from tests.support.local_actor import LocalActor
+from tests.support.waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture
@@ -43,22 +44,30 @@ def store(tmp_path: Path) -> MemoryStore:
 
 
 @pytest.fixture
-def started(local_ray: None, store: MemoryStore) -> Iterator[Any]:
+def started(store: MemoryStore) -> Iterator[Any]:
     """Starts the catalog of this test with these settings."""
-    actors = []
+    actors: list[LocalActor] = []
 
-    def start(quotas: QuotasConfig | None = None, **settings: Any) -> Any:
-        actors.append(catalog(store.storage.root, f"test-{uuid.uuid4().hex}", CatalogConfig(**settings), quotas))
+    def start(quotas: QuotasConfig | None = None, **settings: Any) -> LocalActor:
+        actors.append(LocalActor(Catalog, store.storage.root, CatalogConfig(**settings), quotas))
         return actors[-1]
 
     yield start
     for actor in actors:
-        ray.kill(actor)
+        actor.end()
 
 
 @pytest.fixture
 def memories(started: Any) -> Any:
     return started(running_jobs=100)
+
+
+@pytest.fixture
+def in_a_process(local_ray: None, store: MemoryStore) -> Iterator[Any]:
+    """The catalog as an actor of Ray, for tests of kills in the middle of its work."""
+    actor = catalog(store.storage.root, f"test-{uuid.uuid4().hex}", CatalogConfig(running_jobs=100))
+    yield actor
+    ray.kill(actor)
 
 
 def job(*documents: str, title: str | None = None, base: str | None = None) -> JobRecord:
@@ -79,7 +88,7 @@ async def begin(memories: Any, memory: str, record: JobRecord | None = None, ten
 
 
 async def taken(memories: Any, runner: str = "runner") -> Job:
-    found = await memories.take.remote(runner, 10)
+    found = await memories.take.remote(runner, PATIENCE_S)
     assert found is not None
     return found
 
@@ -136,14 +145,14 @@ async def test_a_change_is_a_new_version_and_readers_see_the_old_one_until_then(
     assert (record.status, record.version, record.job.key) == ("ready", first.version, reserved.key)
     assert (await taken(memories)).base == first
     assert (await memories.read.remote("acme", "book")).key == first
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.get.remote("acme", "book")).job.key == reserved.key
     await memories.fail.remote(reserved.key, "no space")
     for _ in range(2):  # the second time as storage has it
         record = await memories.get.remote("acme", "book")
         assert (record.status, record.version, record.error) == ("ready", first.version, None)
         assert record.failed_change == FailedChange(reserved.key, "put", "no space")
-        kill_and_await_restart(memories)
+        memories.die()
     manifest = await change(memories, store, "book", "two")
     record = await memories.get.remote("acme", "book")
     assert (record.version, record.failed_change) == (manifest.version, None)
@@ -188,7 +197,7 @@ async def test_a_document_is_deleted_at_once(memories: Any, store: MemoryStore) 
     assert (await memories.read.remote("acme", "book")).key == record.key
     with pytest.raises(LastDocument, match="delete the memory instead"):
         await memories.remove_document.remote("acme", "book", "two")
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.read.remote("acme", "book")).key == record.key
 
 
@@ -209,20 +218,20 @@ async def test_a_cancelled_job(memories: Any, store: MemoryStore) -> None:
         await memories.cancel.remote(reserved.key)  # as Ray repeats a call whose actor died before its reply
         with pytest.raises(NoJob):
             await memories.cancel.remote(first)
-        kill_and_await_restart(memories)
+        memories.die()
 
 
 async def test_a_job_whose_runner_is_silent_is_given_to_another(started: Any, store: MemoryStore) -> None:
-    memories = started(lease_s=0.5)
+    memories = started(lease_s=2.0)
     key = await begin(memories, "book")
     assert (await taken(memories, "first")).key == key
-    waiting = memories.take.remote("second", 10)
+    waiting = memories.take.remote("second", PATIENCE_S)
     await memories.progress.remote(key, "first", 1, 10)
     assert (await waiting).key == key
     with pytest.raises(JobEnded):
         await memories.progress.remote(key, "first", 2, 10)
     await memories.progress.remote(key, "second", 2, 10)
-    kill_and_await_restart(memories)
+    memories.die()
     await memories.progress.remote(key, "second", 3, 10)  # goes on as if nothing had happened
     assert await memories.take.remote("third", 0.1) is None
     assert (await taken(memories, "third")).key == key
@@ -274,7 +283,7 @@ async def test_of_many_uploads_at_once_as_many_begin_as_the_quota_allows(
     await memories.abandon.remote(reserved.pop().key)
     reserved += await reserve([f"again-{n}" for n in range(16)])
     assert len(reserved) == allowed, "what is given up counts no more"
-    kill_and_await_restart(memories)  # it knows of no reservation now
+    memories.die()  # it knows of no reservation now
     reserved += await reserve([f"more-{n}" for n in range(16)])
     assert len(reserved) == 2 * allowed
     begun = await asyncio.gather(*(memories.begin.remote(r.key, job()) for r in reserved), return_exceptions=True)
@@ -306,7 +315,7 @@ async def test_of_many_that_begin_at_once_the_queue_takes_what_it_holds_and_noth
     begun = await asyncio.gather(*(memories.begin.remote(r.key, job()) for r in reserved), return_exceptions=True)
     assert sum(isinstance(result, QueueFull) for result in begun) == 6
     assert len([path for path in store.storage.files("") if path.endswith("job.json")]) == 2
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.totals.remote()).running_jobs == 2
 
 
@@ -323,10 +332,11 @@ async def test_old_versions_go_after_a_grace_and_never_under_a_reader(started: A
             store.storage.read(file)
         await asyncio.sleep(0.25)
     await asyncio.to_thread(wait_until, lambda: store.versions("acme", "book") == [third.version])
+    files = partial(store.storage.files, "acme")  # deleted text goes
+    await asyncio.to_thread(wait_until, lambda: not any("one" in path.rpartition("/")[2] for path in files()))
     assert (await memories.read.remote("acme", "book")).key.version == third.version
     for file in third.files:
         store.storage.read(file)
-    assert not any("one" in path.rpartition("/")[2] for path in store.storage.files("acme")), "deleted text is gone"
     assert second.version in store.all_versions("acme", "book"), "its files of the second document are still used"
 
 
@@ -380,8 +390,9 @@ async def test_a_manifest_that_storage_lost_is_written_again(memories: Any, stor
 
 @pytest.mark.parametrize("call", ["delete", "remove_document", "cancel"])
 async def test_killed_between_effect_and_reply_the_call_that_ray_repeats_finds_it_done(
-    memories: Any, store: MemoryStore, call: str
+    in_a_process: Any, store: MemoryStore, call: str
 ) -> None:
+    memories = in_a_process
     await make(memories, store, "book")
     await change(memories, store, "book", "two")
     reserved = await memories.reserve.remote("acme", "book", create=False)
@@ -446,7 +457,7 @@ async def test_the_same_job_again_is_the_same_record(memories: Any, store: Memor
     work = job()
     key = await begin(memories, "book", work)
     assert (await memories.begin.remote(key, work)).key == key
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.begin.remote(key, work)).key == key
     await memories.publish.remote(store_memory(store, key, {"one": (3, 1)}, publish=False))
     with pytest.raises(MemoryExists, match="choose another id"):
@@ -474,7 +485,7 @@ async def test_a_failed_memory_says_why_and_can_be_made_again(memories: Any, sto
         with pytest.raises(MemoryNotReady, match="no space left on device"):
             await memories.read.remote("acme", "book")
         assert await memories.take.remote("runner", 0) is None
-        kill_and_await_restart(memories)
+        memories.die()
     again = await begin(memories, "book")
     assert again.version != key.version
     assert store.all_versions("acme", "book") == [again.version]
@@ -489,7 +500,7 @@ async def test_killed_at_any_moment_it_knows_what_storage_knows(memories: Any, s
     failed, running = [await begin(memories, name) for name in ("failed", "running")]
     await memories.fail.remote(failed, "broken")
     before, _ = await memories.list.remote("acme")
-    kill_and_await_restart(memories)
+    memories.die()
     after, _ = await memories.list.remote("acme")
 
     def known(records: list[MemoryRecord]) -> list[Any]:
@@ -501,7 +512,9 @@ async def test_killed_at_any_moment_it_knows_what_storage_knows(memories: Any, s
     assert (await memories.read.remote("acme", "book-3")).key.version == ready[3].version
 
 
-async def test_kills_while_jobs_are_made_lose_and_double_nothing(memories: Any, store: MemoryStore) -> None:
+async def test_kills_while_jobs_are_made_lose_and_double_nothing(in_a_process: Any, store: MemoryStore) -> None:
+    memories = in_a_process
+
     async def killer() -> None:
         for _ in range(3):
             await asyncio.sleep(0.3)
@@ -522,15 +535,15 @@ async def test_waiting_ends_with_the_next_change(memories: Any, store: MemorySto
     await taken(memories)
     seen = (await memories.get.remote("acme", "book")).revision
     assert (await memories.wait.remote("acme", "book", seen, 0.05)).revision == seen
-    waiting = [memories.wait.remote("acme", "book", seen, 60) for _ in range(1500)]
+    waiting = [memories.wait.remote("acme", "book", seen, PATIENCE_S) for _ in range(1500)]
     await asyncio.sleep(0.2)
     await memories.progress.remote(key, "runner", 10, 100)  # not held up by those who wait
     records = await asyncio.gather(*waiting)
     assert {r.job.done_tokens for r in records} == {10} and records[0].revision != seen
-    waiter = memories.wait.remote("acme", "book", records[0].revision, 60)
-    kill_and_await_restart(memories)
+    waiter = memories.wait.remote("acme", "book", records[0].revision, PATIENCE_S)
+    memories.die()
     assert (await waiter).revision != records[0].revision
-    waiter = memories.wait.remote("acme", "book", (await memories.get.remote("acme", "book")).revision, 60)
+    waiter = memories.wait.remote("acme", "book", (await memories.get.remote("acme", "book")).revision, PATIENCE_S)
     await memories.delete.remote("acme", "book")
     with pytest.raises(MemoryNotFound):
         await waiter
@@ -573,7 +586,7 @@ async def test_a_deleted_memory_is_gone_whatever_its_job_does(
     ):
         with pytest.raises(JobEnded):
             await late
-    kill_and_await_restart(memories)
+    memories.die()
     assert await memories.list.remote("acme") == ([], None)
     again = await make(memories, store, "book")
     assert again.version != key.version
@@ -595,12 +608,12 @@ async def test_a_damaged_memory_does_not_stop_the_others(memories: Any, store: M
     good, bad = await make(memories, store, "good"), await make(memories, store, "bad")
     path = tmp_path / bad.path / "manifest.json"
     path.write_bytes(path.read_bytes()[:-10])
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.read.remote("acme", "bad")).key.version == bad.version, "from its backup"
     for name in ("manifest.json", "manifest.backup.json"):
         path = tmp_path / bad.path / name
         path.write_bytes(path.read_bytes()[:-10])
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.read.remote("acme", "good")).key.version == good.version
     record = await memories.get.remote("acme", "bad")
     assert record.status == "failed" and f"{bad.path}/manifest.json" in record.error
@@ -613,7 +626,7 @@ async def test_a_version_whose_publishing_was_cut_short_is_finished(
 ) -> None:
     key = await make(memories, store, "book")
     (tmp_path / key.path / "manifest.json").unlink()
-    kill_and_await_restart(memories)
+    memories.die()
     assert (await memories.read.remote("acme", "book")).key.version == key.version
 
 

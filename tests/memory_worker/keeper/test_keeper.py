@@ -5,6 +5,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
 from tests.support.killed_actors import kill_and_await_restart
+from tests.support.local_actor import LocalActor
 
 SLOT = SHAPE.slot_bytes
 HEAD = HEAD_SLOTS * SLOT
@@ -57,30 +59,48 @@ def store(tmp_path: Path) -> MemoryStore:
 
 
 class Kept:
-    """A keeper of this test alone."""
+    """A keeper of this test alone: an actor of Ray on a node, or one in this process."""
 
-    def __init__(self, node: str, store: MemoryStore, budget: int, namespace: str | None = None) -> None:
-        self.actor = keeper_on(node, store.storage.root, budget, namespace or f"test-{uuid.uuid4().hex}")
+    def __init__(self, store: MemoryStore, budget: int, node: str | None = None, namespace: str | None = None) -> None:
+        namespace = namespace or f"test-{uuid.uuid4().hex}"
+        self._here = node is None
+        self.actor: Any
+        if node is None:
+            self.actor = LocalActor(partial(MemoryKeeper, namespace=namespace), store.storage.root, budget)
+        else:
+            self.actor = keeper_on(node, store.storage.root, budget, namespace)
 
     def chunks(self, group: SegmentGroup | Manifest) -> KeptMemory:
-        group = whole(group) if isinstance(group, Manifest) else group
-        return ray.get(self.actor.chunks.remote(group))
+        return self._reply(self.actor.chunks.remote(whole(group) if isinstance(group, Manifest) else group))
+
+    def prefetch(self, group: SegmentGroup) -> bool:
+        return self._reply(self.actor.prefetch.remote(group))
 
     def stats(self) -> KeeperStats:
-        return ray.get(self.actor.stats.remote())
+        return self._reply(self.actor.stats.remote())
+
+    def end(self) -> None:
+        if self._here:
+            self.actor.end()
+        else:
+            ray.kill(self.actor)
+
+    def _reply(self, call: Any) -> Any:
+        return call.result() if self._here else ray.get(call)
 
 
 @pytest.fixture
 def kept(nodes: list[str], store: MemoryStore) -> Iterator[Any]:
+    """Makes keepers: on a node, or in this process."""
     made: list[Kept] = []
 
-    def make(budget: int = 2**20, node: int = 0, namespace: str | None = None) -> Kept:
-        made.append(Kept(nodes[node], store, budget, namespace))
+    def make(budget: int = 2**20, node: int | None = None, namespace: str | None = None) -> Kept:
+        made.append(Kept(store, budget, None if node is None else nodes[node], namespace))
         return made[-1]
 
     yield make
     for keeper in made:
-        ray.kill(keeper.actor)
+        keeper.end()
 
 
 def slots_of(memory: KeptMemory) -> torch.Tensor:
@@ -179,7 +199,7 @@ async def test_calls_at_the_same_time_load_once(kept: Any, store: MemoryStore) -
     keeper = kept()
     memories = await asyncio.gather(*(keeper.actor.chunks.remote(whole(m)) for m in manifests * 20))
     assert {m.chunks for m in memories if m.group == whole(manifests[0])} == {memories[0].chunks}
-    assert keeper.stats().loads == 3  # the two heads have the same bytes
+    assert (await keeper.actor.stats.remote()).loads == 3  # the two heads have the same bytes
 
 
 def test_least_recently_used_segments_go_first(kept: Any, store: MemoryStore) -> None:
@@ -214,7 +234,7 @@ def test_a_memory_beyond_the_budget_is_still_whole(kept: Any, store: MemoryStore
 def test_the_keeper_owns_its_copies(kept: Any, store: MemoryStore, nodes: list[str]) -> None:
     """A first caller on the other node asks, reads and dies; a keeper that itself dies comes back empty."""
     manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1)})
-    keeper, group = kept(), whole(manifest)
+    keeper, group = kept(node=0), whole(manifest)
 
     @ray.remote(num_cpus=0, lifetime="detached")  # it dies when it is told to, and not by a count of references
     class Caller:
@@ -285,7 +305,7 @@ def test_a_memory_whose_storage_hangs_holds_up_no_other(kept: Any, store: Memory
     ready_manifest = store_memory(store, ready, {"one": (40, 1)})
     cold_manifest = store_memory(store, cold, {"one": (30, 2)})
     hanging = store_memory(store, hangs, {f"d{i}": (10, 10 + i) for i in range(40)})
-    keeper = kept()
+    keeper = kept(node=0)
     keeper.chunks(ready_manifest)
     for file in (hanging.head, *(file for segment in hanging.segments for file in segment.files)):
         path = tmp_path / file.path
@@ -302,13 +322,14 @@ def test_a_memory_whose_storage_hangs_holds_up_no_other(kept: Any, store: Memory
     assert ray.wait(asked, timeout=0)[0] == []
 
 
+@pytest.mark.long
 def test_a_node_that_is_lost_takes_no_memory_with_it(
     kept: Any, store: MemoryStore, cluster: Cluster, nodes: list[str]
 ) -> None:
     manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1), "two": (20, 2)})
     third = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
-    lost = Kept(third.node_id, store, 2**20)
+    lost = Kept(store, 2**20, third.node_id)
     memory = lost.chunks(manifest)
     cluster.remove_node(third)
     with pytest.raises(ray.exceptions.RayError):
@@ -342,7 +363,7 @@ def test_a_peer_of_another_namespace_or_tenant_gives_nothing(kept: Any, store: M
     mine = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1)})
     same = store_memory(store, store.new_version("other", "book"), {"one": (40, 1)})
     namespace = f"test-{uuid.uuid4().hex}"
-    here, there, apart = kept(node=0, namespace=namespace), kept(node=1, namespace=namespace), kept(node=1)
+    here, there, apart = kept(node=0, namespace=namespace), kept(node=1, namespace=namespace), kept()
     here.chunks(mine)
     there.chunks(same)
     apart.chunks(mine)
@@ -353,9 +374,9 @@ def test_what_is_prefetched_takes_nobodys_place(kept: Any, store: MemoryStore) -
     one = store_memory(store, store.new_version("acme", "one"), {"a": (40, 1)})
     two = store_memory(store, store.new_version("acme", "two"), {"b": (40, 2)})
     keeper = kept(budget=HEAD + 60 * SLOT)
-    assert ray.get(keeper.actor.prefetch.remote(whole(one))) and keeper.stats().loads == 2
+    assert keeper.prefetch(whole(one)) and keeper.stats().loads == 2
     before = keeper.stats()
-    assert not ray.get(keeper.actor.prefetch.remote(whole(two)))
+    assert not keeper.prefetch(whole(two))
     assert (keeper.stats().loads, keeper.stats().evictions) == (before.loads, 0)
     assert torch.equal(slots_of(keeper.chunks(one)), expected((40, 1)))
     assert keeper.stats().loads == before.loads, "it was there already"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import Reference
 from cluster.planning.costs import GIST_WINDOW, MemoryKind
 from cluster.storage.durable import DamagedFile
@@ -21,7 +20,6 @@ from memory_worker.models.prompts import gist_frame
 from memory_worker.storage.store import MemoryStore, checkpoint_path
 from tests.support.kinds_of_memory import NOTE, RATIOS, STORY, config_for, request_for, stock_model
 from tests.support.memorizing import files_of, steps_until
-from tests.support.scenarios import run_scenario
 
 TEXTS = {"story": STORY, "note": NOTE, "dot": "."}
 LONG_WINDOWS = ("gist", "pruned")
@@ -29,18 +27,13 @@ kinds = pytest.mark.parametrize("kind", get_args(MemoryKind))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+def model(random_model: Path) -> Path:
+    return random_model
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return ensure_random_model(folder)
-
-
-@pytest.fixture(scope="module")
-def stock(model: Path, folder: Path) -> Path:
-    return stock_model(folder)
+def stock(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stock_model(random_model, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +108,8 @@ async def test_all_kinds_begin_with_the_same_head(made: Made) -> None:
     assert len({result.fingerprint for result in results}) == len(KINDS)
 
 
-@pytest.mark.parametrize(
-    ("kind", "every"), [*((kind, 4) for kind in get_args(MemoryKind)), pytest.param("gist", 1, marks=pytest.mark.long)]
-)
+@pytest.mark.long  # the short form gives up within a segment, below
+@pytest.mark.parametrize(("kind", "every"), [*((kind, 4) for kind in get_args(MemoryKind)), ("gist", 1)])
 async def test_a_job_that_is_given_up_after_any_group_goes_on_to_the_same_files(
     memorizer: Memorizer, store: MemoryStore, made: Made, kind: MemoryKind, every: int
 ) -> None:
@@ -133,7 +125,9 @@ async def test_a_job_that_is_given_up_after_any_group_goes_on_to_the_same_files(
     assert len(resumed) > 2
 
 
-@kinds
+@pytest.mark.parametrize(
+    "kind", [kind if kind in LONG_WINDOWS else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
+)  # beacons, which the full kind is read like, go on in test_checkpoint.py
 async def test_a_job_goes_on_within_a_segment(model: Path, store: MemoryStore, kind: MemoryKind) -> None:
     memorizer = Memorizer(config_for(model, group_windows=1, segment_tokens=8192), store.storage.root)
     whole, request = (request_for(store, f"within-{kind}", kind, {"story": STORY}) for _ in range(2))
@@ -267,8 +261,8 @@ async def test_a_model_with_beacon_weights_makes_beacons_unless_told_otherwise(
 
 
 @pytest.fixture(scope="module")
-def seen(model: Path, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_scenario("kind_scenarios", tmp_path_factory.mktemp("asked"), model, stock)
+def seen(seen_by_engines: dict[str, Any]) -> dict[str, Any]:
+    return seen_by_engines["kinds"]
 
 
 @kinds

@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from ray import serve
 
-from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.stored_memories import whole
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
@@ -39,10 +38,9 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> MemoryConfig:
-    folder = ensure_random_model(tmp_path_factory.mktemp("model"))
+def config(random_model: Path) -> MemoryConfig:
     return MemoryConfig(
-        engine=EngineConfig(model=str(folder)),
+        engine=EngineConfig(model=str(random_model)),
         memorize=MemorizeConfig(dtype="float32", group_windows=1, threads=1, device="cpu", checkpoint_windows=8),
     )
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from benchmarks.support.random_model import ensure_random_model
 from memory_worker.memorize.kinds.pruned import PrunedEncoder, prune
 from memory_worker.models.beacon import BeaconModel, Repetition, Slots
 from memory_worker.models.beacon.attention import most_attention
@@ -20,19 +19,9 @@ STRETCHES = ((0, 45), (45, 90), (90, TOKENS))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def stock(folder: Path) -> Path:
+def stock(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As hubs have them, and trained enough for its attention not to be flat."""
-    return stock_model(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Path:
-    return ensure_random_model(folder)
+    return stock_model(random_model, tmp_path_factory.mktemp("models"))
 
 
 def numbers(count: int, seed: int = 5) -> torch.Tensor:
@@ -77,8 +66,8 @@ def test_scores_are_the_most_attention_that_a_repetition_pays(stock: Path) -> No
 
 
 @pytest.mark.parametrize("family", MADE)
-def test_any_family_that_can_be_read_can_be_scored(tmp_path: Path, tokenizer: Path, family: str) -> None:
-    path = write_model(tmp_path, family, tokenizer)
+def test_any_family_that_can_be_read_can_be_scored(tmp_path: Path, random_model: Path, family: str) -> None:
+    path = write_model(tmp_path, family, random_model)
     model = StockModel.from_pretrained(path)
     assert model.can_score
     text = numbers(TOKENS, 9)

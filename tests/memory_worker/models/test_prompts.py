@@ -4,7 +4,6 @@ from typing import get_args
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.support.random_model import ensure_random_model
 from memory_worker.config import INSTRUCTION_TOKENS
 from memory_worker.messages import ClueKind, Language
 from memory_worker.models.embedded import FOLDER
@@ -13,14 +12,9 @@ from memory_worker.models.prompts import head_tokens, question_tokens
 KINDS = (*get_args(ClueKind), "answer")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_random_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
+def tokenizer(random_model: Path):
+    return AutoTokenizer.from_pretrained(random_model)
 
 
 @pytest.mark.parametrize("language", get_args(Language))

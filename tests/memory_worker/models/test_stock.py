@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import Reference
 from memory_worker.errors import UnsupportedKind
 from memory_worker.memorize.memorizer import Memorizer
@@ -21,10 +20,8 @@ from memory_worker.models.stock import StockModel
 from memory_worker.storage.store import MemoryStore
 from tests.support.kinds_of_memory import NOTE, STORY, config_for, request_for
 from tests.support.memorizing import files_of, steps_until
-from tests.support.scenarios import run_scenario
 from tests.support.stock_models import MADE, REFUSED, write_model
 
-ENGINE_FAMILIES = ("glm", "phi3")  # neighbours, half of each head; halves, as Llama does
 WINDOW = 32
 HEAD, DOCUMENTS = 7, (WINDOW * 3 + 5, 4, WINDOW * 2)  # tokens
 
@@ -35,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Path:
-    return ensure_random_model(folder)
+def tokenizer(random_model: Path) -> Path:
+    return random_model
 
 
 @pytest.fixture(scope="module")
@@ -211,15 +208,14 @@ async def test_a_memorizer_makes_memories_without_beacons_and_goes_on_to_the_sam
         assert files_of(end, request.key) == files_of(result, whole.key)
 
 
-@pytest.fixture(scope="module")
-def seen(folder: Path, tokenizer: Path, glm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    checkpoints = [glm, *(write_model(folder / family, family, tokenizer) for family in ENGINE_FAMILIES[1:])]
-    return run_scenario("stock_scenarios", tmp_path_factory.mktemp("asked"), *checkpoints)
-
-
-@pytest.mark.parametrize("family", ENGINE_FAMILIES)
-def test_the_engine_answers_as_transformers_over_the_text_itself(seen: dict[str, Any], family: str) -> None:
-    assert seen[family]["plain"], "a full memory is answered as the text"
+@pytest.mark.parametrize(
+    ("family", "seen"), [("glm", "seen_by_engines"), pytest.param("phi3", "seen_in_long", marks=pytest.mark.long)]
+)  # neighbours, half of each head; halves, as Llama does
+def test_the_engine_answers_as_transformers_over_the_text_itself(
+    request: pytest.FixtureRequest, family: str, seen: str
+) -> None:
+    found = request.getfixturevalue(seen)["stock"]
+    assert found[family]["plain"], "a full memory is answered as the text"
     for kind in ("full", "gist"):
-        of = seen[family][kind]
+        of = found[family][kind]
         assert of["loaded"] and of["again"] and of["right"] == of["different"] == 2

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.scenarios import ROOT, run_scenario
+from tests.support.scenarios import ROOT
 
 SHARED = ROOT.parent / "shared"
 QUESTIONS = 32
@@ -12,14 +12,13 @@ TOKENS = 24  # of each answer; what an answer that failed shows instead is its f
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_scenario("recall_scenarios", tmp_path_factory.mktemp("recall"))
+def seen(seen_by_engines: dict[str, Any]) -> dict[str, Any]:
+    return seen_by_engines["recall"]
 
 
 @pytest.fixture(scope="module")
-def seen_long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """With engines that the others have no need of."""
-    return run_scenario("recall_scenarios", tmp_path_factory.mktemp("long"), "long")
+def seen_long(seen_in_long: dict[str, Any]) -> dict[str, Any]:
+    return seen_in_long["recall"]
 
 
 def test_questions_to_four_memories_at_once_are_answered_as_by_transformers(seen) -> None:
@@ -56,11 +55,6 @@ def test_a_request_without_a_salt_is_refused(seen) -> None:
 def test_a_load_that_fails_fails_its_own_request_only_and_can_be_tried_again(seen) -> None:
     # missing, wrong slot count, wrong shape, nothing beside it, malformed name, no such segment, another tenant's
     assert seen["failures"] == {"answers": ["error"] * 7, "others": QUESTIONS, "retried": 4}
-
-
-@pytest.mark.long
-def test_a_memory_of_another_model_is_refused(seen_long) -> None:
-    assert seen_long["other_model"] == ["error", "error"]
 
 
 def test_a_cache_too_small_for_all_evicts_preempts_and_stays_right(seen) -> None:

@@ -8,7 +8,6 @@ import huggingface_hub.constants
 import pytest
 import ray
 
-from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.engine_server import EngineServer
 from memory_worker.config import MemoryConfig
@@ -24,8 +23,10 @@ class Told(Exception):
 
 
 @pytest.mark.parametrize("named", ["folder", "hub"])
-async def test_the_connector_checks_the_fingerprint(named: str, tmp_path: Path, monkeypatch: Any) -> None:
-    folder = ensure_random_model(tmp_path)
+async def test_the_connector_checks_the_fingerprint(
+    named: str, random_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = random_model
     cached = tmp_path / "hub" / "models--tests--memory-model"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(REVISION)

@@ -9,7 +9,6 @@ import ray
 import torch
 from ray import serve
 
-from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import NAMESPACE, Reference, group, store_slots
 from cluster.config import EngineConfig
 from cluster.messages import Finished, TextDelta
@@ -44,8 +43,8 @@ KINDS = ("span", "question", "draft")
 class Deployed:
     """What the tests need of the running Recaller."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = ensure_random_model(folder)
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model = model
         self.store = MemoryStore(str(folder / "store"))
         self.reference = Reference(self.model)
         from transformers import AutoTokenizer
@@ -102,8 +101,8 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def deployed(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
-    return Deployed(tmp_path_factory.mktemp("recaller"))
+def deployed(local_ray: None, random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return Deployed(random_model, tmp_path_factory.mktemp("recaller"))
 
 
 async def test_all_kinds_of_clues_come_as_transformers_would_write_them(deployed: Deployed) -> None:
