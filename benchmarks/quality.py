@@ -105,7 +105,7 @@ def documents(
     examples: Sequence[Example], model: EmbedderModel, config: PassageConfig
 ) -> Iterator[tuple[list[Example], Document]]:
     """Each text, cut and embedded once, with the examples that ask of it."""
-    described = EmbedderDescription("here", model.dimension, model.has_sparse, model.max_tokens, 0, 0, 0)
+    described = EmbedderDescription("here", model.dimension, model.has_sparse, model.max_tokens)
     for _, group in groupby(examples, key=lambda example: example.document):
         asked = list(group)
         text = asked[0].text

@@ -1,6 +1,6 @@
 """The Generator deployment: a question and numbered passages in, a streamed answer with citations out.
 
-The Router calls its `generate`; `describe` and `stats` serve operation and tests. `Generator` (local.py) has a vLLM
+The Router calls its `generate`, and its `stats` for `/readyz`. `Generator` (local.py) has a vLLM
 engine of our own, `RemoteGenerator` (remote.py) asks an endpoint; both have the same methods.
 """
 

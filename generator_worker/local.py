@@ -11,7 +11,7 @@ from cluster.messages import Finished, TextDelta
 from generator_worker.citations import finish_generation
 from generator_worker.config import GeneratorConfig
 from generator_worker.errors import GenerationFailed
-from generator_worker.messages import GenerateRequest, Generation, GeneratorDescription
+from generator_worker.messages import GenerateRequest, Generation
 from generator_worker.prompts import PromptBudget
 
 
@@ -21,9 +21,8 @@ class Generator(EngineServer):
     async def __init__(self, llm_config: Any, config: GeneratorConfig, *, cores: str | None = None) -> None:  # type: ignore[misc]
         await super().__init__(llm_config, cores=cores)
         assert config.engine is not None
-        self._config = config
-        self._max_model_len = config.engine.max_model_len
-        self._budget = PromptBudget(copy.deepcopy(self.tokenizer), self._max_model_len, config.max_answer_tokens)
+        room = config.engine.max_model_len
+        self._budget = PromptBudget(copy.deepcopy(self.tokenizer), room, config.max_answer_tokens)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta | Generation, None]:
         """Streams the answer, then its `Generation`. Closing the iterator aborts it in the engine.
@@ -52,10 +51,3 @@ class Generator(EngineServer):
                             yield output
         except EngineFailed as error:
             raise GenerationFailed(f"the generator gave no answer: {error}") from error
-
-    async def describe(self) -> GeneratorDescription:
-        """Which model answers, and its limits."""
-        assert self._config.engine is not None
-        return GeneratorDescription(
-            self._config.engine.model, False, self._max_model_len, self._config.max_answer_tokens
-        )

@@ -40,13 +40,3 @@ class Generation:
     completion_tokens: int
     finish_reason: str  # stop, or length where max_tokens or the context window ended it
     cut: bool = False  # of a whole text, the middle was left out
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratorDescription:
-    """What answers are generated with."""
-
-    model: str
-    remote: bool
-    max_model_len: int  # tokens
-    max_answer_tokens: int

@@ -9,7 +9,7 @@ from cluster.messages import EngineStats, Finished, TextDelta
 from generator_worker.citations import finish_generation
 from generator_worker.config import GeneratorConfig
 from generator_worker.errors import GenerationFailed
-from generator_worker.messages import GenerateRequest, Generation, GeneratorDescription
+from generator_worker.messages import GenerateRequest, Generation
 from generator_worker.prompts import Prompt, PromptBudget
 
 
@@ -25,7 +25,6 @@ class RemoteGenerator:
         from transformers import AutoTokenizer
 
         assert config.remote is not None
-        self._config = config
         self._remote = remote = config.remote
         key = os.environ.get(remote.api_key_env) if remote.api_key_env else "none"
         if not key:
@@ -56,12 +55,6 @@ class RemoteGenerator:
     async def stats(self) -> EngineStats:
         """What this replica is asking the endpoint for."""
         return EngineStats(requests=self._requests, working=self._requests > 0, alive=True)
-
-    async def describe(self) -> GeneratorDescription:
-        """Which model answers, and its limits."""
-        return GeneratorDescription(
-            self._remote.model, True, self._remote.max_model_len, self._config.max_answer_tokens
-        )
 
     async def _outputs(self, prompt: Prompt) -> AsyncGenerator[TextDelta | Generation, None]:
         import httpx

@@ -30,7 +30,6 @@ class Embedder:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="embed")
         self._waiting: deque[_Call] = deque()
         self._worker: asyncio.Task[None] | None = None
-        self._batches = self._texts = self._largest = 0
         self._waited_s = 0.0  # texts of the last batch, on average
         self._computed = time.monotonic()  # when one last succeeded
         self._checked = 0.0  # what `_computed` was when a health check last looked
@@ -68,9 +67,6 @@ class Embedder:
             dimension=self._model.dimension,
             has_sparse=self._model.has_sparse,
             max_tokens=self._model.max_tokens,
-            texts=self._texts,
-            batches=self._batches,
-            largest_batch=self._largest,
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -120,9 +116,6 @@ class Embedder:
             await asyncio.wait([computing])
             error = computing.exception()
             if error is None:
-                self._batches += 1
-                self._texts += len(texts)
-                self._largest = max(self._largest, len(texts))
                 for position, (call, row) in enumerate(batch):
                     call.put(row, computing.result(), position)
             else:

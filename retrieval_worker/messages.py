@@ -17,15 +17,12 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class EmbedderDescription:
-    """From `Embedder.describe`: the model, and what this replica has computed."""
+    """From `Embedder.describe`: the model."""
 
     model: str
     dimension: int
     has_sparse: bool
     max_tokens: int  # of one text; what is longer is cut
-    texts: int
-    batches: int
-    largest_batch: int  # texts
 
 
 @dataclass(frozen=True, slots=True)

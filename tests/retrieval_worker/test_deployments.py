@@ -25,6 +25,7 @@ from retrieval_worker.messages import (
     Ranking,
 )
 from retrieval_worker.retriever import Retriever, retrieval_applications
+from tests.support.counting_embedder import CountingEmbedder
 from tests.support.passage_files import described
 
 BOOK = Path(__file__).parents[2].parent / "shared" / "data" / "books" / "pride-and-prejudice.txt"
@@ -45,7 +46,9 @@ def storage(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def retriever(storage, local_ray):
-    _, application = retrieval_applications(CONFIG, PoolConfig(), storage_root=storage.root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retrieval_worker.retriever.Embedder", CountingEmbedder)
+        _, application = retrieval_applications(CONFIG, PoolConfig(), storage_root=storage.root)
     return serve.run(application, name="retrieval", route_prefix=None)
 
 
@@ -64,9 +67,9 @@ async def make(retriever, storage, version: str, **texts: str) -> tuple[Index, i
     return Index(tuple(part for part, _, _ in made)), sum(count for _, count, _ in made)
 
 
-async def embedded(retriever) -> int:
+async def count_embedded() -> int:
     """Texts that the Embedder has embedded so far."""
-    return (await retriever.describe.remote()).texts
+    return sum(await serve.get_deployment_handle("Embedder", "retrieval").batches.remote())
 
 
 async def best(retriever, index: Index, question: str):
@@ -102,9 +105,9 @@ async def test_progress_then_a_file_whose_passages_are_exact(retriever, storage)
 async def test_adding_replacing_and_deleting_a_document_embeds_only_what_is_new(retriever, storage):
     before, _ = await make(retriever, storage, "t/changing/v1", gate=GATE, bread="Bread costs two coins.")
     gate, bread = before.parts
-    started = await embedded(retriever)
+    started = await count_embedded()
     harp, count, _ = await add(retriever, storage, "t/changing/v2", "harp", "A harp has forty-seven strings.")
-    assert await embedded(retriever) - started == count == 1
+    assert await count_embedded() - started == count == 1
     added = Index((gate, bread, harp))
     passage = await best(retriever, added, "How many strings does a harp have?")
     assert (passage.document, passage.id) == ("harp", 2)
@@ -138,39 +141,39 @@ async def test_an_index_of_nothing_finds_nothing(retriever):
 async def test_what_an_earlier_run_wrote_is_taken_as_it_is(retriever, storage):
     text = ENGLISH * 20
     part, count, _ = await add(retriever, storage, "t/m/again", "d", text)
-    started = await embedded(retriever)
+    started = await count_embedded()
     again, count_again, progress = await add(retriever, storage, "t/m/again", "d", text)
-    assert (again, count_again) == (part, count) and await embedded(retriever) == started
+    assert (again, count_again) == (part, count) and await count_embedded() == started
     assert progress == [IndexProgress(count, count)]
     other, other_count, _ = await add(retriever, storage, "t/m/again", "d", GATE)
-    assert other != part and await embedded(retriever) - started == other_count == 1, "another text"
+    assert other != part and await count_embedded() - started == other_count == 1, "another text"
     path = Path(storage.root) / other.passages.path
     data = bytearray(path.read_bytes())
     data[data.index(b"dragon")] ^= 1
     path.write_bytes(data)
     repaired, _, _ = await add(retriever, storage, "t/m/again", "d", GATE)
-    assert repaired == other and await embedded(retriever) - started == 2, "damaged, so written anew"
+    assert repaired == other and await count_embedded() - started == 2, "damaged, so written anew"
 
 
 async def test_two_tenants_with_the_same_text_share_nothing(retriever, storage):
     text, costs = "A lantern burns until midnight.", []
     for tenant in ("one", "two"):
-        started = await embedded(retriever)
+        started = await count_embedded()
         part, _, _ = await add(retriever, storage, f"{tenant}/m/v1", "d", text)
-        indexed = await embedded(retriever)
+        indexed = await count_embedded()
         await retriever.prepare_evidence.remote(Index((part,)), (0,))
-        costs.append((indexed - started, await embedded(retriever) - indexed))
+        costs.append((indexed - started, await count_embedded() - indexed))
         await retriever.prepare_evidence.remote(Index((part,)), (0,))
-        assert await embedded(retriever) - indexed == costs[-1][1], "of one's own it is kept"
+        assert await count_embedded() - indexed == costs[-1][1], "of one's own it is kept"
     assert costs == [(1, 1), (1, 1)]
 
 
 async def test_evidence_is_kept_over_versions(retriever, storage):
     old, _ = await make(retriever, storage, "t/kept/v1", a=GATE, b="Wine is sold in barrels.")
     await retriever.prepare_evidence.remote(old, (0, 1))
-    started = await embedded(retriever)
+    started = await count_embedded()
     await retriever.prepare_evidence.remote(Index(old.parts[1:]), (0,))
-    assert await embedded(retriever) == started
+    assert await count_embedded() == started
 
 
 async def test_concurrent_searches(retriever, small):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from retrieval_worker.config import EmbedderConfig
-from retrieval_worker.embedder import Embedder
 from retrieval_worker.embedders import load_embedder
 from retrieval_worker.errors import EmbedderUnavailable
 from tests.support.bge_m3_checkpoint import WORDS, make_checkpoint
+from tests.support.counting_embedder import CountingEmbedder
 
 TEXTS = ["The cat sat on the mat.", "A feline rested on a rug.", "Interest rates rose in May.", "x " * 900, ""]
 
@@ -110,28 +110,27 @@ def test_bge_m3_without_its_sparse_head_is_refused(checkpoint, tmp_path):
 
 
 async def test_requests_share_batches_and_a_small_one_is_not_kept_waiting():
-    embedder = Embedder(EmbedderConfig(kind="minilm", dtype="float32", device="cpu", threads=2, batch_size=8))
+    embedder = CountingEmbedder(EmbedderConfig(kind="minilm", dtype="float32", device="cpu", threads=2, batch_size=8))
     book = asyncio.create_task(embedder.embed([f"Line {i} of a book." for i in range(200)]))
     await asyncio.sleep(0)
     questions = await asyncio.gather(*(embedder.embed([f"Question {i}?"]) for i in range(4)))
     assert not book.done(), "four questions waited for a whole book"
-    done = await embedder.describe()
-    assert done.batches <= 2 and done.largest_batch == 8
+    batches = await embedder.batches()
+    assert len(batches) <= 2 and max(batches) == 8
     await book
-    done = await embedder.describe()
-    assert (done.texts, done.batches) == (204, 26)
+    assert (sum(batches), len(batches)) == (204, 26)
     alone = load_embedder(EmbedderConfig(kind="minilm", dtype="float32", device="cpu")).encode(["Question 3?"])
     np.testing.assert_allclose(questions[3].dense, alone.dense, atol=1e-4)
 
 
 async def test_a_cancelled_call_leaves_the_queue_and_a_failed_one_tells_its_caller():
-    embedder = Embedder(EmbedderConfig(kind="minilm", dtype="float32", device="cpu", batch_size=4))
+    embedder = CountingEmbedder(EmbedderConfig(kind="minilm", dtype="float32", device="cpu", batch_size=4))
     book = asyncio.create_task(embedder.embed(["A line."] * 400))
     await embedder.embed(["wait for one batch"])
     book.cancel()
     await asyncio.gather(book, return_exceptions=True)
     await embedder.embed(["still works"])
-    assert (await embedder.describe()).texts < 40
+    assert sum(await embedder.batches()) < 40
     with pytest.raises(UnicodeEncodeError):
         await embedder.embed(["half a character: \ud800"])
     encode, embedder._model.encode = embedder._model.encode, None  # the next batch fails

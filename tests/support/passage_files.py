@@ -10,7 +10,7 @@ from retrieval_worker.vectors import PassageVectors
 
 
 def described(sparse: bool = False, model: str = "made-up", dimension: int = 64) -> EmbedderDescription:
-    return EmbedderDescription(model, dimension, sparse, 512, 0, 0, 0)
+    return EmbedderDescription(model, dimension, sparse, 512)
 
 
 def unit(count: int, dimension: int = 64, seed: int = 0) -> np.ndarray:
