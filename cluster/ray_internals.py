@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private import services
+from ray._private import services, utils
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
+from ray.serve._private import api, client
 from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
@@ -23,6 +24,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 from cluster.routing import MemoryRouting, rank_of
 
 _NODE_TICK_S = 0.1
+_PROXIES_S = 24 * 3600.0
 _ASKED_WHEN_FULL = 3  # replicas of a memory's order, as many as Serve's own hash router tries
 _RANKS = "memorag-rank/"  # a key's beginning; then the group, the rank, and the node
 
@@ -163,9 +165,10 @@ def nodes_of_ranks(group: str) -> dict[int, str]:
 def patient_node() -> Iterator[None]:
     """Inside, `ray.init` waits for the node that it starts until that is there, or the node's process has ended.
 
-    Left to itself it waits 30 s, which a busy machine exceeds.
+    Left to itself it waits 30 s, which a busy machine exceeds. Nor does it put a handler of SIGTERM in the place of
+    this process's own, which knows what to clean up and with what status to exit.
     """
-    ask = services.get_node
+    ask, set_handler = services.get_node, utils.set_sigterm_handler
 
     def wait_for_node(gcs_address: str, node_id: str) -> Any:
         while True:
@@ -176,11 +179,11 @@ def patient_node() -> Iterator[None]:
                     raise
                 time.sleep(_NODE_TICK_S)
 
-    services.get_node = wait_for_node
+    services.get_node, utils.set_sigterm_handler = wait_for_node, lambda handler: None
     try:
         yield
     finally:
-        services.get_node = ask
+        services.get_node, utils.set_sigterm_handler = ask, set_handler
 
 
 def _raylet_lives(node_id: str) -> bool:
@@ -190,6 +193,14 @@ def _raylet_lives(node_id: str) -> bool:
             if f"--node_id={node_id}" in child.cmdline():
                 return True
     return False
+
+
+def wait_for_proxies() -> None:
+    """From now on `serve.start` and `serve.run` in this process wait for Serve's proxies while those live.
+
+    Left to themselves they give up after 60 s, which a busy machine exceeds.
+    """
+    api.HTTP_PROXY_TIMEOUT = client.HTTP_PROXY_TIMEOUT = _PROXIES_S
 
 
 class RunsLeanEngine:

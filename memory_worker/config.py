@@ -29,8 +29,14 @@ class MemorizeConfig(Settings):
     ranks: int = Field(
         1, ge=1, description="processes that share each text of one Memorizer; each takes what the pool gives a replica"
     )
+    rank_start_s: float = Field(
+        900.0, gt=0, description="seconds that ranks may take to be placed and to load the model from slow storage"
+    )
     rank_timeout_s: float = Field(
-        120.0, gt=0, description="seconds after which a rank that does not take part in an exchange is given up"
+        120.0,
+        gt=0,
+        description="seconds after which a rank that does not take part in an exchange is given up: more than one rank "
+        "may be behind another on a busy machine, since a process that hangs looks no different",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="weights and stored slots of the memory model"

@@ -67,7 +67,11 @@ class RayConfig(Settings):
 class ConvertConfig(Settings):
     """What the conversion of one HTML, PDF or Word file may take; beyond it, the file is refused."""
 
-    seconds: float = Field(60.0, gt=0, description="seconds that converting one file may take, waiting included")
+    seconds: float = Field(
+        60.0,
+        gt=0,
+        description="CPU seconds that converting one file may take; one that does nothing for so long is ended, too",
+    )
     memory_bytes: int = Field(2 * 2**30, ge=2**29, description="bytes of address space that one converter may take")
     characters: int = Field(20_000_000, gt=0, description="characters of text that one converted file may give")
 

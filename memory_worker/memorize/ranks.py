@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from memory_worker.models.beacon import BeaconModel, Exchange, Part, Slots
     from memory_worker.models.stock import MemoryModel
 
-START_S = 900.0  # ranks have so long to be placed and to load the model
 _ANSWER_S = 5.0  # after a failure, how long the others' answers are waited for, which say what it was
 logger = logging.getLogger("ray.serve")
 
@@ -181,6 +180,7 @@ class _Team:
 
     def __init__(self, config: MemoryConfig, share: Mapping[str, float], bundles: Any) -> None:
         self._ranks = config.memorize.ranks
+        self._start_s = config.memorize.rank_start_s
         self._timeout_s = config.memorize.rank_timeout_s
         self.exchange: Exchange | None = None
         self.over: LostRank | None = None
@@ -197,7 +197,7 @@ class _Team:
 
         replies = [actor.fingerprint.remote() for actor in self._actors]
         try:
-            for rank, fingerprint in enumerate(ray.get(replies, timeout=START_S), start=1):
+            for rank, fingerprint in enumerate(ray.get(replies, timeout=self._start_s), start=1):
                 if fingerprint != model.fingerprint:
                     raise LostRank(rank, self._ranks, "it loaded another model: the checkpoint differs on its node")
             host = ray.util.get_node_ip_address()

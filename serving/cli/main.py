@@ -265,7 +265,7 @@ def reload(
     out: Output,
     profile: Annotated[str | None, typer.Option(help="Profile to take up; otherwise its own again.")] = None,
     storage: Storage = STORAGE,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the new replicas.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress until it is given up.")] = 600.0,
 ) -> None:
     """Have a running server take up a changed profile, replica by replica, without losing a request."""
     from serving.config import load_profile

@@ -72,6 +72,9 @@ def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: 
         ray.init(address=profile.ray.address, namespace=profile.ray.namespace)
     from ray import serve
 
+    from cluster.ray_internals import wait_for_proxies
+
+    wait_for_proxies()
     port = port or _free_port(host)
     running = RunningServer(f"http://{host}:{port}", ray_folder if profile.ray.address == "local" else None)
     try:

@@ -202,7 +202,7 @@ def _await_start(
 
 
 class _Progress:
-    """Whether a server that starts gets on: it logs, a process of it comes or goes, or they compute.
+    """Whether a server that starts, or reloads, gets on: it logs, a process of it comes or goes, or they compute.
 
     A slow machine gets on slowly, so there is no limit to how long a start may take. Computing is what they do on
     average in a quarter of the patience: an idle Ray computes a little, too.
@@ -263,7 +263,8 @@ def stop(storage: Path, *, grace_s: float = 40.0) -> bool:
 def reload(storage: Path, profile: str | None, *, timeout_s: float) -> ServerState:
     """Has the running server take up `profile`, or its own again, replica by replica; returns when that is done.
 
-    Raises `DaemonError` where no server runs, or it refuses the profile and goes on with the one it has.
+    Raises `DaemonError` where no server runs, it refuses the profile and goes on with the one it has, or nothing of it
+    moves for `timeout_s`.
     """
     state = state_of(storage)
     process = state.process() if state else None
@@ -271,8 +272,8 @@ def reload(storage: Path, profile: str | None, *, timeout_s: float) -> ServerSta
         raise DaemonError(f"no server runs on {storage}; start one with 'memorag up'")
     (storage / _NEXT_PROFILE).write_text(profile or state.profile, encoding="utf-8")
     process.send_signal(signal.SIGHUP)
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    progress = _Progress(storage / "server.log", timeout_s)
+    while progress.seen(process.pid):
         after = state_of(storage)
         if after is None or after.process() is None:
             raise DaemonError(
@@ -284,7 +285,9 @@ def reload(storage: Path, profile: str | None, *, timeout_s: float) -> ServerSta
             return after
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(timeout=_TICK_S)
-    raise DaemonError(f"the server was not done reloading after {timeout_s:.0f} s; 'memorag status' says how it is")
+    raise DaemonError(
+        f"the server was not done reloading, and did nothing for {timeout_s:.0f} s; 'memorag status' says how it is"
+    )
 
 
 def run_server(
@@ -329,7 +332,7 @@ def run_server(
             watcher.join()
             _await_ready(running.address)
             calls: queue.SimpleQueue[int] = queue.SimpleQueue()
-            for name in _ENDING:  # Ray has put its own in their place
+            for name in _ENDING:
                 signal.signal(name, lambda number, _: calls.put(number))
             shared |= shared_memory_of([itself, *itself.children(recursive=True)])
             ready_s = time.time() - state.started

@@ -11,8 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import IO, Literal
+
+import psutil
 
 from serving.config import ConvertConfig
 from serving.errors import ConversionFailed, NoText, UnsupportedDocument
@@ -26,6 +30,8 @@ _CONVERTED = {
 }
 KINDS = frozenset({*_PLAIN, *_CONVERTED})  # extensions of files that give text
 _WORKER = Path(__file__).with_name("convert_worker.py")
+_TICK_S = 0.5
+_MOVING = 0.01  # of the CPU seconds that a converter may take, what it uses at least in as many seconds
 _SAMPLE_CHARACTERS = 4000
 _SAMPLES = 3
 
@@ -34,7 +40,7 @@ def convert(name: str, source: IO[bytes], limits: ConvertConfig) -> str:
     """The text of the file `name` on disk, whose kind is its extension's; `source` is read from its beginning.
 
     Raises `UnsupportedDocument`, or one of its subclasses, for a file that gives no text. Takes the time of a
-    conversion (at least that of starting a process, at most `limits.seconds`): call it in a thread.
+    conversion, at least that of starting a process: call it in a thread.
     """
     source.seek(0)
     text = _run_worker(name, source, _CONVERTED[PurePath(name).suffix.lower()], limits)
@@ -81,23 +87,39 @@ def _run_worker(name: str, source: IO[bytes], mime_type: str, limits: ConvertCon
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
     ):
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(_WORKER), *arguments],
-                stdin=source,
-                stdout=out,
-                stderr=err,
-                cwd=scratch,
-                env=_environment(scratch),
-                timeout=limits.seconds,
-            )
-        except subprocess.TimeoutExpired:
-            raise _too_slow(name, limits) from None
+        command = [sys.executable, "-I", str(_WORKER), *arguments]
+        with subprocess.Popen(
+            command, stdin=source, stdout=out, stderr=err, cwd=scratch, env=_environment(scratch)
+        ) as converter:
+            try:
+                status = _await_end(converter, limits.seconds)
+            finally:
+                converter.kill()
+        if status is None:
+            raise _too_slow(name, limits)
         err.seek(0)
-        if done.returncode:
-            raise _failure(name, mime_type, limits, done.returncode, err.read().decode(errors="replace"))
+        if status:
+            raise _failure(name, mime_type, limits, status, err.read().decode(errors="replace"))
         out.seek(0)
         return out.read().decode()
+
+
+def _await_end(converter: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    """Its exit status; none where it has computed for `seconds`, or has done nothing for so long.
+
+    What is counted is its own CPU time, for beside other work it takes longer, and that is no fault of the file.
+    """
+    measured, used_then = time.monotonic(), 0.0
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return converter.wait(timeout=min(seconds, _TICK_S))
+        times, now = psutil.Process(converter.pid).cpu_times(), time.monotonic()
+        if (used := times.user + times.system) >= seconds:
+            return None
+        if used - used_then > _MOVING * seconds:
+            measured, used_then = now, used
+        elif now - measured >= seconds:
+            return None
 
 
 def _environment(scratch: str) -> dict[str, str]:

@@ -157,6 +157,14 @@ def test_every_private_name_that_is_used_is_looked_for():
     assert private <= {name for names in NAMES.values() for name in names}
 
 
+def test_proxies_are_waited_for_where_serve_would_give_up():
+    """What `wait_for_proxies` sets is what Serve looks at."""
+    from ray.serve._private import api, client
+
+    for function in (api.serve_start, client.ServeControllerClient.wait_for_proxies_serving):
+        assert "timeout=HTTP_PROXY_TIMEOUT" in inspect.getsource(inspect.unwrap(function))
+
+
 def test_nothing_else_reaches_beneath_the_public_interfaces():
     """Of vLLM only its top level; of Ray nothing whose path has a private part."""
     for file in (file for room in ("cluster", "*_worker", "serving") for file in ROOT.glob(f"{room}/**/*.py")):

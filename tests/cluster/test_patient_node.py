@@ -1,5 +1,6 @@
 """A Ray node that a busy machine starts slowly is waited for; one whose process has ended is not."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from ray._private import services
+from ray._private import services, utils
 
 from cluster.ray_internals import patient_node
 
@@ -51,3 +52,10 @@ def test_a_node_whose_process_has_ended_is_not_waited_for(raylet: Any, monkeypat
     monkeypatch.setattr(services, "get_node", ask)
     with process_of("another"), patient_node(), pytest.raises(RuntimeError, match="never"):
         services.get_node("here", "node")
+
+
+def test_a_process_that_starts_a_node_keeps_its_own_way_to_end():
+    before = signal.getsignal(signal.SIGTERM)
+    with patient_node():
+        utils.set_sigterm_handler(lambda number, _: None)  # as `ray.init` does
+        assert signal.getsignal(signal.SIGTERM) is before

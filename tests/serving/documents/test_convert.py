@@ -199,6 +199,20 @@ def test_a_converter_that_dies_is_a_clear_refusal(
         read_document("a.pdf", pdf("x"), limits)
 
 
+def test_a_converter_that_waits_for_its_turn_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It computes little in much more time than it may take, as beside many other processes."""
+    slowly = "import time\nbegun = time.monotonic()\n"
+    slowly += "while time.monotonic() - begun < 4: time.sleep(0.05); sum(range(100_000))\nprint('gate')"
+    worker(monkeypatch, tmp_path, slowly)
+    assert read_document("a.pdf", pdf("x"), small(seconds=2)) == "gate\n"
+
+
+def test_a_converter_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker(monkeypatch, tmp_path, "signal.pause()")
+    with pytest.raises(ConversionFailed, match=r"longer than 0.5 s"):
+        read_document("a.pdf", pdf("x"), small(seconds=0.5))
+
+
 def test_cpu_time_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     worker(monkeypatch, tmp_path, "resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass")
     with pytest.raises(ConversionFailed, match="longer than 60 s"):
