@@ -22,7 +22,7 @@ os.environ.update(IN_PROCESS)
 from benchmarks.report import make_parser, report
 from benchmarks.support.random_model import ensure_random_model
 from benchmarks.support.recall_engine import connector_config, engine, group, ray_of_its_own, request, store_slots
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
 

@@ -36,7 +36,7 @@ from benchmarks.support.recall_engine import (
     store_slots,
 )
 from memory_worker.keeper.keeper import local_keeper
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
 

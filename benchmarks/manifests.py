@@ -29,15 +29,8 @@ from benchmarks.report import make_parser, report
 from cluster.storage.durable import StoredFile
 from generator_worker.messages import GenerateRequest, Generation
 from memory_worker.catalog.catalog import Catalog
-from memory_worker.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
-from memory_worker.messages import (
-    Clue,
-    KindDescription,
-    MemorizerDescription,
-    MemoryKey,
-    RecallRequest,
-    RecallUsage,
-)
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, MemoryShape, SegmentEntry, now
+from memory_worker.messages import Clue, KindDescription, MemorizerDescription, RecallRequest, RecallUsage
 from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.recall.groups import segment_groups
 from memory_worker.storage.store import MemoryStore, head_path, passages_path, segment_path, source_path

@@ -27,8 +27,7 @@ from typing import Any
 
 from benchmarks.report import make_parser, report
 from benchmarks.support.stored_memories import store_memory, whole
-from memory_worker.manifest import Manifest, MemoryShape
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import Manifest, MemoryKey, MemoryShape
 from memory_worker.storage.store import MemoryStore
 
 SHAPE = MemoryShape(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16")

@@ -26,7 +26,8 @@ from benchmarks.support.recall_engine import NAMESPACE, Reference, group, ray_of
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemoryConfig, RecallConfig
-from memory_worker.messages import Clue, ClueKind, MemoryKey, RecallRequest
+from memory_worker.manifest import MemoryKey
+from memory_worker.messages import Clue, ClueKind, RecallRequest
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.recall.application import recaller_application

@@ -1,6 +1,7 @@
 """The manifest: what one immutable version of a memory is made of. It is published last, and names the rest."""
 
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -17,6 +18,20 @@ SlotDtype = Literal["bfloat16", "float16", "float32"]
 def now() -> str:
     """The time as manifests and jobs record it: ISO 8601, UTC, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryKey:
+    """One immutable version of one memory."""
+
+    tenant: str
+    memory: str
+    version: str
+
+    @property
+    def path(self) -> str:
+        """Its folder, relative to the storage root."""
+        return f"{self.tenant}/{self.memory}/{self.version}"
 
 
 class _Part(BaseModel):
@@ -118,6 +133,10 @@ class Manifest(_Part):
     head_tokens: tuple[int, ...] = Field(description="token ids of the head")
     head: StoredFile  # the head's segment
     documents: tuple[DocumentEntry, ...]
+
+    @property
+    def key(self) -> MemoryKey:
+        return MemoryKey(self.tenant, self.memory, self.version)
 
     @property
     def segments(self) -> tuple[SegmentEntry, ...]:

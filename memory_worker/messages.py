@@ -7,26 +7,12 @@ from typing import Literal
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
 from memory_worker.errors import UnfitRatio, UnsupportedKind
-from memory_worker.manifest import Document, JobRecord, MemoryShape, SegmentEntry
+from memory_worker.manifest import Document, JobRecord, MemoryKey, MemoryShape, SegmentEntry
 
 ClueKind = Literal["span", "question", "draft", "key_point"]
 Language = Literal["en", "zh"]
 
 _RANGE = re.compile(r"([^/+:]+)/([^/+:]+)/([^/+:]+):(\d{1,9})-(\d{1,9})")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryKey:
-    """One immutable version of one memory."""
-
-    tenant: str
-    memory: str
-    version: str
-
-    @property
-    def path(self) -> str:
-        """Its folder, relative to the storage root."""
-        return f"{self.tenant}/{self.memory}/{self.version}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import ray
 import torch
 
 from benchmarks.support.own_ray import own_ray
-from memory_worker.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, MemoryShape, SegmentEntry, now
+from memory_worker.messages import SegmentGroup, SegmentRange
 from memory_worker.recall.application import recall_engine_kwargs
 from memory_worker.storage.store import MemoryStore, head_path, segment_path
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from cluster.storage.durable import StoredFile
-from memory_worker.manifest import DocumentEntry, Manifest, MemoryShape, SegmentEntry, now
-from memory_worker.messages import MemoryKey, SegmentGroup
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, MemoryShape, SegmentEntry, now
+from memory_worker.messages import SegmentGroup
 from memory_worker.recall.groups import segment_groups
 from memory_worker.storage.store import MemoryStore, head_path, passages_path, segment_path
 

@@ -34,17 +34,8 @@ from memory_worker.errors import (
     QueueFull,
     VersionChanged,
 )
-from memory_worker.manifest import Document, JobRecord, Manifest, now
-from memory_worker.messages import (
-    CatalogTotals,
-    FailedChange,
-    Job,
-    MemoryKey,
-    MemoryRecord,
-    ReadLease,
-    Reservation,
-    TenantUsage,
-)
+from memory_worker.manifest import Document, JobRecord, Manifest, MemoryKey, now
+from memory_worker.messages import CatalogTotals, FailedChange, Job, MemoryRecord, ReadLease, Reservation, TenantUsage
 from memory_worker.storage.store import MemoryStore, check_id
 
 logger = logging.getLogger(__name__)
@@ -80,7 +71,7 @@ class Catalog:
         Raises `MemoryExists`, `MemoryNotFound`, `MemoryNotReady`, `JobUnderWay`, `QueueFull`, `QuotaExceeded`, or
         `VersionChanged` if the present version is not `if_match`.
         """
-        name = check_id(tenant, "tenant"), check_id(memory, "memory")
+        name = _check_name(tenant, memory)
         async with self._records.lock(name):
             base = self._base(name, create, if_match)
             key = await asyncio.to_thread(self._store.new_version, *name)
@@ -96,8 +87,6 @@ class Catalog:
         Raises as `reserve`, and leaves nothing of the job then. The same job is begun once.
         """
         name = key.tenant, key.memory
-        for document in job.documents:
-            check_id(document.id, "document")
         async with self._records.lock(name):
             known = self._records.get(name)
             if known and (known.key == key or (known.job and known.job.key == key)):
@@ -124,7 +113,7 @@ class Catalog:
 
     async def adopt(self, manifest: Manifest) -> MemoryRecord:
         """Makes a memory of files that are all there already, such as those of an archive. Raises as `reserve`."""
-        name, key = (manifest.tenant, manifest.memory), _key(manifest)
+        name, key = (manifest.tenant, manifest.memory), manifest.key
         async with self._records.lock(name):
             known = self._records.get(name)
             if known and self._records.manifest(name) == manifest:
@@ -154,7 +143,7 @@ class Catalog:
 
         Raises `DocumentNotFound`, `LastDocument`, and as `reserve`.
         """
-        name = check_id(tenant, "tenant"), check_id(memory, "memory")
+        name = _check_name(tenant, memory)
         async with self._records.lock(name):
             record = self._records.of(name)
             made = await asyncio.to_thread(self._store.version_of, tenant, memory, request) if request else None
@@ -226,7 +215,7 @@ class Catalog:
 
         Raises `MemoryNotFound`.
         """
-        name = check_id(tenant, "tenant"), check_id(memory, "memory")
+        name = _check_name(tenant, memory)
         async with self._records.lock(name):
             if request is not None and await asyncio.to_thread(self._store.was_deleted_by, tenant, request):
                 return
@@ -281,7 +270,7 @@ class Catalog:
 
     async def publish(self, manifest: Manifest) -> MemoryRecord:
         """Makes the version of a job ready: writes its manifest. Raises `JobEnded` if it was cancelled meanwhile."""
-        name, key = (manifest.tenant, manifest.memory), _key(manifest)
+        name, key = (manifest.tenant, manifest.memory), manifest.key
         async with self._records.lock(name):
             known = self._records.get(name)
             if known and self._records.manifest(name) == manifest:
@@ -315,7 +304,7 @@ class Catalog:
 
     async def get(self, tenant: str, memory: str) -> MemoryRecord:
         """The memory as it stands. Raises `MemoryNotFound`."""
-        return self._records.of((check_id(tenant, "tenant"), check_id(memory, "memory")))
+        return self._records.of(_check_name(tenant, memory))
 
     async def read(self, tenant: str, memory: str) -> ReadLease:
         """The present version, which stays whole for at least the grace from now on.
@@ -359,19 +348,19 @@ class Catalog:
 
     async def list(self, tenant: str, cursor: str | None = None, limit: int = 100, tag: str | None = None) -> Page:
         """At most `limit` of the tenant's memories by id, after `cursor`; and the next cursor, if there are more."""
-        return self._records.page(check_id(tenant, "tenant"), cursor, limit, tag)
+        return self._records.page(tenant, cursor, limit, tag)
 
     async def wait(self, tenant: str, memory: str, seen_revision: int, timeout_s: float) -> MemoryRecord:
         """The memory as soon as its revision is another than `seen_revision`, or as it is after `timeout_s` seconds.
 
         Raises `MemoryNotFound`, also when the memory is deleted while waiting.
         """
-        name = check_id(tenant, "tenant"), check_id(memory, "memory")
+        name = _check_name(tenant, memory)
         return await self._records.wait(name, seen_revision, timeout_s)
 
     async def usage(self, tenant: str) -> TenantUsage:
         """What the tenant has."""
-        return self._records.usage(check_id(tenant, "tenant"))
+        return self._records.usage(tenant)
 
     async def totals(self) -> CatalogTotals:
         """What all tenants have together, and what was done since this actor started."""
@@ -419,7 +408,7 @@ class Catalog:
             self._retention.mark_replaced(key)
 
     async def _mark_published(self, manifest: Manifest) -> MemoryRecord:
-        name, key = (manifest.tenant, manifest.memory), _key(manifest)
+        name, key = (manifest.tenant, manifest.memory), manifest.key
         known = self._records.get(name)
         await asyncio.to_thread(self._store.publish, manifest)
         self._queue.remove(key)
@@ -438,5 +427,5 @@ class Catalog:
                     await self._retention.collect(name, kept)
 
 
-def _key(manifest: Manifest) -> MemoryKey:
-    return MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+def _check_name(tenant: str, memory: str) -> Name:
+    return check_id(tenant, "tenant"), check_id(memory, "memory")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memory_worker.errors import QueueFull
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 
 
 @dataclass(slots=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cluster.storage.durable import DamagedFile
-from memory_worker.manifest import Manifest
-from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord
+from memory_worker.manifest import Manifest, MemoryKey
+from memory_worker.messages import FailedChange, Job, MemoryRecord
 from memory_worker.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from memory_worker.errors import DamagedMemory
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 from memory_worker.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from cluster.storage.durable import StoredFile
 from memory_worker.errors import DamagedMemory, MixedMemories
 from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, put_copies
 from memory_worker.keeper.tier_metrics import TierMetrics
-from memory_worker.manifest import Manifest, MemoryShape, SegmentEntry
-from memory_worker.messages import MemoryKey, SegmentGroup
+from memory_worker.manifest import Manifest, MemoryKey, MemoryShape, SegmentEntry
+from memory_worker.messages import SegmentGroup
 from memory_worker.storage.store import MemoryStore
 
 NAMESPACE = "memorag"

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import DamagedFile, StoredFile
 from memory_worker.errors import DamagedMemory
-from memory_worker.manifest import MemoryShape, SegmentEntry
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey, MemoryShape, SegmentEntry
 from memory_worker.storage.segments import Segment
 from memory_worker.storage.store import MemoryStore, checkpoint_path, head_path, segment_path
 

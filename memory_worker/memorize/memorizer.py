@@ -97,6 +97,7 @@ class Memorizer:
         Raises `UnsupportedKind`, `UnfitRatio`, `WindowTooLarge`, `EmptyDocument`, `DamagedFile` naming a source or the
         given head where it is not as it was written, or `LostRank`, after which the same call goes on.
         """
+        # Checked when it was asked for, but the job may go on under another memory model than it was accepted for.
         self._description.choose_kind(request.kind, request.ratio, request.ratio)
         job = await asyncio.to_thread(self._prepare, request)
         self._left[id(job)] = job.plan.tokens

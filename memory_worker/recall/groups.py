@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from memory_worker.errors import MemoryTooLarge
 from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.messages import SegmentGroup, SegmentRange
 
 
 def segment_groups(manifests: Sequence[Manifest], max_slots: int) -> tuple[SegmentGroup, ...]:
@@ -17,7 +17,6 @@ def segment_groups(manifests: Sequence[Manifest], max_slots: int) -> tuple[Segme
     ranges: list[SegmentRange] = []
     slots, kind = 0, ""
     for manifest in manifests:
-        key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
         for index, segment in enumerate(manifest.segments):
             if ranges and (manifest.kind != kind or slots + segment.slots > max_slots):
                 groups.append(SegmentGroup(tuple(ranges), slots))
@@ -26,10 +25,10 @@ def segment_groups(manifests: Sequence[Manifest], max_slots: int) -> tuple[Segme
                 slots, kind = manifest.head_slots, manifest.kind
                 if slots + segment.slots > max_slots:
                     raise MemoryTooLarge(manifest.memory, slots + segment.slots, max_slots)
-            if ranges and ranges[-1].key == key and ranges[-1].end == index:
-                ranges[-1] = SegmentRange(key, ranges[-1].first, index + 1)
+            if ranges and ranges[-1].key == manifest.key and ranges[-1].end == index:
+                ranges[-1] = SegmentRange(manifest.key, ranges[-1].first, index + 1)
             else:
-                ranges.append(SegmentRange(key, index, index + 1))
+                ranges.append(SegmentRange(manifest.key, index, index + 1))
             slots += segment.slots
     return (*groups, SegmentGroup(tuple(ranges), slots)) if ranges else tuple(groups)
 

@@ -30,8 +30,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.storage.durable import Storage, StoredFile
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
-from memory_worker.manifest import FORMAT, Document, JobRecord, Manifest, MemoryShape
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import FORMAT, Document, JobRecord, Manifest, MemoryKey, MemoryShape
 from memory_worker.storage.segments import Segment, write_slots
 
 if TYPE_CHECKING:
@@ -62,17 +61,17 @@ def new_request() -> str:
 
 def source_path(key: MemoryKey, document: str) -> str:
     """Where the document's text lies, relative to the storage root."""
-    return f"{_folder(key)}/source/{check_id(document, 'document')}.txt"
+    return f"{_folder(key)}/source/{_join(document=document)}.txt"
 
 
 def segment_path(key: MemoryKey, document: str, segment: int, first_window: int) -> str:
     """Where the slots of a document's segment lie from that window on, relative to the storage root."""
-    return f"{_folder(key)}/segments/{check_id(document, 'document')}/{segment:04d}-{first_window:06d}.safetensors"
+    return f"{_folder(key)}/segments/{_join(document=document)}/{segment:04d}-{first_window:06d}.safetensors"
 
 
 def passages_path(key: MemoryKey, document: str) -> str:
     """Where the document's passages lie, relative to the storage root."""
-    return f"{_folder(key)}/passages/{check_id(document, 'document')}.safetensors"
+    return f"{_folder(key)}/passages/{_join(document=document)}.safetensors"
 
 
 def checkpoint_path(key: MemoryKey) -> str:
@@ -96,8 +95,7 @@ class MemoryStore:
 
     def memories(self, tenant: str) -> list[str]:
         """Ids of the tenant's memories, ready or not, that are not deleted."""
-        check_id(tenant, "tenant")
-        return [name for name in self._list_ids(tenant) if not self.is_deleted(tenant, name)]
+        return [m for m in self._list_ids(_join(tenant=tenant)) if not self.is_deleted(tenant, m)]
 
     def versions(self, tenant: str, memory: str) -> list[str]:
         """The published versions, oldest first."""
@@ -105,8 +103,7 @@ class MemoryStore:
 
     def all_versions(self, tenant: str, memory: str) -> list[str]:
         """Versions with or without a manifest, oldest first."""
-        check_id(tenant, "tenant"), check_id(memory, "memory")
-        return [name for name in self.storage.folders(f"{tenant}/{memory}") if _VERSION.fullmatch(name)]
+        return [name for name in self.storage.folders(_join(tenant=tenant, memory=memory)) if _VERSION.fullmatch(name)]
 
     def current(self, tenant: str, memory: str) -> MemoryKey:
         """The newest published version; `MemoryNotFound` if there is none."""
@@ -146,7 +143,7 @@ class MemoryStore:
 
         Raises `MemoryExists` if another was published for that version.
         """
-        key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
+        key = manifest.key
         if self._has(key.tenant, key.memory, key.version, "manifest.json") and self.read_manifest(key) != manifest:
             raise MemoryExists(manifest.memory)
         sealed = seal(manifest)
@@ -156,9 +153,8 @@ class MemoryStore:
 
     def restore_manifest(self, manifest: Manifest) -> None:
         """Writes the manifest of a published version again, whose files are gone or damaged."""
-        key, sealed = MemoryKey(manifest.tenant, manifest.memory, manifest.version), seal(manifest)
         for name in ("manifest.backup.json", "manifest.json"):
-            self.storage.write(f"{_folder(key)}/{name}", sealed)
+            self.storage.write(f"{_folder(manifest.key)}/{name}", seal(manifest))
 
     def finish_publishing(self, key: MemoryKey) -> bool:
         """Publishes a version whose manifest was written only once before the writer died, or lost since.
@@ -289,7 +285,7 @@ class MemoryStore:
         self.storage.delete_folder(path)
 
     def _deleted_marker(self, tenant: str, memory: str) -> str:
-        return f"{check_id(tenant, 'tenant')}/{check_id(memory, 'memory')}/deleted"
+        return f"{_join(tenant=tenant, memory=memory)}/deleted"
 
     def _manifest(self, key: MemoryKey, name: str) -> Manifest:
         path = f"{_folder(key)}/{name}"
@@ -298,7 +294,7 @@ class MemoryStore:
         except FileNotFoundError:
             raise MemoryNotFound(key.memory) from None
         manifest = open_manifest(data, path, f"{self.storage.root}/{key.tenant}/{key.memory}/*/source/*.txt")
-        if (manifest.tenant, manifest.memory, manifest.version) != (key.tenant, key.memory, key.version):
+        if manifest.key != key:
             raise DamagedMemory(path, "is the manifest of another memory")
         return manifest
 
@@ -323,12 +319,20 @@ class _Failure(BaseModel):
 
 
 def _deletions(tenant: str) -> str:
-    return f"{check_id(tenant, 'tenant')}/.deleted"  # no id begins with a dot
+    return f"{_join(tenant=tenant)}/.deleted"  # no id begins with a dot
 
 
 def _folder(key: MemoryKey) -> str:
-    check_id(key.tenant, "tenant"), check_id(key.memory, "memory"), check_id(key.version, "version")
-    return key.path
+    return _join(tenant=key.tenant, memory=key.memory, version=key.version)
+
+
+def _join(**ids: str) -> str:
+    """These as a path. Callers have checked what users name; but archives and job files are read, too.
+
+    This is the line that keeps each tenant's files apart, whoever brought an id: a '/' in one would reach into
+    another's folder.
+    """
+    return "/".join(check_id(id, what) for what, id in ids.items())
 
 
 def seal(manifest: Manifest) -> bytes:

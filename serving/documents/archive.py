@@ -11,8 +11,7 @@ from typing import IO
 
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import InvalidId
-from memory_worker.manifest import DocumentEntry, Manifest, now
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, now
 from memory_worker.storage.store import head_path, open_manifest, passages_path, seal, segment_path, source_path
 from serving.errors import ProblemError
 

@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from cluster.storage.durable import Storage
-from memory_worker.manifest import JobRecord
-from memory_worker.messages import MemoryKey, Reservation
+from memory_worker.manifest import JobRecord, MemoryKey
+from memory_worker.messages import Reservation
 from memory_worker.storage.store import check_id, source_path
 from serving import api
 from serving.config import LimitsConfig

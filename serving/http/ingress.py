@@ -18,7 +18,6 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
 from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryKey
 from serving import api
 from serving.config import Profile
 from serving.documents.archive import MEDIA_TYPE, pack
@@ -317,12 +316,11 @@ async def stream_events(events: Any, counted: InFlight | None = None) -> EventSo
 
 async def _archive(request: Request, manifest: Manifest) -> AsyncIterator[bytes]:
     """The archive, whose version stays whole however slowly the client reads."""
-    key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
     pieces = pack(request.app.state.gate.storage, manifest)
     held = time.monotonic()
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         if time.monotonic() - held > _HOLD_S:
-            await _router(request).hold.remote(key)
+            await _router(request).hold.remote(manifest.key)
             held = time.monotonic()
         yield piece
 

@@ -20,15 +20,8 @@ from cluster.errors import cause_of
 from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import JobEnded
-from memory_worker.manifest import Document, DocumentEntry, Manifest, now
-from memory_worker.messages import (
-    Job,
-    Language,
-    MemorizeProgress,
-    MemorizeRequest,
-    MemorizeResult,
-    MemoryKey,
-)
+from memory_worker.manifest import Document, DocumentEntry, Manifest, MemoryKey, now
+from memory_worker.messages import Job, Language, MemorizeProgress, MemorizeRequest, MemorizeResult
 from memory_worker.storage.store import passages_path
 from retrieval_worker.messages import IndexedDocument, IndexProgress, IndexRequest
 from serving.errors import is_unavailable, problem_for

@@ -13,8 +13,8 @@ from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import Storage, StoredFile
 from memory_worker.catalog.actor import catalog
 from memory_worker.errors import NoJob
-from memory_worker.manifest import JobRecord, Manifest
-from memory_worker.messages import MemorizerDescription, MemoryKey, MemoryRecord, ReadLease, Reservation, SegmentGroup
+from memory_worker.manifest import JobRecord, Manifest, MemoryKey
+from memory_worker.messages import MemorizerDescription, MemoryRecord, ReadLease, Reservation, SegmentGroup
 from memory_worker.recall.groups import segment_groups
 from memory_worker.storage.store import check_id, new_request
 from serving import api
@@ -379,9 +379,8 @@ class Router(KeyedAnswers):
         path = damaged_path(error)
         for manifest in manifests if path else ():
             if path in {file.path for file in manifest.files}:
-                key = MemoryKey(manifest.tenant, manifest.memory, manifest.version)
                 try:
-                    return bool(await self._catalog.repair.remote(key, path))
+                    return bool(await self._catalog.repair.remote(manifest.key, path))
                 except Exception:  # a boundary: what was asked goes on, or fails, for its own reason
                     logger.exception("%s is damaged, and making it again could not be begun", path)
         return False

@@ -15,8 +15,8 @@ from cluster.errors import cause_of
 from cluster.shared_cache import SharedCache
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import MemoryNotFound, WrongModel
-from memory_worker.manifest import Manifest
-from memory_worker.messages import MemorizerDescription, MemoryKey, SegmentGroup
+from memory_worker.manifest import Manifest, MemoryKey
+from memory_worker.messages import MemorizerDescription, SegmentGroup
 from memory_worker.models.fingerprint import fingerprint_of
 from memory_worker.recall.groups import segment_groups
 from memory_worker.storage.store import MemoryStore

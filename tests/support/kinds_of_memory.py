@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 from cluster.config import EngineConfig
 from cluster.planning.costs import MemoryKind
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.manifest import DocumentEntry, Manifest, now
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, now
 from memory_worker.memorize.memorizer import Memorizer
-from memory_worker.messages import MemorizeRequest, MemorizeResult, MemoryKey
+from memory_worker.messages import MemorizeRequest, MemorizeResult
 from memory_worker.storage.store import MemoryStore
 from tests.support.memorizing import steps_until
 

@@ -3,15 +3,8 @@
 from collections.abc import Sequence
 
 from cluster.storage.durable import Storage, StoredFile
-from memory_worker.manifest import (
-    Document,
-    DocumentEntry,
-    JobRecord,
-    Manifest,
-    MemoryShape,
-    SegmentEntry,
-)
-from memory_worker.messages import Job, MemoryKey
+from memory_worker.manifest import Document, DocumentEntry, JobRecord, Manifest, MemoryKey, MemoryShape, SegmentEntry
+from memory_worker.messages import Job
 from memory_worker.storage.store import head_path, passages_path, segment_path, source_path
 
 KEY = MemoryKey("acme", "book", "v000001-00000001")

@@ -10,9 +10,9 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from memory_worker.config import MemorizeConfig, MemoryConfig
-from memory_worker.manifest import Document
+from memory_worker.manifest import Document, MemoryKey
 from memory_worker.memorize.memorizer import Memorizer
-from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult, MemoryKey
+from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
 from memory_worker.storage.store import MemoryStore, source_path
 
 # In windows of 512 tokens: less than one, some and a rest, next to nothing, several segments, exactly one, a rest.

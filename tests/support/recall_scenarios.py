@@ -23,7 +23,8 @@ from benchmarks.support.recall_engine import (
     request,
     store_slots,
 )
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.manifest import MemoryKey
+from memory_worker.messages import SegmentGroup, SegmentRange
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.storage.store import MemoryStore
 from tests.support.stock_models import add_beacons, write_model

@@ -31,8 +31,8 @@ from memory_worker.errors import (
     QuotaExceeded,
     VersionChanged,
 )
-from memory_worker.manifest import Document, JobRecord, Manifest
-from memory_worker.messages import FailedChange, Job, MemoryKey, MemoryRecord, Reservation
+from memory_worker.manifest import Document, JobRecord, Manifest, MemoryKey
+from memory_worker.messages import FailedChange, Job, MemoryRecord, Reservation
 from memory_worker.storage.store import MemoryStore, new_request, source_path
 from tests.support.local_actor import LocalActor
 from tests.support.waiting import PATIENCE_S, wait_until
@@ -632,11 +632,9 @@ async def test_a_version_whose_publishing_was_cut_short_is_finished(
 
 @pytest.mark.parametrize("id", ["a/b", "..", "", "x" * 200])
 async def test_names_are_checked_first(memories: Any, store: MemoryStore, id: str) -> None:
-    good = MemoryKey("acme", "book", "v000001-00000000")
     for attempt in (
         memories.reserve.remote("acme", id, create=True),
         memories.reserve.remote(id, "book", create=True),
-        memories.begin.remote(good, job(id)),
         memories.get.remote("acme", id),
         memories.delete.remote(id, "book"),
         memories.wait.remote("acme", id, 0, 1),

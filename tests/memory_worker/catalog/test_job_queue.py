@@ -6,7 +6,7 @@ import pytest
 
 from memory_worker.catalog.job_queue import JobQueue
 from memory_worker.errors import QueueFull
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 
 
 class Clock:

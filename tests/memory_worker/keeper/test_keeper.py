@@ -18,8 +18,8 @@ from benchmarks.support.stored_memories import HEAD_SLOTS, SHAPE, Seeded, random
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound, MixedMemories
 from memory_worker.keeper.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
-from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.manifest import Manifest, MemoryKey
+from memory_worker.messages import SegmentGroup, SegmentRange
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
 from tests.support.killed_actors import kill_and_await_restart

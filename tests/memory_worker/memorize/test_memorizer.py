@@ -18,14 +18,9 @@ from cluster.storage.durable import DamagedFile, StoredFile
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import DamagedMemory, EmptyDocument, UnfitRatio, WindowTooLarge
 from memory_worker.keeper.keeper import local_keeper
-from memory_worker.manifest import Document, DocumentEntry, Manifest, SegmentEntry, now
+from memory_worker.manifest import Document, DocumentEntry, Manifest, MemoryKey, SegmentEntry, now
 from memory_worker.memorize.memorizer import Memorizer, _pieces, memorizer_application
-from memory_worker.messages import (
-    MemorizeProgress,
-    MemorizeRequest,
-    MemorizeResult,
-    MemoryKey,
-)
+from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
 from memory_worker.models.beacon import BeaconModel, Slots
 from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore, checkpoint_path

@@ -23,9 +23,10 @@ from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import LostRank
+from memory_worker.manifest import MemoryKey
 from memory_worker.memorize.memorizer import Memorizer, memorizer_application
 from memory_worker.memorize.ranks import rank_share, replica_options
-from memory_worker.messages import MemorizeProgress, MemoryKey
+from memory_worker.messages import MemorizeProgress
 from memory_worker.models.beacon import BeaconModel, Slots
 from memory_worker.models.beacon.exchange import count_exchanged_bytes, share_out
 from memory_worker.storage.store import MemoryStore

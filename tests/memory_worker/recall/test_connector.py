@@ -7,8 +7,8 @@ import pytest
 import ray
 import torch
 
-from memory_worker.manifest import MemoryShape
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.manifest import MemoryKey, MemoryShape
+from memory_worker.messages import SegmentGroup, SegmentRange
 from memory_worker.models.beacon import Rope
 from memory_worker.recall.connector import MemoryConnector, MemoryLoads, _memory_of
 from memory_worker.recall.loading import CacheLayer, Expected, LoadFailed, MemoryLoader, SlotRange, heads_of_rank

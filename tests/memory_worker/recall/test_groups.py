@@ -8,8 +8,8 @@ from benchmarks.support.stored_memories import SHAPE
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
 from memory_worker.errors import MemoryTooLarge
-from memory_worker.manifest import DocumentEntry, Manifest, SegmentEntry, now
-from memory_worker.messages import MemoryKey, SegmentGroup, SegmentRange
+from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, SegmentEntry, now
+from memory_worker.messages import SegmentGroup, SegmentRange
 from memory_worker.recall.groups import memories_of, segment_groups
 
 NOTHING = StoredFile(path="t/m/v/x", size=0, digest="0" * 64)

@@ -16,15 +16,8 @@ from cluster.pools.pools import PoolConfig
 from memory_worker.config import KeeperConfig, MemoryConfig, RecallConfig
 from memory_worker.errors import MemoryNotFound, MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper.keeper import local_keeper
-from memory_worker.messages import (
-    Clue,
-    MemoryAnswerRequest,
-    MemoryKey,
-    RecallRequest,
-    RecallUsage,
-    SegmentGroup,
-    SegmentRange,
-)
+from memory_worker.manifest import MemoryKey
+from memory_worker.messages import Clue, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup, SegmentRange
 from memory_worker.models.beacon import BeaconModel
 from memory_worker.models.prompts import head_tokens, question_tokens
 from memory_worker.recall.application import recaller_application

@@ -23,15 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from benchmarks.support.stored_memories import in_little_memory
 from cluster.storage.durable import DamagedFile, Storage, StoredFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound
-from memory_worker.manifest import (
-    Document,
-    DocumentEntry,
-    JobRecord,
-    Manifest,
-    MemoryShape,
-    SegmentEntry,
-)
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import Document, DocumentEntry, JobRecord, Manifest, MemoryKey, MemoryShape, SegmentEntry
 from memory_worker.storage.segments import Segment, write_slots
 from memory_worker.storage.store import MemoryStore
 

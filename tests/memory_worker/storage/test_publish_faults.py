@@ -10,8 +10,8 @@ from benchmarks.support.stored_memories import store_memory
 from cluster.storage.durable import DamagedFile, StorageFull
 from memory_worker.catalog.restore import restore
 from memory_worker.errors import MemoryNotFound
-from memory_worker.manifest import JobRecord, Manifest
-from memory_worker.messages import MemoryKey, MemoryRecord
+from memory_worker.manifest import JobRecord, Manifest, MemoryKey
+from memory_worker.messages import MemoryRecord
 from memory_worker.storage.store import MemoryStore
 from tests.support.faults import Mode, every_point
 

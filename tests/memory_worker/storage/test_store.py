@@ -13,8 +13,7 @@ from benchmarks.support.stored_memories import store_memory
 from cluster.storage.durable import DamagedFile
 from memory_worker import errors
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
-from memory_worker.manifest import JobRecord, Manifest
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import JobRecord, Manifest, MemoryKey
 from memory_worker.storage.store import MemoryStore, check_id, head_path, passages_path, segment_path, source_path
 
 

@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from cluster.storage.durable import DamagedFile, Storage
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 from memory_worker.storage.store import seal
 from serving.documents.archive import Archive, pack
 from serving.errors import ProblemError

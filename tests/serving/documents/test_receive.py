@@ -10,8 +10,8 @@ from fastapi import FastAPI, Request
 
 from cluster.storage.durable import Storage
 from memory_worker.errors import JobUnderWay
-from memory_worker.manifest import JobRecord
-from memory_worker.messages import MemoryKey, Reservation
+from memory_worker.manifest import JobRecord, MemoryKey
+from memory_worker.messages import Reservation
 from serving import api
 from serving.config import LimitsConfig
 from serving.documents.archive import MEDIA_TYPE, pack

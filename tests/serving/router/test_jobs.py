@@ -10,8 +10,8 @@ from cluster.storage.durable import Storage, StoredFile
 from memory_worker.catalog.quotas import QuotasConfig
 from memory_worker.config import CatalogConfig
 from memory_worker.errors import EmptyDocument, JobEnded
-from memory_worker.manifest import Manifest
-from memory_worker.messages import Job, MemorizeProgress, MemorizeResult, MemoryKey
+from memory_worker.manifest import Manifest, MemoryKey
+from memory_worker.messages import Job, MemorizeProgress, MemorizeResult
 from memory_worker.storage.store import head_path, passages_path
 from retrieval_worker.messages import IndexedDocument, IndexProgress
 from serving.router import jobs

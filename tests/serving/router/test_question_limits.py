@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cluster.storage.durable import Storage
 from memory_worker.config import INSTRUCTION_TOKENS
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import MemoryKey
 from serving import api
 from serving.config import parse_profile
 from serving.errors import ProblemError

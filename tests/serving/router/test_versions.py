@@ -10,8 +10,7 @@ import pytest
 
 from cluster.storage.durable import Storage
 from memory_worker.errors import DamagedMemory, MemoryNotFound
-from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryKey
+from memory_worker.manifest import Manifest, MemoryKey
 from memory_worker.storage.store import MemoryStore
 from serving.router.versions import AskedVersions, Versions, bytes_of
 from tests.support import manifests as made

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.storage.durable import Storage
-from memory_worker.manifest import Manifest
-from memory_worker.messages import MemoryKey, MemoryRecord
+from memory_worker.manifest import Manifest, MemoryKey
+from memory_worker.messages import MemoryRecord
 from serving.router.versions import index_of
 from serving.router.views import memory_out, progress_out
 from tests.support import manifests as made
