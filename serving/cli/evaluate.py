@@ -1,6 +1,7 @@
 """`memorag evaluate`: questions with known answers, by several methods, scored and compared."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,28 +57,29 @@ def evaluate(
         from serving.batch.progress import counting
         from serving.client.client import MemoRAG
         from serving.config import load_profile
+        from serving.deploy.daemon import ServerOptions, borrowed
         from serving.evaluation.datasets import read_examples
-        from serving.evaluation.evaluate import ask_all, forget, own_server, sample
+        from serving.evaluation.evaluate import ask_all, sample
         from serving.evaluation.run import Run, fingerprint
 
         methods = _methods(tasks)
         examples = sample(read_examples(dataset, part or ()), limit)
         settings: dict[str, Any] = {"questions": fingerprint(examples), "max_tokens": max_tokens, "cited": cited}
         settings |= {"url": url} if url else {"profile": load_profile(profile).model_dump(mode="json")}
-        output = output or Path(f"{dataset.name.split('.')[0]}-eval")
-        run = Run(output, settings)
+        run = Run(output or Path(f"{dataset.name.split('.')[0]}-eval"), settings)
         if any(run.lacks(example, method) for example in examples for method in methods):
             with ExitStack() as stack:
                 if not url:
                     wait = stack.enter_context(out.waiting("starting the server"))
-                    url = stack.enter_context(own_server(profile, output, wait))
+                    own = ServerOptions(profile, str(run.storage), port=0)
+                    url = str(stack.enter_context(borrowed(own, on_wait=wait)).address)
                 client = stack.enter_context(MemoRAG(url, os.environ.get("MEMORAG_API_KEY")))
                 show = stack.enter_context(counting("asking", "answers", True))
                 ask_all(
                     client, run, examples, methods,
                     max_tokens=max_tokens, concurrency=concurrency, cited=cited, show=show,
                 )  # fmt: skip
-        forget(output)
+        shutil.rmtree(run.storage, ignore_errors=True)
         _report(out, run, dataset, examples, methods)
 
 

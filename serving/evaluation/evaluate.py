@@ -4,12 +4,9 @@ Each text is memorized once, under a name made of it, however many questions are
 taken up. All questions on a text are asked before the next text is memorized.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 
 from serving.batch.memorize import memorize_once
 from serving.batch.progress import OnCount
@@ -61,22 +58,3 @@ def ask_all(
             for _ in threads.map(ask, wanted):
                 done += 1
                 show(done, total, before)
-
-
-@contextmanager
-def own_server(profile: str, folder: Path, on_wait: Callable[[str], None]) -> Iterator[str]:
-    """The address of a server of that profile on this machine, which ends with the block; its memories stay.
-
-    Raises `DaemonError` where it does not start.
-    """
-    from serving.deploy import daemon
-
-    storage = folder.resolve() / "storage"
-    options = daemon.ServerOptions(profile, str(storage), port=0)
-    with daemon.borrowed(options, on_wait=on_wait) as state:
-        yield str(state.address)
-
-
-def forget(folder: Path) -> None:
-    """Deletes what the run's own server kept."""
-    shutil.rmtree(folder / "storage", ignore_errors=True)

@@ -30,6 +30,7 @@ class Run:
         """Raises `EvaluationError` where the folder holds a run with other settings."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.storage = folder.resolve() / "storage"  # of the server that the run starts
         self._path = folder / "rows.jsonl"
         self._lock = threading.Lock()
         _check(folder / "run.json", settings)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from serving import MemoRAG
 from serving.cli.main import app
 from serving.client.errors import ServerUnreachable
-from serving.evaluation.evaluate import ask_all, forget, sample
+from serving.evaluation.evaluate import ask_all, sample
 from serving.evaluation.report import report, report_svg
 from serving.evaluation.run import EvaluationError, Run, fingerprint
 from tests.support.examples_of_questions import TEXT, example
@@ -204,13 +204,6 @@ def test_parts_have_figures_of_their_own(server, tmp_path):
     assert found["differences"]["all"] == {}
 
 
-def test_what_the_server_kept_is_forgotten(tmp_path):
-    (tmp_path / "storage" / "memories").mkdir(parents=True)
-    forget(tmp_path)
-    forget(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_command_from_file_to_report(server, tmp_path, monkeypatch):
     text = {
         "id": "town",
@@ -227,8 +220,10 @@ def test_the_command_from_file_to_report(server, tmp_path, monkeypatch):
     }
     lines = [line.split() for line in shown.output.splitlines()]
     assert ["f1", "rag", "1", "1.000"] in lines and ["evidence@1", "memorag", "1", "0.000", "-1.000"] in lines
+    kept = tmp_path / "town-eval" / "storage"
+    (kept / "memories").mkdir(parents=True)  # by a server of the run that was killed
     again = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    assert list(again["methods"]) == ["memorag", "rag"] and server.asked.total() == 3
+    assert list(again["methods"]) == ["memorag", "rag"] and server.asked.total() == 3 and not kept.exists()
     assert server.phrases == {True: 2}
     refused = CliRunner().invoke(app, [*command, "--cited"])
     assert refused.exit_code == 1 and "another cited" in refused.output
