@@ -1,7 +1,7 @@
 """A server process for lifecycle tests: all of `run_server`, with a tiny HTTP server in place of Ray and vLLM.
 
 It behaves as its profile's name says: `ready`, `crash` (while starting), `stubborn` (never stops by itself),
-`slow` (never ready), `gradual` (ready after 10 s, in which it says what it does); and redeployed, `refused…`, `fatal`.
+`slow` (never ready), `gradual-N` (ready after N s, in which it says what it does); and redeployed, `refused…`, `fatal`.
 Like the real one it has a child process, which ignores SIGTERM, in its temporary folder.
 """
 
@@ -49,8 +49,8 @@ class Running:
             raise RuntimeError("the engine would not start")
         if options.profile == "slow":
             threading.Event().wait()
-        if options.profile == "gradual":
-            for step in range(10):
+        if options.profile.startswith("gradual-"):
+            for step in range(int(options.profile.removeprefix("gradual-"))):
                 print(f"step {step}", flush=True)
                 threading.Event().wait(1)
         self.server = http.server.ThreadingHTTPServer((options.host, options.port), Handler)

@@ -17,7 +17,9 @@ from pathlib import Path
 import yaml
 from ray.cluster_utils import Cluster
 
+from cluster.ray_internals import patient_node
 from tests.support.server import CLUSTER_PID, ROOT, Server
+from tests.support.waiting import PATIENCE_S
 
 # Which pools are on a node, and which deployments that are.
 NODES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -33,7 +35,7 @@ def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
     """The cluster's address, and the embedded profile with its pools on its nodes. RAY_TMPDIR is its folder."""
     environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.http.proxy:middlewares"}
     before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="three", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="three", dir="/tmp") as folder, patient_node():
         Path(folder, "ray").mkdir()
         # Without RAY_TMPDIR every Ray on this machine would find this cluster; vLLM leaves its sockets in TMPDIR.
         os.environ |= environment | {"RAY_TMPDIR": folder, "TMPDIR": folder}
@@ -45,8 +47,9 @@ def three_nodes(storage: Path) -> Iterator[tuple[str, Path]]:
                     resources={name: _ROOM},
                     object_store_memory=300 * 2**20,
                     include_dashboard=False,
+                    wait=False,  # it would be given up after 30 s
                 )
-            cluster.wait_for_nodes()
+                cluster.wait_for_nodes(PATIENCE_S)
             yield cluster.address, write_profile(storage, cluster.address)
         finally:
             cluster.shutdown()

@@ -15,6 +15,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from benchmarks.support.stored_memories import HEAD_SLOTS, SHAPE, Seeded, random_slots, store_memory, whole
+from cluster.ray_internals import patient_node
 from cluster.storage.durable import DamagedFile
 from memory_worker.errors import DamagedMemory, MemoryNotFound, MixedMemories
 from memory_worker.keeper.keeper import KeeperStats, KeptMemory, MemoryKeeper, keeper_on, local_keeper
@@ -24,24 +25,31 @@ from memory_worker.storage.segments import as_torch
 from memory_worker.storage.store import MemoryStore
 from tests.support.killed_actors import kill_and_await_restart
 from tests.support.local_actor import LocalActor
+from tests.support.waiting import PATIENCE_S
 
 SLOT = SHAPE.slot_bytes
 HEAD = HEAD_SLOTS * SLOT
 
 
-NODE = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
+# Left to itself a node that is added is given up after 30 s, however busy the machine is.
+NODE = {"num_cpus": 2, "object_store_memory": 150 * 2**20, "wait": False}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes; this process is on the first."""
-    with tempfile.TemporaryDirectory(prefix="keep", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="keep", dir="/tmp") as folder,
+        pytest.MonkeyPatch.context() as patch,
+        patient_node(),
+    ):
         patch.setenv("RAY_TMPDIR", folder)  # else every Ray on this machine would find this cluster
         Path(folder, "ray").mkdir()
         cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        cluster.wait_for_nodes(PATIENCE_S)
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         cluster.add_node(**NODE)
-        cluster.wait_for_nodes()
+        cluster.wait_for_nodes(PATIENCE_S)
         yield cluster
         ray.shutdown()
         cluster.shutdown()
@@ -328,7 +336,7 @@ def test_a_node_that_is_lost_takes_no_memory_with_it(
 ) -> None:
     manifest = store_memory(store, store.new_version("acme", "book"), {"one": (40, 1), "two": (20, 2)})
     third = cluster.add_node(**NODE)
-    cluster.wait_for_nodes()
+    cluster.wait_for_nodes(PATIENCE_S)
     lost = Kept(store, 2**20, third.node_id)
     memory = lost.chunks(manifest)
     cluster.remove_node(third)

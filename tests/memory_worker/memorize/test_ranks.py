@@ -18,7 +18,6 @@ from ray import serve
 from ray.util import placement_group_table
 from safetensors.torch import load_file
 
-from benchmarks.support.random_model import ensure_random_model
 from cluster.config import EngineConfig
 from cluster.pools.pools import PoolConfig
 from memory_worker.config import MemorizeConfig, MemoryConfig
@@ -34,6 +33,7 @@ from serving.errors import is_unavailable
 from tests.support import rank_process
 from tests.support.beacon_reference import write_checkpoint
 from tests.support.memorizing import config_for, files_of, steps_until, stored_request
+from tests.support.waiting import PATIENCE_S
 
 TOLERANCE = 1e-4
 MESSAGE = 320  # bytes that gloo writes around what it is given, at most
@@ -111,18 +111,13 @@ def test_a_gpu_is_not_shared_by_ranks() -> None:
         rank_share(config, PoolConfig(gpus_per_replica=0.3))
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_random_model(tmp_path_factory.mktemp("model"))
-
-
 def pid_of(actor: Any) -> int:
     pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
     return pid
 
 
-def ranked(model_folder: Path, **settings: Any) -> MemoryConfig:
-    return config_for(model_folder, ranks=2, group_windows=1, rank_timeout_s=10.0, **settings)
+def ranked(random_model: Path, **settings: Any) -> MemoryConfig:
+    return config_for(random_model, ranks=2, group_windows=1, **{"rank_timeout_s": PATIENCE_S, **settings})
 
 
 @pytest.mark.parametrize(
@@ -135,14 +130,15 @@ def ranked(model_folder: Path, **settings: Any) -> MemoryConfig:
     ],
 )
 async def test_a_lost_rank_fails_the_group_and_the_job_goes_on(
-    local_ray: None, model_folder: Path, tmp_path: Path, how: signal.Signals, told: str
+    local_ray: None, random_model: Path, tmp_path: Path, how: signal.Signals, told: str
 ) -> None:
     store = MemoryStore(str(tmp_path))
-    one = Memorizer(config_for(model_folder, group_windows=2), str(tmp_path))
+    one = Memorizer(config_for(random_model, group_windows=2), str(tmp_path))
     key_of_one = MemoryKey("acme", "book", "one")
     *_, by_one = await steps_until(one, stored_request(store, key_of_one))
 
-    memorizer = Memorizer(ranked(model_folder), str(tmp_path), {"CPU": 1})
+    silence_s = 30.0 if how == signal.SIGSTOP else PATIENCE_S
+    memorizer = Memorizer(ranked(random_model, rank_timeout_s=silence_s), str(tmp_path), {"CPU": 1})
     keys = {name: MemoryKey("acme", "book", name) for name in ("whole", "lost")}
     *_, whole = await steps_until(memorizer, stored_request(store, keys["whole"]))
     for segments, alone in zip(whole.segments, by_one.segments, strict=True):
@@ -175,11 +171,12 @@ def rank_processes() -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Rank")}
 
 
+@pytest.mark.long
 async def test_served_each_rank_has_a_bundle_of_its_replica(
-    local_ray: None, model_folder: Path, tmp_path: Path
+    local_ray: None, random_model: Path, tmp_path: Path
 ) -> None:
     store, others = MemoryStore(str(tmp_path)), rank_processes()
-    application = memorizer_application(ranked(model_folder), PoolConfig(cpus_per_replica=1), str(tmp_path))
+    application = memorizer_application(ranked(random_model), PoolConfig(cpus_per_replica=1), str(tmp_path))
     handle = await asyncio.to_thread(serve.run, application, name="ranked", route_prefix=None)
     memorize = handle.options(stream=True).memorize
     keys = [MemoryKey("acme", "book", version) for version in ("first", "second")]

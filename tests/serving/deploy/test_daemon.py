@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -29,6 +29,10 @@ def up(storage: Path, profile: str = "ready", port: int = 0, timeout_s: float = 
     command = [sys.executable, str(STAND_IN), profile, str(storage), "127.0.0.1", str(port)]
     options = ServerOptions(profile, str(storage), port=port)
     return daemon.start(options, timeout_s=timeout_s, command=command)[0]
+
+
+def is_ready(state: ServerState) -> bool:
+    return httpx.get(f"{state.address}/readyz", timeout=PATIENCE_S).is_success
 
 
 def child_of(storage: Path) -> int:
@@ -71,7 +75,7 @@ def storage(tmp_path: Path):
 def test_up_answers_and_down_leaves_nothing(storage: Path) -> None:
     state = up(storage)
     child = child_of(storage)
-    assert httpx.get(f"{state.address}/readyz").is_success
+    assert is_ready(state)
     assert lives(child) and Path(state.temporary).is_dir()
     assert os.getsid(state.pid) == state.pid, "the server would end with the terminal"
     assert daemon.stop(storage) is True
@@ -92,7 +96,7 @@ def test_two_storages_are_served_side_by_side(storage: Path, tmp_path_factory) -
     try:
         assert first.address != second.address
         assert daemon.stop(storage)
-        assert httpx.get(f"{second.address}/readyz").is_success
+        assert is_ready(second)
         assert lives(child_of(other))
     finally:
         daemon.stop(other)
@@ -103,7 +107,7 @@ def test_a_second_server_of_one_storage_is_refused(storage: Path) -> None:
     with pytest.raises(DaemonError, match=r"another server owns .*memorag down --storage"):
         daemon.run_server(ServerOptions("ready", str(storage)))
     assert daemon.state_of(storage) == state
-    assert httpx.get(f"{state.address}/readyz").is_success
+    assert is_ready(state)
 
 
 @pytest.mark.parametrize("how", ["down", "up"])
@@ -146,9 +150,12 @@ def test_a_server_that_is_never_ready_is_given_up(storage: Path) -> None:
 
 def test_a_start_that_gets_on_is_waited_for(storage: Path) -> None:
     """It takes longer than the time limit, as on a slow machine, but something moves all the while."""
-    begun = time.monotonic()
-    state = up(storage, "gradual", timeout_s=8)
-    assert time.monotonic() - begun > 8 and httpx.get(f"{state.address}/readyz").is_success
+    for limit_s in (8, 64):  # the other is for a machine where nothing moves for 8 s while Python starts
+        with suppress(DaemonError):
+            begun = time.monotonic()
+            state = up(storage, f"gradual-{limit_s + 2}", timeout_s=limit_s)
+            break
+    assert time.monotonic() - begun > limit_s and is_ready(state)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -162,7 +169,7 @@ def test_a_command_that_ends_while_its_server_starts_leaves_nothing(tmp_path: Pa
         assert state
         server = state.process()
         process.send_signal(number)
-        code = process.wait(timeout=120)
+        code = process.wait()
     child = child_of(storage)
     assert code == (-number if number == signal.SIGKILL else {"up --foreground": 1}.get(command, 128 + number))
     if server and (command, number) != ("up --foreground", signal.SIGKILL):
@@ -179,7 +186,7 @@ def test_a_server_that_a_command_borrows_ends_with_it(tmp_path: Path, number: in
         wait_until(lambda: bool(_runs(process) and (state := daemon.state_of(storage)) and state.address))
         state = daemon.state_of(storage)
         process.send_signal(number)
-        process.wait(timeout=120)
+        process.wait()
     assert state
     wait_until(lambda: not (storage / "server.json").exists() and state.process() is None)
     assert_nothing_left(storage, state, child_of(storage))
@@ -194,7 +201,7 @@ def test_a_server_whose_lock_file_was_deleted_takes_it_again(storage: Path) -> N
     wait_until(lambda: _is_locked(storage / "server.lock"))
     with pytest.raises(DaemonError, match=r"another server owns"):
         daemon.run_server(ServerOptions("ready", str(storage)))
-    assert httpx.get(f"{state.address}/readyz").is_success
+    assert is_ready(state)
 
 
 def test_a_server_that_lost_its_storage_ends(storage: Path) -> None:
@@ -312,7 +319,7 @@ def test_reload_takes_up_another_profile_and_its_own_again(storage: Path) -> Non
     assert (again.profile, again.generation) == ("other", 3)
     log = (storage / "server.log").read_text()
     assert log.count("redeployed other") == 2
-    assert httpx.get(f"{before.address}/readyz").is_success
+    assert is_ready(before)
     assert daemon.stop(storage)
 
 
@@ -323,7 +330,7 @@ def test_a_profile_that_is_refused_changes_nothing(storage: Path) -> None:
     state = daemon.state_of(storage)
     assert state and (state.profile, state.generation) == ("ready", 2)
     assert "the profile refused-1 is refused" in (storage / "server.log").read_text()
-    assert httpx.get(f"{state.address}/readyz").is_success
+    assert is_ready(state)
     assert daemon.reload(storage, "better", timeout_s=PATIENCE_S).reload_error is None
 
 
