@@ -19,7 +19,7 @@ from tests.support.processes import title_of
 from tests.support.server import MEMORAG, ROOT, Server, memorize
 from tests.support.waiting import wait_until
 
-QUESTIONS = 120
+QUESTIONS = 80
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def run_process(server: Server) -> psutil.Process | None:
     return next((p for p in server.processes() if "BatchRun" in title_of(p)), None)
 
 
+@pytest.mark.long
 def test_killed_half_way_nothing_is_lost_or_asked_twice(server, memories, tmp_path):
     questions, output = tmp_path / "questions.jsonl", tmp_path / "answers"
     rows = [
@@ -67,7 +68,7 @@ def test_killed_half_way_nothing_is_lost_or_asked_twice(server, memories, tmp_pa
         for n in range(QUESTIONS)
     ]  # fmt: skip
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["batch", questions, output, "--concurrency", "4", "--rows-per-part", "50"]
+    command = ["batch", questions, output, "--concurrency", "4", "--rows-per-part", "30"]
     client = start(server, *command)
     wait_until(lambda: recorded(output) >= 5)
     client.kill()
@@ -122,6 +123,7 @@ def test_what_fails_is_a_row(server, memories, tmp_path):
     assert "has the id 'twin'" in found["twin", "Was it built?"]["detail"]
 
 
+@pytest.mark.long
 def test_mistakes_are_said_in_one_line(server, tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "1", "question": "Who?"}) + "\n")
     for arguments, words in (
@@ -135,6 +137,7 @@ def test_mistakes_are_said_in_one_line(server, tmp_path):
     assert done.returncode == 1 and "start one with 'memorag up'" in done.stderr
 
 
+@pytest.mark.long
 def test_a_folder_of_files_is_memorized_and_a_killed_run_goes_on(server, tmp_path):
     folder = tmp_path / "files"
     (folder / "deep").mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.support.server import EXAMPLE, Server
 
 TOWN = EXAMPLE["text"]
@@ -15,6 +17,7 @@ def record(id: str, text: str, questions: dict[str, str]) -> dict:
     return {"id": id, "title": id, "language": "en", "text": text, "questions": asked}
 
 
+@pytest.mark.long
 def test_two_texts_by_every_method(server: Server, tmp_path):
     half = TOWN.index("\n", len(TOWN) // 2)
     event = next(asked for asked in EXAMPLE["questions"] if asked["kind"] == "event")

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.chaos import text
 from tests.support.processes import kill_part
 from tests.support.server import Server, follow, segment_files
@@ -12,6 +14,7 @@ from tests.support.waiting import wait_until
 TEXT = text("killed", 2000)  # some 60,000 tokens, of which every 4,096 are written
 
 
+@pytest.mark.long
 def test_a_job_whose_memorizer_is_killed_goes_on_to_the_same_files(server: Server) -> None:
     with server.client() as client:
         begun = client.post("/v1/memories", json={"id": "killed", "documents": [{"id": "killed", "text": TEXT}]})

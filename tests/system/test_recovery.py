@@ -25,8 +25,8 @@ QUESTION = "What stood by the lantern of the harbour?"
 
 
 SHORT = {"asked": text("asked", 200), "unasked": text("unasked", 200)}
-LONG = text("long", 4700)  # some 150,000 tokens
-PROMPT = 8192
+LONG = text("long", 3000)  # some 96,000 tokens
+PROMPT = 4096
 
 
 @dataclass
@@ -100,7 +100,7 @@ def test_a_killed_server_goes_on_from_the_last_checkpoint_to_the_same_files(reco
         events = follow(client, "long")
     assert events[-1][0] == "ready", events[-1]
     total = events[-1][1]["tokens"]
-    assert total > 130_000 and 0 < done < total
+    assert total > 80_000 and 0 < done < total
     assert events[-1][1]["version"] == recovered.folder.name
     resumed = segment_files(server.manifest("long", recovered.folder.name)["documents"][0]["segments"])
     assert len(recovered.written) >= 3 and resumed.keys() > recovered.written.keys()

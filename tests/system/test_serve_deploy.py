@@ -123,7 +123,9 @@ def test_the_shipped_file_answers_a_question(cluster):
     config["http_options"]["port"] = cluster.http
     config["applications"][0]["args"]["storage"] = str(cluster.storage)
     (cluster.storage / "serve.yaml").write_text(yaml.safe_dump(config))
-    refused = httpx.put(f"http://127.0.0.1:{cluster.dashboard}/api/serve/applications/", json=config)
+    refused = httpx.put(
+        f"http://127.0.0.1:{cluster.dashboard}/api/serve/applications/", json=config, timeout=PATIENCE_S
+    )
     assert refused.status_code == 401, "whoever reaches the dashboard could deploy"
     cluster.serve("deploy", "serve.yaml", tries=3)  # Serve gives its proxy 60 s to start, busy machine or not
 

@@ -14,7 +14,7 @@ from tests.support.documents import check_exact, text
 from tests.support.server import ROOT, Server, check_problem, follow
 from tests.support.waiting import PATIENCE_S, wait_until
 
-CLIENTS = 16
+CLIENTS = 4
 QUOTAS = {
     "small": {"memories": 1, "jobs": 1},
     "few": {"tokens": 300},
@@ -198,7 +198,7 @@ def check_quota(response: httpx.Response, words: str) -> None:
 
 
 def test_memories_and_jobs_are_limited(keyed: Keyed):
-    long, short = text("long", "only", 20_000), "A short text."
+    long, short = text("long", "only", 3000), "A short text."
     with keyed.client("small") as client:
         usage = client.get("/v1/usage").json()
         assert usage["quota"] == dict.fromkeys(usage["quota"]) | QUOTAS["small"]
