@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private import services, utils
+from ray._private import node, services, utils
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
 from ray.serve._private import api, client
 from ray.serve._private.common import RequestMetadata
@@ -184,6 +184,29 @@ def patient_node() -> Iterator[None]:
         yield
     finally:
         services.get_node, utils.set_sigterm_handler = ask, set_handler
+
+
+@contextmanager
+def small_node(*, metrics: bool) -> Iterator[None]:
+    """Inside, `ray.init` starts a node without the processes that nobody asks of one machine's own Ray.
+
+    No log monitor, which brings workers' output to a driver that wants none, and no monitor, which asks a cloud for
+    nodes; without `metrics`, the two of the dashboard import only what a minimal installation has.
+    """
+    stand_in: dict[tuple[Any, str], Callable[..., Any]] = {
+        (node.Node, "start_log_monitor"): lambda _: None,
+        (node.Node, "start_monitor"): lambda _: None,
+    }
+    if not metrics:
+        stand_in[utils, "get_dashboard_dependency_error"] = lambda: ImportError("not wanted")
+    before = {(owner, name): getattr(owner, name) for owner, name in stand_in}
+    for (owner, name), function in stand_in.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name), function in before.items():
+            setattr(owner, name, function)
 
 
 def _raylet_lives(node_id: str) -> bool:

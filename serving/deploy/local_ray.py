@@ -56,6 +56,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.http.proxy:middlewares",
     }
     init_patiently(
+        metrics=config.metrics,
         namespace=config.namespace,
         num_cpus=config.logical_cpus,
         object_store_memory=config.object_store_bytes,
@@ -76,8 +77,8 @@ def start_ray(config: RayConfig, folder: Path) -> None:
     (folder / _ADDRESS).write_text(ray.get_runtime_context().gcs_address)
 
 
-def init_patiently(**options: Any) -> None:
-    """Starts a Ray of this process's own with `options` of `ray.init`.
+def init_patiently(*, metrics: bool = True, **options: Any) -> None:
+    """Starts a Ray of this process's own with `options` of `ray.init`, which exports `metrics` or does not.
 
     Its node is waited for while its process lives (`patient_node`). On a busy machine that may give itself up, for its
     own limits on what it starts: it is begun again.
@@ -85,7 +86,7 @@ def init_patiently(**options: Any) -> None:
     import ray
     from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
-    from cluster.ray_internals import patient_node
+    from cluster.ray_internals import patient_node, small_node
 
     for attempt in Retrying(
         stop=stop_after_attempt(_ATTEMPTS),
@@ -93,7 +94,7 @@ def init_patiently(**options: Any) -> None:
         before_sleep=lambda _: logger.warning("Ray's node ended before it was ready; it is started again"),
         reraise=True,
     ):
-        with attempt, patient_node():
+        with attempt, patient_node(), small_node(metrics=metrics):
             try:
                 ray.init("local", **options)
             except BaseException:

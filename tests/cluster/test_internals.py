@@ -41,6 +41,7 @@ NAMES = {
     ),
     "ray.serve._private.request_router.common:RequestRoutingContext": ("should_backoff",),
     "ray.serve._private.common:RequestMetadata": ("session_id",),
+    "ray._private.node:Node": ("start_log_monitor", "start_monitor"),
     "ray.serve.llm.deployment:LLMServer": ("_start_engine", "engine"),
     "ray.serve.llm:LLMConfig": ("accelerator_config", "get_engine_config", "get_or_create_callback"),
     "ray.llm._internal.common.callbacks.base:CallbackCtx": ("run_init_node",),
