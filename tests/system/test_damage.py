@@ -52,7 +52,9 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [part if part == "segment" else pytest.param(part, marks=pytest.mark.long) for part in PARTS]
+)
 def test_what_can_be_made_again_is(server: Server, memory: dict, part: str):
     manifest = server.manifest(memory["id"], memory["version"])
     path = PARTS[part](manifest)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.support.server import Server
 
 DEPLOYMENTS = {"Ingress", "Router", "Memorizer", "Recaller", "Embedder", "Retriever", "Generator"}
@@ -21,6 +23,7 @@ def test_pools_replicas_memories_and_rates(server: Server, chronicle: dict) -> N
     assert seen["totals"]["reads"] >= 1 and seen["reads_per_s"] >= 0
 
 
+@pytest.mark.long
 def test_it_is_a_table_for_people(server: Server, chronicle: dict) -> None:
     lines = server.memorag("status", "--live").stdout
     assert all(name in lines for name in DEPLOYMENTS) and "slots resident" in lines

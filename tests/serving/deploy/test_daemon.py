@@ -158,7 +158,14 @@ def test_a_start_that_gets_on_is_waited_for(storage: Path) -> None:
     assert time.monotonic() - begun > limit_s and is_ready(state)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        signal.SIGKILL,
+        *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGHUP)),
+    ],
+)
 @pytest.mark.parametrize("command", ["up", "up --foreground", "evaluate"])
 def test_a_command_that_ends_while_its_server_starts_leaves_nothing(tmp_path: Path, command: str, number: int) -> None:
     storage = tmp_path / "storage"
