@@ -13,29 +13,27 @@ from generator_worker.errors import QuestionTooLong
 from generator_worker.messages import GenerateRequest
 
 _INSTRUCTIONS = {
+    # Short: they cost time at every question, and small models read them better. Trained adapters know these words.
     ("answer", "en"): (
-        "Answer the question from the numbered passages below and from nothing else. After each statement name the "
-        "passages it rests on by their numbers in square brackets, like [1] or [2][3]. If the passages do not hold "
-        "the answer, say so. Be brief."
+        "Answer briefly from the passages alone, and cite them like [1]. If they do not hold the answer, write: The "
+        "passages do not say."
     ),
     ("answer", "zh"): (
         "请只根据下面编号的段落回答问题。每个论断之后，用方括号注明所依据的段落编号，例如 [1] 或 [2][3]。"
         "如果段落中没有答案，请直接说明。回答要简洁。"
     ),
     ("summarize", "en"): (
-        "Summarize the text that the numbered passages below were taken from: what it is about, what happens or is "
-        "argued, and how it ends. Use nothing but the passages. After each statement name the passages it rests on by "
-        "their numbers in square brackets, like [1] or [2][3]."
+        "Summarize the text that the passages are parts of, from the passages alone: what it is about, what happens "
+        "or is argued, and how it ends. Cite them like [1]."
     ),
     ("summarize", "zh"): (
         "下面编号的段落摘自同一文本。请概括该文本：主题是什么，发生或论述了什么，结果如何。只能依据这些段落。"
         "每个论断之后，用方括号注明所依据的段落编号，例如 [1] 或 [2][3]。"
     ),
-    ("short", "en"): "Answer the question from the numbered passages below and from nothing else.",
+    ("short", "en"): "Answer the question from the passages alone.",
     ("short", "zh"): "请只根据下面编号的段落回答问题。",
     ("full", "en"): (
-        "Answer the question from the text below and from nothing else. If the text does not hold the answer, say so. "
-        "Be brief."
+        "Answer briefly from the text alone. If it does not hold the answer, write: The text does not say."
     ),
     ("full", "zh"): "请只根据下面的文本回答问题。如果文本中没有答案，请直接说明。回答要简洁。",
     # HyDE (Gao et al., ACL 2023, arXiv 2212.10496): a made-up passage lies near the real one.
@@ -51,7 +49,7 @@ _INSTRUCTIONS = {
     ("rewrite", "zh"): "需要在一篇文本中检索下面问题的答案。请写出最多四条具体的检索语句，每行一条，不要写其他内容。",
 }
 _SHORT = {
-    "en": "Answer with a word or a short phrase, without explanation.",
+    "en": "Answer with a word or a short phrase.",
     "zh": "只用一个词或短语回答，不要解释。",
 }
 _LABELS = {

@@ -18,10 +18,7 @@ _TEXT = "\ue0f0"
 _QUESTION = "\ue0f1"
 
 _HEAD: dict[Language, str] = {
-    "en": (
-        "Read the following text with care and remember it: people, places, events, numbers, and how they hang "
-        "together. Afterwards you will be asked about it.\n\nThe text begins.\n"
-    ),
+    "en": "Read the following text and remember it: you will be asked about it.\n\nThe text begins.\n",
     "zh": (
         "请仔细阅读并记住下面的文本，包括其中的人物、地点、事件、数字以及它们之间的联系。之后会有关于它的提问。"
         "\n\n文本开始。\n"
@@ -32,29 +29,20 @@ _END: dict[Language, str] = {"en": "\nThe text ends.\n\n", "zh": "\n文本结束
 
 _INSTRUCTIONS: dict[Language, dict[PromptKind, str]] = {
     "en": {
+        # Short: they cost time at every question, and small models read them better. Trained adapters know these words.
         "span": (
-            "To answer the question below, the passages that bear on it must be found in the text again. Recall them: "
-            "quote the phrases and sentences of the text that matter for the question, as literally as you can, one "
-            "to a line, the most important first. Write nothing but the quotations."
+            "Quote the sentences of the text that answer the question, word for word, one to a line, the best first. "
+            "Write nothing else."
         ),
         "question": (
-            "The question below may be too broad or too vague to search the text with. Replace it by several precise "
-            "questions whose answers together answer it, naming the people, places, things and times that the text "
-            "itself names. Write one question to a line and nothing else."
+            "Ask the question again in the words and names of the text, as precise questions, one to a line. Write "
+            "nothing else."
         ),
-        "draft": (
-            "Answer the question below from what you remember of the text. Be concrete: names, numbers, events. If "
-            "you are not sure, write what is most likely. Write the answer only, one statement to a line."
-        ),
+        "draft": "Answer the question from the text, with names, numbers and events, one statement to a line.",
         "key_point": (
-            "List the key points of the text in the order in which they occur in it: who and what it is about, what "
-            "happens or is claimed, and what follows from it. Write one point to a line, each a full sentence that "
-            "can be understood alone, and nothing else."
+            "List the key points of the text in order, each a full sentence, one to a line. Write nothing else."
         ),
-        "answer": (
-            "Answer the question below from what you remember of the text, briefly and to the point. If the text does "
-            "not say, tell so."
-        ),
+        "answer": "Answer the question briefly from the text. If it does not say, write: The text does not say.",
     },
     "zh": {
         "span": (
