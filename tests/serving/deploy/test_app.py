@@ -2,7 +2,7 @@
 
 import pytest
 
-from memory_worker.models import embedded
+from memory_worker.models import embedded, smollm2
 from serving.config import AuthConfig, ProfileError, load_profile, parse_profile
 from serving.deploy.app import limits_of, memories_root, needs_of, require_safe, resolve_models
 
@@ -12,6 +12,20 @@ def test_the_embedded_model_is_found_and_known_to_be_narrow():
     assert profile.memory.engine.model == profile.generator.engine.model == str(embedded.FOLDER)
     assert limits_of(profile) == ("embedded-model",)
     assert profile.memory.engine.max_model_len == load_profile("embedded").memory.engine.max_model_len
+
+
+def test_the_model_in_a_package_is_made_where_it_is_asked_for_and_named_by_its_folder(monkeypatch, tmp_path):
+    said: list[str] = []
+
+    def prepare(say):
+        say("making it")
+        return tmp_path
+
+    monkeypatch.setattr(smollm2, "prepare_smollm2", prepare)
+    text = "memory: {engine: {model: embedded}}\ngenerator: {engine: {model: smollm2}}"
+    profile = resolve_models(parse_profile(text, "mine"), said.append)
+    assert profile.generator.engine.model == str(tmp_path) and said == ["making it"]
+    assert profile.memory.engine.model == str(embedded.FOLDER)
 
 
 def test_other_models_are_left_as_they_are():
