@@ -50,11 +50,19 @@ class FreshConfig(Settings):
     )
 
 
+class LoraConfig(Settings):
+    """Adapters, where a run trains those alone."""
+
+    rank: int = Field(16, ge=1, description="width of an adapter")
+    scale: float = Field(2.0, gt=0, description="of what an adapter adds; peft's lora_alpha is this times the rank")
+
+
 class DataConfig(Settings):
     """One source of examples."""
 
     kind: Literal["text", "documents", "conversations"] = Field(
-        description="text: next tokens; documents: questions on documents, with answers; conversations: the replies"
+        description="text: next tokens; documents: questions on documents, with answers; conversations: the replies, "
+        "of several that begin alike (`shared`) on one reading"
     )
     files: tuple[str, ...] = Field((), description="text, .jsonl, .jsonl.xz files; relative to the YAML file")
     generator: str | None = Field(
@@ -62,9 +70,13 @@ class DataConfig(Settings):
     )
     arguments: dict[str, Any] = Field({}, description="further arguments of the generator")
     share: float = Field(1.0, gt=0, description="how often it is drawn, against the stage's other sources")
-    tasks: dict[Literal["span", "question", "draft", "answer", "recite"], float] = Field(
+    tasks: dict[Literal["span", "question", "draft", "answer", "recite", "key_point"], float] = Field(
         {"span": 1.0, "draft": 1.0}, description="what is asked of documents, and how often"
     )
+    unknown: float = Field(
+        0.0, ge=0, lt=1, description="share of questions whose evidence was not read: no clue, and that it is not said"
+    )
+    lead: str = Field(" ", description="before what is to be written; of a model with a chat template of its own, none")
     raw: bool = Field(False, description="keep the text uncompressed, as the generator reads passages")
 
 
@@ -97,9 +109,14 @@ class RunConfig(Settings):
     """A whole training run."""
 
     output: str = Field(description="folder for checkpoints, progress and the result; relative to the YAML file")
-    model: str | None = Field(None, description="checkpoint to begin from: folder or hub name; none makes a fresh one")
+    model: str | None = Field(
+        None, description="checkpoint to begin from: folder, hub name, or `smollm2`; none makes a fresh one"
+    )
     fresh: FreshConfig = FreshConfig()
-    parameters: Literal["beacons", "all"] = Field("all", description="what is trained")
+    parameters: Literal["beacons", "all", "lora"] = Field(
+        "all", description="what is trained; lora: adapters on all matrices, merged in the end"
+    )
+    lora: LoraConfig = LoraConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="in order")
     seed: int = Field(0, description="of weights, data and ratios")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights in float32")
@@ -123,6 +140,8 @@ class RunConfig(Settings):
             raise ValueError("two stages have the same name: rename one")
         if self.optimizer == "muon" and self.workers > 1:
             raise ValueError("muon needs whole matrices, and several workers shard them: use adamw, or one worker")
+        if self.parameters == "lora" and any(stage.grow for stage in self.stages):
+            raise ValueError("adapters do not grow a model: remove `grow`, or set parameters: all")
         return self
 
 
@@ -149,7 +168,7 @@ def _nearest(error: Any) -> str:
         return ""
     known = {
         name
-        for branch in (RunConfig, StageConfig, DataConfig, FreshConfig, TokenizerConfig)
+        for branch in (RunConfig, StageConfig, DataConfig, LoraConfig, FreshConfig, TokenizerConfig)
         for name in branch.model_fields
     }
     near = difflib.get_close_matches(str(error["loc"][-1]), sorted(known), 1)

@@ -12,6 +12,8 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from memory_worker.training.config import DataConfig, StageConfig, TrainingError
 from memory_worker.training.layout import Layout
 from memory_worker.training.model import Batch
 
+_NOT_SAID = ("The text does not say.", "文本中没有提到。")  # as the prompts of `answer` ask for it
+_KEY_POINTS = 6  # at most
+_OF_MEMORY = ("span", "question", "draft", "answer")
 _TEXT, _QUESTION = "\ue0f2", "\ue0f3"  # private-use characters, which no chat template contains or changes
 
 
@@ -54,12 +59,14 @@ class Source:
 
     def examples(self, draw: random.Random, count: int, stage: StageConfig, tokens: int) -> list[Example]:
         """`count` examples with `stage.questions` questions each; texts of at most `tokens` tokens."""
-        if self.config.kind == "conversations":
-            return [self._conversation(draw.choice(self._records)) for _ in range(count)]
         if self._make:
             records = self._make(draw.randrange(2**60), count, **self.config.arguments)
+        elif self.config.kind == "conversations":
+            records = draw.choices(self._records, k=count)
         else:
             records = self._alike(draw, count)
+        if self.config.kind == "conversations":
+            return [self._conversations(draw, record, stage) for record in records]
         encoded = self._encode([record["text"] for record in records])
         tokens = min(
             tokens, *(len(ids) + len(self._before(record)) for record, (ids, _) in zip(records, encoded, strict=True))
@@ -105,40 +112,90 @@ class Source:
         example = Example(head, ids[begin : begin + room])
         first, last = starts[begin], starts[min(begin + room, len(ids))]
         inside = [q for q in questions if all(first <= a and b <= last for a, b in _spans(q))]
+        # With an `unknown` of 0 nothing is drawn for it: what earlier runs saw is what they see again.
+        unread = [
+            q
+            for q in questions
+            if self.config.unknown and not frame and _spans(q) and all(b <= first or last <= a for a, b in _spans(q))
+        ]
         tasks, shares = zip(*self.config.tasks.items(), strict=True)
         for task in draw.choices(tasks, shares, k=count):
-            if task == "recite" or not inside:
+            if unread and task in _OF_MEMORY and draw.random() < self.config.unknown:
+                example.tails.append(self._tail(task, draw.choice(unread), language, record["text"], read=False))
+            elif task == "recite" or not inside:
                 example.tails.append(_recite(draw, example.text))
+            elif task == "key_point":
+                example.tails.append(self._key_points(draw, inside, language, record["text"]))
             elif frame:
                 question = draw.choice(inside)
                 asked = self._ids(f"{frame[1]}{question['question']}{frame[2]}")
-                example.tails.append(([*asked, *self._ids(f" {question['answers'][0]}"), *self._end], len(asked)))
+                wanted = self._ids(f"{self.config.lead}{question['answers'][0]}")
+                example.tails.append(([*asked, *wanted, *self._end], len(asked)))
             else:
                 example.tails.append(self._tail(task, draw.choice(inside), language, record["text"]))
         example.tails = [*{tuple(ids): (ids, prompt) for ids, prompt in example.tails}.values()]  # each once
         return example
 
-    def _tail(self, task: str, question: dict[str, Any], language: str, text: str) -> tuple[list[int], int]:
-        """The tokens of one question and what is to be written, and how many of them are the question."""
+    def _tail(
+        self, task: str, question: dict[str, Any], language: str, text: str, read: bool = True
+    ) -> tuple[list[int], int]:
+        """The tokens of one question and what is to be written, and how many of them are the question.
+
+        Of what was not `read` there is nothing to recall, and an answer says that the text does not say.
+        """
         before, after = self._frame(task, language)
         asked = [*before, *self._ids(question["question"]), *after]
-        if task == "span":
+        lead = self.config.lead
+        if not read:
+            wanted = f"{lead}{_NOT_SAID[language == 'zh']}" if task == "answer" else ""
+        elif task == "span":
             clues = question.get("clues") or [text[a:b] for a, b in _spans(question)] or question["answers"][:1]
-            wanted = "\n".join(f" {clue}" for clue in clues)
+            wanted = "\n".join(f"{lead}{clue}" for clue in clues)
         elif task == "question":
-            wanted = f" {question.get('surrogate') or question['question']}"
+            wanted = f"{lead}{question.get('surrogate') or question['question']}"
         else:
-            wanted = f" {question['answers'][0]}"
+            wanted = f"{lead}{question['answers'][0]}"
         return [*asked, *self._ids(wanted), *self._end], len(asked)
 
-    def _conversation(self, record: dict[str, Any]) -> Example:
-        """A conversation whose last message is the reply; what comes before is the prompt."""
+    def _key_points(
+        self, draw: random.Random, inside: list[dict[str, Any]], language: str, text: str
+    ) -> tuple[list[int], int]:
+        """The evidence of some questions, in the text's order: what people ask about are its points."""
+        asked = question_tokens(self._tokenizer, "key_point", "", "zh" if language == "zh" else "en")
+        spans = sorted({tuple(span) for question in inside for span in _spans(question)})
+        chosen = sorted(draw.sample(spans, min(_KEY_POINTS, len(spans))))
+        lines = "\n".join(f"{self.config.lead}{' '.join(text[a:b].split())}" for a, b in chosen)
+        return [*asked, *self._ids(lines), *self._end], len(asked)
+
+    def _conversations(self, draw: random.Random, record: dict[str, Any], stage: StageConfig) -> Example:
+        """One conversation, or several that are `shared`: the tokens that all begin with are the text, read once."""
+        if "shared" not in record:
+            return Example([], [], [self._conversation(record)])
+        if stage.texts > 1:
+            raise TrainingError(
+                "conversations that share their beginning are read one at a time: set the stage's texts: 1"
+            )
+        chosen = draw.sample(record["shared"], min(stage.questions, len(record["shared"])))
+        tails = [self._conversation(each) for each in chosen]
+        length = min(prompt for _, prompt in tails) - 1
+        text = [
+            *map(
+                itemgetter(0),
+                takewhile(lambda t: len({*t}) == 1, zip(*(ids[:length] for ids, _ in tails), strict=True)),
+            )
+        ]
+        if len(text) > stage.tokens:
+            raise TrainingError(f"conversations begin alike for {len(text)} tokens: raise the stage's tokens to that")
+        return Example([], text, [(ids[len(text) :], prompt - len(text)) for ids, prompt in tails])
+
+    def _conversation(self, record: dict[str, Any]) -> tuple[list[int], int]:
+        """A conversation whose last message is the reply; what comes before is the prompt: how many tokens that is."""
         *before, reply = record["messages"]
         if reply["role"] != "assistant" or not before:
             raise TrainingError("a conversation ends with a message of the role assistant, after one of the user")
         prompt = self._tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
         asked = self._tokenizer.encode(prompt, add_special_tokens=False)
-        return Example([], [], [([*asked, *self._ids(f" {reply['content'].strip()}"), *self._end], len(asked))])
+        return [*asked, *self._ids(f"{self.config.lead}{reply['content'].strip()}"), *self._end], len(asked)
 
     def _encode(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids, and for each the character that it begins at, with the text's length at the end."""

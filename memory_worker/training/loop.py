@@ -15,15 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.errors import MessageError
+from memory_worker.models import smollm2
 from memory_worker.models.beacon.checkpoint import resolve
 from memory_worker.training.config import RunConfig, StageConfig
 from memory_worker.training.curve import write_curve
 from memory_worker.training.data import Source, batches
 from memory_worker.training.fresh import fresh_config, fresh_model, write_fresh_tokenizer
 from memory_worker.training.grow import grow
+from memory_worker.training.lora import add_adapters, merge_adapters, split_adapters, write_adapters
 from memory_worker.training.model import BEACON_MARK, TrainedModel
 from memory_worker.training.optimizer import Optimizer, gather_whole
-from memory_worker.training.state import RunFolder, State, copy_tokenizer, load_beginning, write_model
+from memory_worker.training.state import RunFolder, State, copy_tokenizer, load_beginning, read_weights, write_model
 
 _SMOOTHING = 0.98  # of the accuracy that ends a stage: about 50 steps
 _CURVE_EVERY_S = 60.0
@@ -66,7 +68,11 @@ class Loop:
             self._prepare(latest)
         self._wait()
         state, moments = self.folder.load(latest) if latest else (State(), {})
-        config, weights = load_beginning(latest) if latest else self._begin()
+        if latest and not self._adapts:
+            config, weights = load_beginning(latest)
+        else:
+            config, weights = self._begin()
+            weights |= read_weights(latest) if latest else {}
         if self.rank == 0:
             self.folder.progress(state.total_steps)
         self._wait()
@@ -75,17 +81,22 @@ class Loop:
             stage = self.run.stages[state.stage]
             if stage.grow and state.step == 0:
                 config, weights = grow(config, weights, stage.grow, self.run.seed)
-            model = TrainedModel(config)
-            model.load_state_dict(weights)
+            model = TrainedModel(config, beacons=any(BEACON_MARK in name for name in weights))
+            if self._adapts:
+                add_adapters(model, self.run.lora, self.run.seed)
+            # What a run has not trained yet, its adapters, begins as it was drawn.
+            model.load_state_dict(model.state_dict() | weights)
             weights = self._stage(model, tokenizer, stage, state, moments)
             moments = {}
             state.stage, state.step = state.stage + 1, 0
             state.accuracy = state.loss_sum = state.weight_sum = state.hit_sum = 0.0
             if self.rank == 0:
-                self.folder.save(state, config, weights, {})
-                write_model(self.folder.path / "stages" / stage.name, config, weights, self.folder.path / "tokenizer")
+                self.folder.save(state, config, self._trained(weights), {})
+                self._write(self.folder.path / "stages" / stage.name, config, weights)
         if self.rank == 0:
-            write_model(self.folder.result, config, weights, self.folder.path / "tokenizer")
+            self._write(self.folder.result, config, weights)
+            if self._adapts:
+                write_adapters(self.folder.path / "adapter", self._trained(weights), self.run.lora, str(self.run.model))
             write_curve(self.folder.path / "loss.svg", self.folder.progress())
         self._wait()
         return self.folder.result
@@ -95,13 +106,13 @@ class Loop:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         tokenizer = self.folder.path / "tokenizer"
         if self.run.model:
-            copy_tokenizer(resolve(self.run.model), tokenizer)
+            copy_tokenizer(_find_model(self.run.model), tokenizer)
         elif not (tokenizer / "tokenizer_config.json").is_file():
             write_fresh_tokenizer(tokenizer, self.run.fresh.tokenizer)
 
     def _begin(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.run.model:
-            return load_beginning(resolve(self.run.model))
+            return load_beginning(_find_model(self.run.model), beacons=not self._adapts)
         config = fresh_config(self.run.fresh, len(_tokenizer(self.folder.path / "tokenizer")))
         model = fresh_model(config, self.run.seed, local_heads=self.run.fresh.local_heads)
         return config, model.state_dict()
@@ -111,11 +122,15 @@ class Loop:
     ) -> dict[str, Tensor]:
         """Trains one stage from `state.step` on; returns all weights."""
         config = model.config
-        window = stage.window or config["beacon_window"]
+        window = stage.window or config.get("beacon_window") or stage.tokens
         sources = [Source(data, tokenizer) for data in stage.data]
         model.checkpoint_layers = self.run.checkpoint_layers
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = self.run.parameters == "all" or BEACON_MARK in name
+        if not self._adapts:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = self.run.parameters == "all" or BEACON_MARK in name
+        elif self.run.precision == "bfloat16" and self.ranks == 1:  # several shard each layer as one dtype
+            for parameter in model.model.layers.parameters():
+                parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
         model = self._shard(model.to(self.device))
         optimizer = Optimizer(model, self.run)
         optimizer.restore(moments)
@@ -132,7 +147,7 @@ class Loop:
             if stopping or self._agree(time.monotonic() - self._saved_at > self.run.save_every_s):
                 weights, held = _gather(model), optimizer.moments()
                 if self.rank == 0:
-                    self.folder.save(state, config, weights, held)
+                    self.folder.save(state, config, self._trained(weights), held)
                 self._wait()
                 self._saved_at = time.monotonic()
             if stopping:
@@ -170,6 +185,22 @@ class Loop:
         state.tokens += int(sums[3])
         share = float(sums[2] / sums[1])
         state.accuracy = share if state.step == 0 else _SMOOTHING * state.accuracy + (1 - _SMOOTHING) * share
+
+    @property
+    def _adapts(self) -> bool:
+        return self.run.parameters == "lora"
+
+    def _trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds of all weights."""
+        return split_adapters(weights)[1] if self._adapts else dict(weights)
+
+    def _write(self, folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """A plain checkpoint: adapters merged, in the dtype of that which they were trained on."""
+        if self._adapts:
+            own, adapters = split_adapters(weights)
+            dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+            weights = {n: t.to(dtype) for n, t in merge_adapters(own, adapters, self.run.lora.scale).items()}
+        write_model(folder, config, weights, self.folder.path / "tokenizer")
 
     def _shard(self, model: TrainedModel) -> TrainedModel:
         if self.ranks == 1:
@@ -228,6 +259,10 @@ def _has_reached(stage: StageConfig, state: State) -> bool:
 def _gather(model: TrainedModel) -> dict[str, Tensor]:
     """All weights, whole and on the CPU. With several ranks, every one calls."""
     return {name: gather_whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def _find_model(name: str) -> Path:
+    return smollm2.prepare_smollm2() if name == smollm2.NAME else resolve(name)
 
 
 def _tokenizer(folder: Path) -> Any:

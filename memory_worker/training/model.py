@@ -50,18 +50,23 @@ class Batch:
 
 
 class TrainedModel(nn.Module):
-    """A Qwen2, Mistral or Llama decoder with beacon weights, in training. `config` is the checkpoint's config.json."""
+    """A Qwen2, Qwen3, Mistral or Llama decoder in training. `config` is the checkpoint's config.json.
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    Without `beacons` it has none of their weights, and reads texts raw.
+    """
+
+    def __init__(self, config: dict[str, Any], *, beacons: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.has_beacons = beacons
         self.rope = Rope.from_config(config)
         self.checkpoint_layers = False
         hidden = config["hidden_size"]
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
-        self.model.beacon_embed_tokens = nn.Embedding(1, hidden)
-        self.model.layers = nn.ModuleList(_Layer(config) for _ in range(config["num_hidden_layers"]))
+        if beacons:
+            self.model.beacon_embed_tokens = nn.Embedding(1, hidden)
+        self.model.layers = nn.ModuleList(_Layer(config, beacons) for _ in range(config["num_hidden_layers"]))
         self.model.norm = _Norm(hidden, config.get("rms_norm_eps", 1e-6))
         if not config.get("tie_word_embeddings", False):
             self.lm_head = nn.Linear(hidden, config["vocab_size"], bias=False)
@@ -95,6 +100,10 @@ class TrainedModel(nn.Module):
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [texts, rows, hidden], in the layout's order of rows, before the last norm."""
         layout = batch.layout
+        if layout.beacons and not self.has_beacons:
+            raise TrainingError(
+                "this model has no beacons to compress a text with: set ratios: [0], or data's raw: true"
+            )
         texts = len(batch.text)
         ids = torch.cat([batch.text, batch.tails.flatten(1)], dim=1)
         parts = [self.model.embed_tokens(ids)]
@@ -118,11 +127,11 @@ class TrainedModel(nn.Module):
 class _Layer(nn.Module):
     """One decoder layer; its modules are named as in a checkpoint."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], beacons: bool) -> None:
         super().__init__()
         hidden, epsilon = config["hidden_size"], config.get("rms_norm_eps", 1e-6)
         self.input_layernorm = _Norm(hidden, epsilon)
-        self.self_attn = _Attention(config)
+        self.self_attn = _Attention(config, beacons)
         self.post_attention_layernorm = _Norm(hidden, epsilon)
         self.mlp = nn.Module()
         bias = config.get("mlp_bias", False)
@@ -139,16 +148,18 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     """Attention of windows to earlier slots and to themselves, and of tails to the whole memory and to themselves."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], beacons: bool) -> None:
         super().__init__()
         hidden, self.heads = config["hidden_size"], config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
         self.head_dim = config.get("head_dim") or hidden // self.heads
         bias = config.get("attention_bias", config["model_type"] == "qwen2")
-        for prefix in ("", BEACON_MARK):
+        for prefix in ("", BEACON_MARK) if beacons else ("",):
             for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
                 self.add_module(f"{prefix}{name}_proj", nn.Linear(hidden, heads * self.head_dim, bias=bias))
         out_bias = config.get("attention_bias", False) and config["model_type"] != "qwen2"
+        if config["model_type"] == "qwen3":
+            self.q_norm, self.k_norm = (_Norm(self.head_dim, config.get("rms_norm_eps", 1e-6)) for _ in "qk")
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=out_bias)
 
     def forward(self, normed: Tensor, layout: Layout, tables: tuple[Tensor, ...]) -> Tensor:
@@ -160,7 +171,10 @@ class _Attention(nn.Module):
             rows = rows.float()  # its attention kernel is twenty times slower in bfloat16
         apart = rows.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [texts, heads + 2 kv_heads, rows, head_dim]
         raw, values = apart.split([self.heads + self.kv_heads, self.kv_heads], 1)
-        raw_keys = raw.split([self.heads, self.kv_heads], 1)[1]
+        raw_queries, raw_keys = raw.split([self.heads, self.kv_heads], 1)
+        if hasattr(self, "q_norm"):
+            raw_keys = self.k_norm(raw_keys)
+            raw = torch.cat([self.q_norm(raw_queries), raw_keys], 1)
         queries, keys = _Turned.apply(raw, tables[0], tables[1]).split([self.heads, self.kv_heads], 1)
         kept = layout.kept.to(normed.device)
         memory = (
@@ -190,6 +204,8 @@ class _Attention(nn.Module):
     def _project(self, normed: Tensor, prefix: str) -> Tensor:
         """Queries, keys and values side by side, [texts, rows, (heads + 2 kv_heads) * head_dim]."""
         parts = [getattr(self, f"{prefix}{name}_proj") for name in "qkv"]
+        if type(parts[0]) is not nn.Linear:  # adapters add to what each gives
+            return torch.cat([part(normed) for part in parts], -1)
         weight = torch.cat([part.weight for part in parts])
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         return F.linear(normed, weight, bias)

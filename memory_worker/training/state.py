@@ -4,9 +4,11 @@
     <output>/progress.jsonl         one line every few steps
     <output>/loss.svg               the same as a picture
     <output>/stages/<name>/         the model at the end of each stage
+    <output>/adapter/               what a run of adapters trained, as peft keeps it
     <output>/model/                 the result: a checkpoint that `BeaconModel`, transformers and vLLM read
 
-A checkpoint appears under its name when it is whole; the one before it is removed after that.
+A checkpoint appears under its name when it is whole; the one before it is removed after that. That of a run of adapters
+holds their weights alone.
 """
 
 import json
@@ -135,15 +137,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def load_beginning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and float32 weights of the checkpoint a run begins from; missing beacon weights are copied.
+def load_beginning(folder: Path, *, beacons: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and float32 weights of the checkpoint a run begins from; where `beacons` lack, they are copied.
 
     Raises `UnsupportedCheckpoint` if it is none that a memory model can be trained from.
     """
     shape = Shape.of(folder)
     config = read_config(folder)
     weights = {name: tensor.float() for name, tensor in read_weights(folder).items()}
-    if not any("beacon" in name for name in weights):
+    if beacons and not any("beacon" in name for name in weights):
         for name in [name for name in weights if any(f".{part}_proj." in name for part in "qkv")]:
             stem, _, part = name.rpartition("self_attn.")
             weights[f"{stem}self_attn.beacon_{part}"] = weights[name].clone()
@@ -154,5 +156,6 @@ def load_beginning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.setdefault("tie_word_embeddings", "lm_head.weight" not in weights):
         weights.pop("lm_head.weight", None)  # a copy of the embedding
     config.setdefault("head_dim", shape.head_dim)
-    config.setdefault("beacon_window", shape.window)
+    if beacons:
+        config.setdefault("beacon_window", shape.window)
     return config, weights

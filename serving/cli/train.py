@@ -109,6 +109,23 @@ def average(
     out.result({"model": str(out_folder)}, str(out_folder))
 
 
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", exists=True, file_okay=False, help="It was trained on.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", exists=True, file_okay=False, help="The `adapter` of a run, or peft's.")
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the checkpoint to.")] = Path("merged"),
+    as_json: Json = False,
+) -> None:
+    """Merge a LoRA adapter into its model: a plain checkpoint, which is what engines are given."""
+    out = Output(as_json)
+    from memory_worker.training.lora import merge as merged
+
+    merged(model, adapter, out_folder)
+    out.result({"model": str(out_folder)}, str(out_folder))
+
+
 def _here(settings: "RunConfig", show: Any, out: Output) -> Path:
     from memory_worker.training import TrainingError
     from memory_worker.training.loop import Loop, Stopped
