@@ -168,9 +168,8 @@ class PromptBudget:
         )
 
 
-def _render(
-    tokenizer: Any, request: GenerateRequest, texts: Sequence[str]
-) -> tuple[tuple[dict[str, str], ...], list[int]]:
+def write_message(request: GenerateRequest, texts: Sequence[str]) -> str:
+    """What the user's message of `request` says, with `texts` as its sources: also what a generator is trained on."""
     labels = _LABELS[request.language]
     instructions = "short" if request.short and request.task == "answer" else request.task
     parts = [_INSTRUCTIONS[instructions, request.language]]
@@ -183,13 +182,19 @@ def _render(
         parts.append(f"{labels['question']}{request.question.strip()}")
     if request.short:
         parts.append(_SHORT[request.language])
-    text = _break_special_tokens(tokenizer, "\n\n".join(parts))
+    return "\n\n".join(parts)
+
+
+def _render(
+    tokenizer: Any, request: GenerateRequest, texts: Sequence[str]
+) -> tuple[tuple[dict[str, str], ...], list[int]]:
+    text = _break_special_tokens(tokenizer, write_message(request, texts))
     # One user message: several published chat templates refuse a system message.
     messages = ({"role": "user", "content": text},)
     if getattr(tokenizer, "chat_template", None):
         chat = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return messages, tokenizer.encode(chat, add_special_tokens=False)
-    return messages, tokenizer.encode(f"{text}\n\n{labels[request.task]}")
+    return messages, tokenizer.encode(f"{text}\n\n{_LABELS[request.language][request.task]}")
 
 
 def _break_special_tokens(tokenizer: Any, text: str) -> str:

@@ -110,16 +110,16 @@ def average(
 
 
 @app.command()
+@with_output
 def merge(
+    out: Output,
     model: Annotated[Path, typer.Argument(metavar="MODEL", exists=True, file_okay=False, help="It was trained on.")],
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", exists=True, file_okay=False, help="The `adapter` of a run, or peft's.")
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the checkpoint to.")] = Path("merged"),
-    as_json: Json = False,
 ) -> None:
     """Merge a LoRA adapter into its model: a plain checkpoint, which is what engines are given."""
-    out = Output(as_json)
     from memory_worker.training.lora import merge as merged
 
     merged(model, adapter, out_folder)

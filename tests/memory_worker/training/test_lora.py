@@ -158,7 +158,7 @@ def test_of_what_was_not_read_there_is_no_clue_and_the_answer_says_so(tmp_path, 
         stage = StageConfig(name="any", data=(data,), steps=1, questions=6, ratios=(0,))
         tails = [tail for seed in range(6) for tail in source.examples(random.Random(seed), 1, stage, 100)[0].tails]
         said = [tokenizer.decode(ids[prompt:]) for ids, prompt in tails]
-        assert f"{wanted}<|im_end|>" in said and any(len(answer) > len(f"{wanted}<|im_end|>") for answer in said)
+        assert f"{wanted}<|im_end|>" in said and len({*said}) > 1
 
 
 def test_a_stopped_run_of_adapters_equals_one_that_was_not_and_its_checkpoints_are_small(tmp_path, tokenizer_folder):
