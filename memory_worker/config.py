@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import EngineConfig, Settings
 from cluster.planning.costs import MemoryKind
+from memory_worker.head_pools import POOL_BLOCK
 
 
 class MemorizeConfig(Settings):
@@ -48,6 +49,11 @@ class MemorizeConfig(Settings):
         gt=0,
         description="most tokens of one segment, rounded down to windows, one at least; none, or more, takes what fits "
         "one prompt",
+    )
+    head_budgets: bool = Field(
+        False,
+        description="whether the KV heads of a layer share a pruned memory's slots, each keeping what it needs, where "
+        "the engine can read that: on the CPU, and on GPUs with FlashAttention, where it was not run yet",
     )
     checkpoint_windows: int = Field(
         64,
@@ -110,6 +116,12 @@ class MemoryConfig(Settings):
         """Slots that one prompt may hold, the head's included: what is left beside a question and what is written."""
         written = max(self.recall.max_clue_tokens, self.recall.max_answer_tokens)
         return self.engine.max_model_len - written - self.recall.question_tokens
+
+    def heads_together(self, kv_heads: int) -> int:
+        """KV heads of a layer that share a pruned memory's slots in this engine: those of one rank, or 1, not any."""
+        ranks = self.engine.tensor_parallel_size
+        fits = POOL_BLOCK % (self.engine.block_size or POOL_BLOCK) == 0 and kv_heads % ranks == 0
+        return kv_heads // ranks if fits and self.memorize.head_budgets else 1
 
     @model_validator(mode="after")
     def _prompts_hold_slots(self) -> "MemoryConfig":

@@ -76,6 +76,7 @@ class SegmentEntry(_Part):
     slots: int = Field(gt=0)
     files: tuple[StoredFile, ...]  # in slot order, whole windows each
     dropped: float = Field(0.0, ge=0, le=1, description="share of its pairs' scores that was dropped")
+    head_budgets: bool = Field(False, description="whether heads of a layer share slots, each with its own number")
 
 
 class DocumentEntry(Document):
@@ -171,6 +172,14 @@ class Manifest(_Part):
         if self.kind != "pruned":
             return None
         return sum(segment.tokens * segment.dropped for segment in self.segments) / max(1, self.tokens)
+
+    @property
+    def head_budgets(self) -> bool | None:
+        """Of a pruned memory, whether each head keeps a number of pairs of its own, or all equally many.
+
+        What is shorter than a block of slots is kept alike in any case.
+        """
+        return any(segment.head_budgets for segment in self.segments) if self.kind == "pruned" else None
 
     @property
     def bytes(self) -> int:

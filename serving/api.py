@@ -148,6 +148,11 @@ class MemoryOut(BaseModel):
     dropped: float | None = Field(
         None, description="of a pruned memory: share of the attention that repeating the text pays, which was dropped"
     )
+    head_budgets: bool | None = Field(
+        None,
+        description="of a pruned memory: whether the heads of a layer share its slots, each keeping what it needs; "
+        "false where the engine cannot read that, and all keep equally many",
+    )
     documents: list[DocumentOut]
     created: str
     job: JobOut | None = None

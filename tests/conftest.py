@@ -26,6 +26,7 @@ ON_RAY = (
     "tests/memory_worker/memorize/test_ranks.py",
     "tests/memory_worker/models/test_stock.py",
     "tests/memory_worker/recall/test_connector_parity.py",
+    "tests/memory_worker/recall/test_head_budgets.py",
     "tests/memory_worker/recall/test_recaller.py",
     "tests/retrieval_worker/test_deployments.py",
     "tests/serving/deploy/test_dry_run.py",

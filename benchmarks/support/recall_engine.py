@@ -14,6 +14,7 @@ import ray
 import torch
 
 from benchmarks.support.own_ray import own_ray
+from memory_worker.head_pools import Counts
 from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, MemoryShape, SegmentEntry, now
 from memory_worker.messages import SegmentGroup, SegmentRange
 from memory_worker.recall.application import recall_engine_kwargs
@@ -37,13 +38,23 @@ IN_PROCESS = {
 Slots = tuple[torch.Tensor, torch.Tensor]  # unrotated keys, values [layers, kv_heads, slots, head_dim]
 
 
-def store_slots(store: MemoryStore, key: MemoryKey, parts: Sequence[Slots], fingerprint: str = "f" * 64) -> Manifest:
-    """A published version whose head is the first of `parts` and whose documents are the others."""
+def store_slots(
+    store: MemoryStore,
+    key: MemoryKey,
+    parts: Sequence[Slots],
+    fingerprint: str = "f" * 64,
+    counts: Sequence[Counts | None] | None = None,
+) -> Manifest:
+    """A published version whose head is the first of `parts` and whose documents are the others, with the `counts` of
+    each one's pool, where there are any."""
     keys = parts[0][0]
     dtype: Any = str(keys.dtype).removeprefix("torch.")
     shape = MemoryShape(layers=keys.shape[0], kv_heads=keys.shape[1], head_dim=keys.shape[3], dtype=dtype)
     paths = [head_path(key), *(segment_path(key, f"doc{index}", 0, 0) for index in range(1, len(parts)))]
-    entries = [store.write_segment(path, shape, [part]) for path, part in zip(paths, parts, strict=True)]
+    pools = [None] * len(parts) if counts is None else counts
+    entries = [
+        store.write_segment(path, shape, [part], pool) for path, part, pool in zip(paths, parts, pools, strict=True)
+    ]
     nothing = store.storage.write(f"{key.path}/nothing", b"")
     manifest = Manifest(
         tenant=key.tenant,

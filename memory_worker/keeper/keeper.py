@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -22,6 +23,7 @@ from cluster.actors import lasting_actor
 from cluster.shared_cache import SharedCache
 from cluster.storage.durable import StoredFile
 from memory_worker.errors import DamagedMemory, MixedMemories
+from memory_worker.head_pools import Counts
 from memory_worker.keeper.peers import KEEPER, HeldFile, Peers, put_copies
 from memory_worker.keeper.tier_metrics import TierMetrics
 from memory_worker.manifest import Manifest, MemoryKey, MemoryShape, SegmentEntry
@@ -51,6 +53,7 @@ class KeptMemory:
     shape: MemoryShape
     chunks: tuple[ray.ObjectRef, ...]
     slots: tuple[int, ...]  # of each chunk
+    pools: tuple[tuple[int, Counts], ...] = ()  # the first slot of each pool, where heads have budgets, and its counts
 
     @property
     def total_slots(self) -> int:
@@ -125,12 +128,17 @@ class MemoryKeeper:
             files = iter(kept)
             for _, segment in segments:
                 _check(segment, shape, [next(files) for _ in segment.files])
+            held_files = [kept_file.file for kept_file in kept]
+            starts = accumulate((sum(file.slots) for file in held_files), initial=0)
             return KeptMemory(
                 group,
                 manifests[0].fingerprint,
                 shape,
-                tuple(chunk for kept_file in kept for chunk in kept_file.file.chunks),
-                tuple(count for kept_file in kept for count in kept_file.file.slots),
+                tuple(chunk for file in held_files for chunk in file.chunks),
+                tuple(count for file in held_files for count in file.slots),
+                tuple(
+                    (at, file.counts) for at, file in zip(starts, held_files, strict=False) if file.counts is not None
+                ),
             )
 
     async def prefetch(self, group: SegmentGroup) -> bool:
@@ -242,7 +250,9 @@ class MemoryKeeper:
         for chunk in segment.chunks(self._chunk_bytes):
             chunks.append(ray.put(chunk))
             slots.append(chunk.shape[2])
-        return HeldFile(segment.shape, tuple(chunks), tuple(slots), segment.slots * segment.shape.slot_bytes)
+        counts = None if segment.counts is None else segment.counts.copy()  # not a view of all of the file
+        size = segment.slots * segment.shape.slot_bytes
+        return HeldFile(segment.shape, tuple(chunks), tuple(slots), size, counts)
 
     def _turn(self, key: MemoryKey) -> asyncio.Semaphore:
         """To be held while storage is read for this memory."""

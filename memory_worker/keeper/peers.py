@@ -13,6 +13,7 @@ import ray
 from cluster.actors import actor_names
 from cluster.ray_internals import nodes_of_ranks
 from cluster.routing import MemoryRouting, rank_of
+from memory_worker.head_pools import Counts
 from memory_worker.manifest import MemoryShape
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class HeldFile:
     chunks: tuple[ray.ObjectRef, ...]
     slots: tuple[int, ...]
     bytes: int
+    counts: Counts | None = None  # of the pool that the first slots are, where heads have budgets
 
 
 class Peers:

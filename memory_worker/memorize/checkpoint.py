@@ -66,6 +66,7 @@ class JobPlan(_Part):
     ranks: int = 1
     checkpoint_windows: int
     segment_tokens: int
+    together: int = 1  # KV heads that share their slots
     documents: tuple[PlannedDocument, ...]
 
     @property
@@ -182,18 +183,23 @@ class CheckpointedSegments:
         before = self._written.pop() if number < len(self._written) else None
         first_window = before.tokens // self._plan.window if before else 0
         path = segment_path(self._key, self._plan.documents[planned.document].id, planned.index, first_window)
+        counts = parts[0].counts  # a pool is a whole file
+        if counts is not None and len(parts) > 1:
+            raise ValueError("windows with a pool each cannot lie in one file: checkpoint_windows must be 1")
         file = self._store.write_segment(
-            path, self._plan.shape, [(part.slots.keys, part.slots.values) for part in parts]
+            path, self._plan.shape, [(part.slots.keys, part.slots.values) for part in parts], counts
         )
         tokens, slots = sum(part.tokens for part in parts), sum(len(part.slots) for part in parts)
         dropped = sum(part.tokens * part.dropped for part in parts) / tokens
-        entry = SegmentEntry(tokens=tokens, slots=slots, files=(file,), dropped=dropped)
+        shared = counts is not None
+        entry = SegmentEntry(tokens=tokens, slots=slots, files=(file,), dropped=dropped, head_budgets=shared)
         if before:
             entry = SegmentEntry(
                 tokens=before.tokens + tokens,
                 slots=before.slots + slots,
                 files=(*before.files, file),
                 dropped=(before.tokens * before.dropped + tokens * dropped) / (before.tokens + tokens),
+                head_budgets=before.head_budgets or shared,
             )
         self._written.append(entry)
 

@@ -83,7 +83,8 @@ class Memorizer:
         self._tokenizer = load_tokenizer(config.engine.model)
         # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
-        self._encoders = encoders(self._model, self._ranks, self._tokenizer, room=config.group_slots)
+        room, together = config.group_slots, config.heads_together(self._model.kv_heads)
+        self._encoders = encoders(self._model, self._ranks, self._tokenizer, room=room, together=together)
         self._description = _describe(config, self._model, self._encoders)
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="memorize")  # one pass at a time
         self._device_error: Exception | None = None
@@ -150,6 +151,7 @@ class Memorizer:
             ranks=encoder.ranks,
             checkpoint_windows=encoder.checkpoint_windows or memorize.checkpoint_windows,
             segment_tokens=self._segment_tokens(encoder.window, request.ratio, len(head)),
+            together=encoder.together,
             documents=tuple(
                 PlannedDocument(id=document.id, tokens=len(tokens), digest=hashlib.sha256(tokens.tobytes()).hexdigest())
                 for document, tokens in zip(request.documents, texts, strict=True)

@@ -8,6 +8,7 @@ from cluster.engine import engine_application
 from cluster.pools.pools import PoolConfig
 from cluster.routing import route_by_memory
 from memory_worker.config import MemoryConfig
+from memory_worker.head_pools import POOL_BLOCK
 
 
 def recaller_application(
@@ -20,13 +21,15 @@ def recaller_application(
         "namespace": namespace,
         "secret": secret,
     }
+    # vLLM's own choice on the CPU is 128, larger than the blocks that heads share.
+    blocks = {"block_size": POOL_BLOCK} if config.memorize.head_budgets and not pool.gpus_per_replica else {}
     return engine_application(
         "memory_worker.recall.recaller.Recaller",
         config.engine,
         pool,
         name=name,
         arguments=arguments,
-        engine_kwargs=recall_engine_kwargs(),
+        engine_kwargs=recall_engine_kwargs() | blocks,
         options=route_by_memory(),
     )
 

@@ -9,6 +9,9 @@ same step or later, so a group is loaded once per engine. The slots in its last,
 question's own block and are written once per question, from a copy kept rotated. What could be slow (storage, other
 nodes) the Recaller has done before it submits. A load that fails fails its requests only
 (`kv_load_failure_policy: fail`), and the blocks leave the prefix cache.
+
+Where the heads of a layer share a memory's slots, attention must be told which are whose: each step says which of its
+requests read memories, and by the first block of each, its worker finds the request in the batch (`head_sequences`).
 """
 
 import logging
@@ -24,6 +27,7 @@ from cluster.vllm_internals import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    ReadsByHead,
     Request,
     SchedulerOutput,
     VllmConfig,
@@ -33,6 +37,7 @@ from cluster.vllm_internals import (
 )
 from memory_worker.messages import SegmentGroup
 from memory_worker.models.beacon.rope import Rope
+from memory_worker.recall.head_tables import HeadSequences, head_sequences
 from memory_worker.recall.loading import CacheLayer, Expected, KeeperClient, MemoryLoader, SlotRange, heads_of_rank
 
 logger = logging.getLogger("vllm.memory_connector")  # vLLM shows only loggers below its own
@@ -44,14 +49,16 @@ class MemoryLoads(KVConnectorMetadata):
 
     ranges: list[SlotRange] = field(default_factory=list)
     refused: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # reason, blocks
+    read: dict[int, tuple[str, int]] = field(default_factory=dict)  # by a request's first block: its group, and slots
 
 
-class MemoryConnector(KVConnectorBase_V1):
+class MemoryConnector(KVConnectorBase_V1, ReadsByHead):
     """Extra config: `fingerprint` (of the memory model; none accepts any) and what `KeeperClient` takes."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._pending = MemoryLoads()
+        self._reading: dict[str, tuple[int, tuple[str, int]]] = {}  # by request: its first block, its group and slots
         self._failed: set[int] = set()
         self._layers: list[CacheLayer] = []
         self._block_size: int = vllm_config.cache_config.block_size
@@ -79,7 +86,9 @@ class MemoryConnector(KVConnectorBase_V1):
         block_ids = tuple(blocks.get_block_ids()[0])
         if isinstance(memory, str):
             self._pending.refused.append((memory, block_ids))
-        elif num_external_tokens > 0:
+            return
+        self._reading[request.request_id] = block_ids[0], (memory.group, memory.slots)
+        if num_external_tokens > 0:
             start = memory.slots - num_external_tokens
             self._pending.ranges.append(SlotRange(memory.group, memory.slots, start, memory.slots, block_ids))
 
@@ -88,7 +97,14 @@ class MemoryConnector(KVConnectorBase_V1):
         if not scheduler_output.has_sync_kv_loads:  # then vLLM has loads run after the forward pass, too late for these
             pending.refused += [(f"{each.group} would be loaded too late", each.blocks) for each in pending.ranges]
             pending.ranges = []
+        pending.read = dict(
+            self._reading[request] for request in scheduler_output.num_scheduled_tokens if request in self._reading
+        )
         return pending
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._reading.pop(request.request_id, None)
+        return False, None
 
     # In each worker's process.
 
@@ -110,6 +126,28 @@ class MemoryConnector(KVConnectorBase_V1):
                 logger.error("loading the memory %s failed: %s: %s", wanted.group, type(cause).__name__, cause)
                 self.loader.stats.failed += 1
                 self._failed |= set(blocks)
+                if not self.loader.knows_heads(wanted.group):
+                    self._failed.add(wanted.blocks[0])
+                    metadata.read.pop(wanted.blocks[0], None)
+
+    def head_sequences(
+        self, table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, *, block: int, kv_heads: int
+    ) -> HeadSequences | None:
+        metadata = self._connector_metadata
+        if not isinstance(metadata, MemoryLoads) or not metadata.read:
+            return None
+        memories = []
+        for first in table[: len(starts) - 1, 0].tolist():
+            asked = metadata.read.get(first)
+            try:
+                memories.append(self.loader.memory_heads(*asked, self._device) if asked else None)
+            except Exception as error:  # noqa: BLE001  as in start_load_kv: where it cannot be known, its request fails
+                logger.error("what the heads of %s keep is not known: %s", asked[0] if asked else "", error)
+                self._failed.add(first)
+                memories.append(None)
+        if not any(memories):
+            return None
+        return head_sequences(memories, table, lengths, starts, block=block, kv_heads=kv_heads)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed = self._failed, set()

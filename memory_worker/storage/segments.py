@@ -1,13 +1,14 @@
 """Segment files: the unrotated keys and values of consecutive windows of a segment (or of the head), as safetensors.
 
 Two tensors, `keys` and then `values`, each `[layers, slots, kv_heads, head_dim]`: a layer's slots lie together, so that
-a loader only copies, and both together are one array. The Memorizer writes them, the MemoryKeeper reads them
-memory-mapped.
+a loader only copies, and both together are one array. Before them, where heads have budgets, lie the `counts` of a
+pool (`head_pools`). The Memorizer writes them, the MemoryKeeper reads them memory-mapped.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from io import RawIOBase
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from cluster.storage.tensors import view_tensors, write_tensors
 from memory_worker.errors import DamagedMemory
+from memory_worker.head_pools import Counts, check_counts
 from memory_worker.manifest import MemoryShape, SlotDtype
 
 if TYPE_CHECKING:
@@ -29,11 +31,15 @@ Raw = npt.NDArray[Any]  # float32 as itself; the 16-bit types as their bits in u
 
 
 def write_slots(
-    sink: IO[bytes] | RawIOBase, shape: MemoryShape, parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]"
+    sink: IO[bytes] | RawIOBase,
+    shape: MemoryShape,
+    parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]",
+    counts: Counts | None = None,
 ) -> None:
     """Writes a segment file of these keys and values, one part after another.
 
-    Each is `[layers, kv_heads, slots, head_dim]` in the dtype of the shape, on any device.
+    Each is `[layers, kv_heads, slots, head_dim]` in the dtype of the shape, on any device; `counts` are those of the
+    pool that the first slots are, if they are one.
     """
     for tensor in (tensor for pair in parts for tensor in pair):
         expected = (shape.layers, shape.kv_heads, tensor.shape[2], shape.head_dim)
@@ -44,7 +50,12 @@ def write_slots(
     layers = (
         _layer(tensor, layer) for kind in zip(*parts, strict=True) for layer in range(shape.layers) for tensor in kind
     )
-    write_tensors(sink, {"keys": described, "values": described}, {"format": SEGMENT_FORMAT}, layers)
+    tensors: dict[str, tuple[str, Sequence[int]]] = {"keys": described, "values": described}
+    pool: list[Counts] = []
+    if counts is not None:
+        check_counts(counts, shape.layers, shape.kv_heads, slots)
+        tensors, pool = {"counts": ("I32", counts.shape)} | tensors, [counts]
+    write_tensors(sink, tensors, {"format": SEGMENT_FORMAT}, chain(pool, layers))
 
 
 class Segment:
@@ -54,6 +65,7 @@ class Segment:
     """
 
     raw: Raw  # [2, layers, slots, kv_heads, head_dim], keys first; not to be written to
+    counts: Counts | None  # of the pool that the first slots are, if they are one
 
     def __init__(self, buffer: pa.Buffer, path: str) -> None:
         self.path = path
@@ -64,7 +76,8 @@ class Segment:
         if (found := stored.metadata.get("format")) != SEGMENT_FORMAT:
             raise DamagedMemory(path, f"has the format {found!r}; this version reads {SEGMENT_FORMAT!r}")
         named = {(("keys", name), ("values", name)): dtype for dtype, name in _DTYPES.items()}
-        if (dtype := named.get(tuple(stored.dtypes.items()))) is None:  # type: ignore[arg-type]
+        pooled = next(iter(stored.dtypes.items()), None) == ("counts", "I32")
+        if (dtype := named.get((*stored.dtypes.items(),)[pooled:])) is None:  # type: ignore[arg-type]
             raise DamagedMemory(path, f"has the tensors {stored.dtypes}, not keys and values of a memory")
         keys, values = stored.arrays["keys"], stored.arrays["values"]
         if keys.shape != values.shape or keys.ndim != 4 or not keys.size:
@@ -74,6 +87,12 @@ class Segment:
             self.shape = MemoryShape(layers=layers, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
         except ValidationError as error:
             raise DamagedMemory(path, f"has keys of an impossible shape: {keys.shape}") from error
+        self.counts = stored.arrays["counts"] if pooled else None
+        if self.counts is not None:
+            try:
+                check_counts(self.counts, layers, kv_heads, self.slots)
+            except ValueError as error:
+                raise DamagedMemory(path, f"cannot be read: {error}") from error
         # The values lie right behind the keys, at the end of the file.
         both = np.frombuffer(
             buffer, np.float32 if dtype == "float32" else np.uint16, offset=buffer.size - keys.nbytes - values.nbytes

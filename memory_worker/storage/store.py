@@ -30,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.storage.durable import Storage, StoredFile
 from memory_worker.errors import DamagedMemory, InvalidId, MemoryExists, MemoryNotFound
+from memory_worker.head_pools import Counts
 from memory_worker.manifest import FORMAT, Document, JobRecord, Manifest, MemoryKey, MemoryShape
 from memory_worker.storage.segments import Segment, write_slots
 
@@ -176,11 +177,15 @@ class MemoryStore:
         return Document(id=document, characters=len(text), source=source)
 
     def write_segment(
-        self, path: str, shape: MemoryShape, parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]"
+        self,
+        path: str,
+        shape: MemoryShape,
+        parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]",
+        counts: Counts | None = None,
     ) -> StoredFile:
         """Keeps these keys and values, as `segments.write_slots` takes them, under `path`."""
         with self.storage.writer(path) as sink:
-            write_slots(sink, shape, parts)
+            write_slots(sink, shape, parts, counts)
         return sink.stored
 
     def read_segment(self, file: StoredFile) -> Segment:

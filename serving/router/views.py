@@ -26,6 +26,7 @@ def memory_out(record: MemoryRecord, manifest: Manifest | None) -> api.MemoryOut
             passages=manifest.passage_count,
             bytes=manifest.bytes,
             dropped=manifest.dropped,
+            head_budgets=manifest.head_budgets,
             documents=[api.DocumentOut(id=d.id, characters=d.characters, tokens=d.tokens) for d in manifest.documents],
             created=manifest.created,
             job=_job_out(job),

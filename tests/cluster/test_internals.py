@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = {"ray": "cluster/ray_internals.py", "vllm": "cluster/vllm_internals.py"}
 
+# Of what attends by head.
+BACKEND = ("get_builder_cls", "get_impl_cls", "supported_kv_cache_layouts")
+IMPL = ("alibi_slopes", "do_kv_cache_update", "forward", "num_heads", "num_kv_heads", "sinks")
+METADATA = ("block_table", "max_seq_len", "num_actual_tokens", "query_start_loc", "scheduler_metadata", "seq_lens")
+
 # Methods that are called or overridden and attributes that are read or set, by the class that has them.
 NAMES = {
     "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter": (
@@ -83,11 +88,13 @@ NAMES = {
         "world_size",
     ),
     "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1": (
+        "_connector_metadata",
         "_get_connector_metadata",
         "build_connector_meta",
         "get_block_ids_with_load_errors",
         "get_num_new_matched_tokens",
         "register_kv_caches",
+        "request_finished",
         "save_kv_layer",
         "start_load_kv",
         "update_state_after_alloc",
@@ -95,13 +102,23 @@ NAMES = {
         "wait_for_save",
     ),
     "vllm.forward_context:ForwardContext": ("no_compile_layers",),
-    "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache"),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": ("do_kv_cache_update",),
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": ("do_kv_cache_update",),
+    "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache", "kv_cache_dtype", "layer_name"),
+    "vllm.v1.attention.backend:AttentionCGSupport": ("NEVER",),
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum": ("CPU_ATTN", "FLASH_ATTN"),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend": BACKEND,
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder": ("get_cudagraph_support",),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": IMPL,
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata": METADATA,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": BACKEND,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder": ("get_cudagraph_support",),
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": IMPL,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": (*METADATA, "max_num_splits", "use_cascade"),
+    "vllm.v1.kv_cache_layout:KVCacheLayout": ("LBHNC",),
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks": ("get_block_ids",),
-    "vllm.v1.core.sched.output:SchedulerOutput": ("has_sync_kv_loads",),  # says when synchronous loads run
+    # The first says when synchronous loads run.
+    "vllm.v1.core.sched.output:SchedulerOutput": ("has_sync_kv_loads", "num_scheduled_tokens"),
     "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups",),
-    "vllm.v1.request:Request": ("cache_salt", "kv_transfer_params", "num_prompt_tokens", "num_tokens"),
+    "vllm.v1.request:Request": ("cache_salt", "kv_transfer_params", "num_prompt_tokens", "num_tokens", "request_id"),
 }
 
 

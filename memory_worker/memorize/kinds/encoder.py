@@ -37,6 +37,10 @@ class Encoder(Protocol):
         """Processes that share a group."""
 
     @property
+    def together(self) -> int:
+        """KV heads of a layer that share their slots, each with a number of its own; 1 where all have equally many."""
+
+    @property
     def checkpoint_windows(self) -> int | None:
         """Windows after which slots are made durable; none leaves that to the configuration."""
 
@@ -57,9 +61,13 @@ class Encoder(Protocol):
         """
 
 
-def encoders(model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any, *, room: int) -> dict[MemoryKind, Encoder]:
-    """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared. `room`: slots that
-    a prompt of the engine may hold."""
+def encoders(
+    model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any, *, room: int, together: int = 1
+) -> dict[MemoryKind, Encoder]:
+    """Of every kind that `model` can make; `ranks`, where there are any, share what can be shared.
+
+    `room`: slots that a prompt of the engine may hold; `together`: KV heads of a layer that it lets share their slots.
+    """
     from memory_worker.models.beacon.checkpoint import max_positions
 
     made: dict[MemoryKind, Encoder] = {
@@ -67,7 +75,8 @@ def encoders(model: "MemoryModel", ranks: "Ranks | None", tokenizer: Any, *, roo
         "gist": GistEncoder(model, tokenizer),
     }
     if model.can_score:
-        made["pruned"] = PrunedEncoder(model, tokenizer, room=room, positions=max_positions(model.folder))
+        positions = max_positions(model.folder)
+        made["pruned"] = PrunedEncoder(model, tokenizer, room=room, positions=positions, together=together)
     if model.has_beacons:
         made["beacon"] = ReadingEncoder(model, ranks, beacons=True)
     return made

@@ -27,6 +27,7 @@ class GistEncoder:
     window = GIST_WINDOW
     ratios = (2, 4, 8, 16, 32)
     ranks = 1  # what is to be read is known only when it has been written
+    together = 1
     checkpoint_windows = 1  # writing gists takes far longer than making them durable
 
     def __init__(self, model: "MemoryModel", tokenizer: Any) -> None:

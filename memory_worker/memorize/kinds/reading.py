@@ -22,6 +22,7 @@ class ReadingEncoder:
     """See `kinds.encoder.Encoder`."""
 
     checkpoint_windows = None
+    together = 1
 
     def __init__(self, model: "MemoryModel", ranks: "Ranks | None", *, beacons: bool) -> None:
         """`beacons`: whether to compress, for which `model` must have beacon weights."""

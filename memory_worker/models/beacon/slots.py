@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -50,3 +52,4 @@ class Part:
     slots: Slots  # they follow those of the document's earlier parts
     last: bool  # the document is complete
     dropped: float = 0.0  # share of the pairs' scores that was dropped: of these tokens, where they were pruned
+    counts: npt.NDArray[np.int32] | None = None  # of the pool that the first slots are, where heads have budgets

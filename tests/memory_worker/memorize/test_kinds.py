@@ -9,8 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks.support.recall_engine import Reference
+from cluster.config import EngineConfig
 from cluster.planning.costs import GIST_WINDOW, MemoryKind
 from cluster.storage.durable import DamagedFile
+from memory_worker.config import MemorizeConfig, MemoryConfig
 from memory_worker.errors import UnfitRatio, UnsupportedKind
 from memory_worker.memorize.memorizer import Memorizer
 from memory_worker.messages import MemorizeProgress, MemorizeRequest, MemorizeResult
@@ -137,6 +139,48 @@ async def test_a_job_goes_on_within_a_segment(model: Path, store: MemoryStore, k
     first, *_, end = await steps_until(memorizer, request)
     assert isinstance(first, MemorizeProgress) and 0 < first.done_tokens < first.total_tokens
     assert files_of(end, request.key) == files_of(result, whole.key)
+
+
+async def test_heads_that_share_their_slots_are_resumed_and_made_again_the_same(
+    model: Path, store: MemoryStore
+) -> None:
+    config = config_for(model, group_windows=1, segment_tokens=8192, head_budgets=True)
+    memorizer = Memorizer(config, store.storage.root)
+    together = memorizer._encoders["pruned"].together
+    assert together == memorizer._model.kv_heads > 1
+    whole, request = (request_for(store, "budgets", "pruned", {"story": STORY, "dot": "."}) for _ in range(2))
+    *_, result = await steps_until(memorizer, whole)
+    assert isinstance(result, MemorizeResult)
+    (story,), (dot,) = result.segments
+    assert story.head_budgets and not dot.head_budgets and 0 < story.dropped < 1 - 1 / RATIOS["pruned"]
+    counts = [store.read_segment(file).counts for file in story.files]
+    assert len(counts) > 1 and all(one is not None and one.shape[2] == together for one in counts)
+    assert any(len({*one.ravel().tolist()}) > 1 for one in counts if one is not None)
+    await steps_until(memorizer, request, 2)
+    alike = Memorizer(config_for(model, group_windows=1, segment_tokens=8192), store.storage.root)
+    first, *_ = await steps_until(alike, request, 1)
+    assert isinstance(first, MemorizeProgress) and first.done_tokens == 0, "it was begun for another engine"
+    first, *_, end = await steps_until(memorizer, request)
+    assert isinstance(first, MemorizeProgress) and 0 < first.done_tokens < first.total_tokens
+    assert files_of(end, request.key) == files_of(result, whole.key)
+
+
+@pytest.mark.parametrize(
+    ("engine", "memorize", "together"),
+    [
+        ({}, {}, 1),
+        ({}, {"head_budgets": True}, 6),
+        ({"block_size": 16}, {"head_budgets": True}, 6),
+        ({"block_size": 128}, {"head_budgets": True}, 1),
+        ({"tensor_parallel_size": 2}, {"head_budgets": True}, 3),
+        ({"tensor_parallel_size": 4}, {"head_budgets": True}, 1),
+    ],
+)
+def test_heads_share_where_the_engine_can_read_it(
+    engine: dict[str, Any], memorize: dict[str, Any], together: int
+) -> None:
+    config = MemoryConfig(engine=EngineConfig(model="m", **engine), memorize=MemorizeConfig(**memorize))
+    assert config.heads_together(6) == together
 
 
 async def test_gists_are_durable_after_every_group_however_seldom_slots_are(model: Path, store: MemoryStore) -> None:

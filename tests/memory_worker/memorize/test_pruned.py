@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memory_worker.memorize.kinds.pruned import PrunedEncoder, prune
+from memory_worker.memorize.kinds.pruned import PrunedEncoder, choose_pairs, prune
 from memory_worker.models.beacon import BeaconModel, Repetition, Slots
 from memory_worker.models.beacon.attention import most_attention
 from memory_worker.models.stock import StockModel
 from tests.support.kinds_of_memory import stock_model
+from tests.support.masked import MaskedReference
 from tests.support.stock_models import MADE, write_model
 
 HEAD, TOKENS, ASKED, NEW_TOKENS = 6, 110, 8, 8
@@ -95,7 +96,7 @@ def test_the_best_pairs_of_each_head_are_kept_in_their_order(stock: Path, ratio:
     model = BeaconModel.from_pretrained(stock)
     _, slots, scores = read(model, numbers(TOKENS, 8))
     count = -(-TOKENS // ratio)
-    kept, dropped = prune(slots, scores, count, model.rope)
+    kept, dropped, _ = prune(slots, scores, count, model.rope)
     assert len(kept) == count
     best = scores.topk(count, dim=-1)
     for layer in range(model.layers):
@@ -109,14 +110,14 @@ def test_the_best_pairs_of_each_head_are_kept_in_their_order(stock: Path, ratio:
 def test_of_equal_pairs_the_first_are_kept(stock: Path) -> None:
     model = BeaconModel.from_pretrained(stock)
     _, slots, scores = read(model, numbers(TOKENS, 8))
-    kept, dropped = prune(slots, torch.ones_like(scores), TOKENS // 2, model.rope)
+    kept, dropped, _ = prune(slots, torch.ones_like(scores), TOKENS // 2, model.rope)
     assert torch.equal(kept.values, slots.values[:, :, : TOKENS // 2]) and dropped == pytest.approx(0.5)
 
 
 def test_nothing_pruned_is_the_full_memory(stock: Path) -> None:
     model = BeaconModel.from_pretrained(stock)
     _, slots, scores = read(model, numbers(TOKENS, 8))
-    kept, dropped = prune(slots, scores, TOKENS, model.rope)
+    kept, dropped, _ = prune(slots, scores, TOKENS, model.rope)
     torch.testing.assert_close(kept.keys, slots.keys)
     assert torch.equal(kept.values, slots.values) and dropped == 0
 
@@ -128,54 +129,31 @@ def test_what_is_kept_is_answered_as_transformers_does_with_the_others_masked(st
     text, asked = numbers(TOKENS, 8), numbers(ASKED, 11)
     head, slots, scores = read(model, text)
     count = -(-TOKENS // ratio)
-    kept, _ = prune(slots, scores, count, model.rope)
+    kept, _, _ = prune(slots, scores, count, model.rope)
     # The head stands at the positions 0 … HEAD, the text so that its last token is followed by the question.
-    shift = HEAD + count - (HEAD + TOKENS)
-    best = scores.topk(count, dim=-1).indices
-    masked = masked_tokens(stock, model, (head, slots), best, shift, asked)
+    places = torch.cat([torch.arange(HEAD), torch.arange(TOKENS) + HEAD + count - TOKENS])
+    seen = torch.ones(model.layers, model.kv_heads, HEAD + TOKENS, dtype=torch.bool)
+    seen[:, :, HEAD:], _ = choose_pairs(scores, count, 1, 1)
+    masked = MaskedReference(stock).continued(
+        Slots.concat([head, slots]), places, seen, HEAD + count, asked.tolist(), NEW_TOKENS
+    )
     assert model.generate(asked, Slots.concat([head, kept]), max_new_tokens=NEW_TOKENS) == masked
 
 
-def masked_tokens(
-    path: Path, model: BeaconModel, memory: tuple[Slots, Slots], best: torch.Tensor, shift: int, asked: torch.Tensor
-) -> list[int]:
-    """Of transformers, with a mask for each head over the plain text at positions moved by `shift`."""
-    from transformers.models.qwen2 import modeling_qwen2 as family
-
-    head, slots = memory
-    reference: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
-    group = reference.config.num_attention_heads // reference.config.num_key_value_heads
-    hidden = torch.full((*best.shape[:2], len(head) + len(slots)), -1e9)
-    hidden[:, :, : len(head)] = 0
-    hidden.scatter_(2, best + len(head), 0.0)
-    places = torch.cat([torch.arange(len(head)), torch.arange(len(slots)) + len(head) + shift])
-    keys = model.rope.rotate_layers(torch.cat([head.keys, slots.keys], dim=2), places)
-    values = torch.cat([head.values, slots.values], dim=2)
-    cache = DynamicCache(config=reference.config)
+def test_heads_that_share_keep_what_adakv_keeps(stock: Path) -> None:
+    """In blocks of one pair, that is exactly the best of a layer's heads together (kvpress' AdaKV)."""
+    model = BeaconModel.from_pretrained(stock)
+    _, slots, scores = read(model, numbers(TOKENS, 8))
+    count = TOKENS // 4
+    kept, dropped, counts = prune(slots, scores, count, model.rope, together=model.kv_heads, block=1)
+    assert counts is not None and len(kept) == count
+    best = scores.flatten(1).topk(count * model.kv_heads, dim=1)
+    assert dropped == pytest.approx(1 - float(best.values.sum() / scores.sum()), abs=1e-4)
     for layer in range(model.layers):
-        cache.update(keys[layer][None], values[layer][None], layer)
-    plain = family.eager_attention_forward
-
-    def masking(module: Any, query: Any, key: Any, value: Any, mask: Any, **others: Any) -> Any:
-        own = torch.zeros(1, query.shape[1], query.shape[2], key.shape[2])
-        own[0, :, :, : hidden.shape[2]] = hidden[module.layer_idx].repeat_interleave(group, 0)[:, None]
-        return plain(module, query, key, value, own if mask is None else mask + own, **others)
-
-    tokens, fed = [], asked[None]
-    family.eager_attention_forward = masking
-    try:
-        position = len(head) + len(slots) + shift
-        while len(tokens) < NEW_TOKENS:
-            with torch.no_grad():
-                read_on = reference(
-                    fed, past_key_values=cache, position_ids=torch.arange(position, position + fed.shape[1])[None]
-                )
-            position += fed.shape[1]
-            tokens.append(int(read_on.logits[0, -1].argmax()))
-            fed = torch.tensor([tokens[-1:]])
-    finally:
-        family.eager_attention_forward = plain
-    return tokens
+        mine = {tuple(value.tolist()) for value in kept.values[layer].flatten(0, 1)}
+        assert mine == {tuple(value.tolist()) for value in slots.values[layer].flatten(0, 1)[best.indices[layer]]}
+    assert counts.sum() == model.layers * count * model.kv_heads and len(set(counts.ravel().tolist())) > 2
+    assert dropped < prune(slots, scores, count, model.rope)[1]
 
 
 def test_windows_fit_the_engine_and_the_positions_that_the_model_knows(stock: Path) -> None:
@@ -187,12 +165,13 @@ def test_windows_fit_the_engine_and_the_positions_that_the_model_knows(stock: Pa
         assert encoder.window < roomy.window and all(encoder.window % ratio == 0 for ratio in encoder.ratios)
 
 
-@pytest.mark.parametrize("positions", [None, 5000])
+@pytest.mark.parametrize(("positions", "together"), [(None, 1), (5000, 1), (None, 2)])
 def test_later_windows_are_read_behind_the_slots_that_fit(
-    stock: Path, monkeypatch: pytest.MonkeyPatch, positions: int | None
+    stock: Path, monkeypatch: pytest.MonkeyPatch, positions: int | None, together: int
 ) -> None:
+    """Behind the head alone, where heads share their slots."""
     model, tokenizer = BeaconModel.from_pretrained(stock), AutoTokenizer.from_pretrained(stock)
-    encoder = PrunedEncoder(model, tokenizer, room=100_000, positions=positions)
+    encoder = PrunedEncoder(model, tokenizer, room=100_000, positions=positions, together=together)
     seen: list[int] = []
     longest = 0
 
@@ -210,7 +189,9 @@ def test_later_windows_are_read_behind_the_slots_that_fit(
     parts = [*encoder.encode([text], ratio=2, language="en", memory=[head.slots], group_windows=1)]
     assert [part.tokens for (part,) in parts] == [encoder.window, encoder.window, 100]
     all_before = [len(head.slots) + number * encoder.window // 2 for number in range(3)]
-    if positions is None:
+    if together > 1:
+        assert seen == all_before[:1] * 3
+    elif positions is None:
         assert seen == all_before
     else:
         assert seen[0] == all_before[0] and all_before[0] < seen[1] < all_before[1] and seen[2] == seen[1]

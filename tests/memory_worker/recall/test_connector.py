@@ -74,6 +74,7 @@ class Keeper:
             total_slots=sum(chunks),
             shape=MemoryShape(layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype),
             fingerprint="a" * 64,
+            pools=(),
         )
         self.asked = 0
 
@@ -108,11 +109,38 @@ def wanted(slots: int, start: int = 0, first_block: int = 3) -> SlotRange:
 def test_loads_that_would_come_after_the_forward_pass_are_refused(in_time: bool) -> None:
     """vLLM loads before it only where the scheduler says that there are synchronous loads."""
     connector = MemoryConnector.__new__(MemoryConnector)
-    connector._pending = MemoryLoads(ranges=[wanted(40)])
-    loads = connector.build_connector_meta(SimpleNamespace(has_sync_kv_loads=in_time))
+    connector._pending, connector._reading = MemoryLoads(ranges=[wanted(40)]), {}
+    loads = connector.build_connector_meta(SimpleNamespace(has_sync_kv_loads=in_time, num_scheduled_tokens={}))
     assert loads.ranges == ([wanted(40)] if in_time else [])
     assert [blocks for _, blocks in loads.refused] == ([] if in_time else [wanted(40).blocks])
     assert connector._pending == MemoryLoads()
+
+
+def test_each_step_says_which_of_its_requests_read_what() -> None:
+    """By their first blocks, which a request that is preempted and comes back has anew."""
+    connector: Any = MemoryConnector.__new__(MemoryConnector)
+    connector._pending, connector._reading = MemoryLoads(), {}
+
+    def step(*requests: str) -> dict[int, tuple[str, int]]:
+        now: Any = SimpleNamespace(has_sync_kv_loads=True, num_scheduled_tokens=dict.fromkeys(requests, 1))
+        found: MemoryLoads = connector.build_connector_meta(now)
+        return found.read
+
+    def begin(name: str, block: int, **asked: Any) -> Any:
+        request: Any = SimpleNamespace(
+            request_id=name, kv_transfer_params=asked, cache_salt="s", num_prompt_tokens=20, num_tokens=20
+        )
+        connector.update_state_after_alloc(request, SimpleNamespace(get_block_ids=lambda: [[block, block + 1]]), 0)
+        return request
+
+    begin("a", 5, memory=NAME, num_memory_tokens=8)
+    ended = begin("b", 9, memory=NAME, num_memory_tokens=8)
+    begin("plain", 11)
+    assert step("a", "b", "plain") == {5: (NAME, 8), 9: (NAME, 8)}
+    assert step("b") == {9: (NAME, 8)}
+    connector.request_finished(ended, [9, 10])
+    begin("a", 7, memory=NAME, num_memory_tokens=8)
+    assert step("a", "b", "plain") == {7: (NAME, 8)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -40,3 +40,19 @@ def test_registered_classes_are_inspected_without_a_process_that_imports_vllm_an
 def test_another_name_is_no_class_of_it() -> None:
     with pytest.raises(AttributeError, match="GptForCausalLM"):
         getattr(vllm_plugin, "GptForCausalLM")  # noqa: B009
+
+
+def test_attention_by_head_is_what_vllm_takes() -> None:
+    """In a process of its own: what is registered stays so."""
+    code = (
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends\n"
+        "from memory_worker.recall import vllm_plugin as plugin\n"
+        "stock = {name: Backends[name].get_class() for name in ('CPU_ATTN', 'FLASH_ATTN')}\n"
+        "plugin.register()\n"
+        "for name, of_vllm in stock.items():\n"
+        "    ours = Backends[name].get_class()\n"
+        "    assert ours is getattr(plugin, name) is not of_vllm and issubclass(ours, of_vllm)\n"
+        "    assert ours.get_name() == name and issubclass(ours.get_impl_cls(), of_vllm.get_impl_cls())\n"
+        "    assert ours.supported_kv_cache_layouts() == of_vllm.supported_kv_cache_layouts()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"VLLM_CACHE_ROOT": "/nonexistent"})

@@ -84,3 +84,14 @@ def test_a_pruned_memory_says_what_it_lost(manifest: Manifest) -> None:
     pruned = manifest.model_copy(update={"kind": "pruned", "documents": documents})
     assert memory_out(record(), pruned).dropped == pytest.approx(0.5)
     assert memory_out(record(), manifest).dropped is None
+
+
+def test_a_pruned_memory_says_whether_its_heads_share_their_slots(manifest: Manifest) -> None:
+    assert memory_out(record(), manifest).head_budgets is None
+    pruned = manifest.model_copy(update={"kind": "pruned"})
+    assert memory_out(record(), pruned).head_budgets is False
+    first, *others = pruned.documents
+    shared = first.model_copy(
+        update={"segments": tuple(s.model_copy(update={"head_budgets": True}) for s in first.segments)}
+    )
+    assert memory_out(record(), pruned.model_copy(update={"documents": (shared, *others)})).head_budgets is True
