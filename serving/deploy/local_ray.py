@@ -42,6 +42,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
     if "ray" in sys.modules:
         raise RuntimeError("Ray is imported already, and would not see its token: start the server in a fresh process")
     watch_over(folder)
+    (folder / "tmp").mkdir(exist_ok=True)
     token = folder / _TOKEN
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -49,6 +50,7 @@ def start_ray(config: RayConfig, folder: Path) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": str(folder / "tmp"),  # for all that Ray starts: vLLM leaves its sockets behind
         **_NO_OTHER_RAY,
         # Nothing of ours blocks its replica's event loop, so user code needs no thread of its own: less work a request.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -108,3 +110,4 @@ def stop_ray(folder: Path) -> None:
 
     ray.shutdown()
     remove_traces(folder, set())
+    os.environ.pop("TMPDIR", None)  # it is gone
