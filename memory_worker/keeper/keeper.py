@@ -60,16 +60,16 @@ class KeptMemory:
         return sum(self.slots)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeeperStats:
     """What one keeper holds, and what it did since it started."""
 
-    bytes: int
     budget_bytes: int
-    segments: int  # files of them
-    hits: int  # files found in the object store
-    loads: int  # files read from the durable tier
-    evictions: int
+    bytes: int = 0  # also of what is being read now
+    segments: int = 0  # files of them
+    hits: int = 0  # files found in the object store
+    loads: int = 0  # files read from the durable tier
+    evictions: int = 0
     pulls: int = 0  # files taken from a peer
     slots: int = 0  # of the segments
     moved_bytes: int = 0  # that loads and pulls brought here
@@ -98,7 +98,6 @@ class MemoryKeeper:
         self, storage_root: str, budget_bytes: int, chunk_bytes: int = CHUNK_BYTES, namespace: str = NAMESPACE
     ) -> None:
         self._store = MemoryStore(storage_root)
-        self._budget = budget_bytes
         self._chunk_bytes = chunk_bytes
         self._manifests: SharedCache[Manifest] = SharedCache(
             _KEPT_DOCUMENTS, lambda manifest: len(manifest.documents), keep_one=True
@@ -109,7 +108,7 @@ class MemoryKeeper:
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant/memory
         self._peers = Peers(namespace)
         self._metrics = TierMetrics()
-        self._bytes = self._slots = self._hits = self._loads = self._evictions = self._pulls = self._moved = 0
+        self._stats = KeeperStats(budget_bytes)
 
     async def chunks(self, group: SegmentGroup) -> KeptMemory:
         """The group in the object store, loaded as far as it was not there; calls at the same time load it once.
@@ -150,23 +149,13 @@ class MemoryKeeper:
             for file in segment.files
         }
         missing = sum(size for name, size in files.items() if name not in self._files)
-        if self._bytes + missing > self._budget:
+        if self._stats.bytes + missing > self._stats.budget_bytes:
             return False
         await self.chunks(group)
         return True
 
     async def stats(self) -> KeeperStats:
-        return KeeperStats(
-            self._bytes,
-            self._budget,
-            len(self._files),
-            self._hits,
-            self._loads,
-            self._evictions,
-            self._pulls,
-            self._slots,
-            self._moved,
-        )
+        return replace(self._stats, segments=len(self._files))
 
     async def held(self, tenant: str, digest: str) -> HeldFile | None:
         """For a peer: the file if it is here. Its bytes stay for as long as the result is referred to."""
@@ -200,7 +189,7 @@ class MemoryKeeper:
         for key, file in wanted:
             if kept := self._files.get((key.tenant, file.digest)):
                 self._files.move_to_end((key.tenant, file.digest))
-                self._hits += 1
+                self._stats.hits += 1
                 self._metrics.count_hit(key.tenant)
                 found[file] = hold(kept)
             else:
@@ -218,22 +207,22 @@ class MemoryKeeper:
     async def _load(self, group: str, key: MemoryKey, file: StoredFile) -> _KeptFile:
         async with self._turn(key):
             self._evict(file.size)
-            self._bytes += file.size  # while it is read, so that loads at the same time share the budget
+            self._stats.bytes += file.size  # while it is read, so that loads at the same time share the budget
             try:
                 pulled = await self._pull(group, key.tenant, file.digest)
                 loaded = await self._in_thread(partial(self._read, file)) if pulled is None else pulled
             finally:
-                self._bytes -= file.size
+                self._stats.bytes -= file.size
         name = key.tenant, file.digest
         if name not in self._files:  # the same bytes may have come from another memory meanwhile
             self._files[name] = _KeptFile(loaded)
-            self._bytes += loaded.bytes
-            self._slots += sum(loaded.slots)
-            self._moved += loaded.bytes
-            self._pulls += pulled is not None
-            self._loads += pulled is None
+            self._stats.bytes += loaded.bytes
+            self._stats.slots += sum(loaded.slots)
+            self._stats.moved_bytes += loaded.bytes
+            self._stats.pulls += pulled is not None
+            self._stats.loads += pulled is None
             self._metrics.count_load(key.tenant, "peer" if pulled else "storage", loaded.bytes)
-            self._metrics.set_resident(self._bytes, self._slots)
+            self._metrics.set_resident(self._stats.bytes, self._stats.slots)
         return self._files[name]
 
     async def _pull(self, group: str, tenant: str, digest: str) -> HeldFile | None:
@@ -265,12 +254,12 @@ class MemoryKeeper:
     def _evict(self, coming_bytes: int) -> None:
         """Lets go of unused files until `coming_bytes` more fit the budget, as far as that is possible."""
         for name in [name for name, file in self._files.items() if not file.readers]:
-            if self._bytes + coming_bytes <= self._budget:
+            if self._stats.bytes + coming_bytes <= self._stats.budget_bytes:
                 return
             gone = self._files.pop(name).file
-            self._bytes -= gone.bytes
-            self._slots -= sum(gone.slots)
-            self._evictions += 1
+            self._stats.bytes -= gone.bytes
+            self._stats.slots -= sum(gone.slots)
+            self._stats.evictions += 1
             self._metrics.count_eviction(gone.bytes)
 
 

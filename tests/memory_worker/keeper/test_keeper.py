@@ -135,11 +135,11 @@ def test_a_memory_is_handed_out_in_slot_order(kept: Any, store: MemoryStore, nod
     assert memory.total_slots == manifest.slots == 64
     assert torch.equal(slots_of(memory), expected(*documents.values()))
     assert keeper.stats() == KeeperStats(
-        64 * SLOT, 2**20, 4, hits=0, loads=4, evictions=0, slots=64, moved_bytes=64 * SLOT
+        2**20, bytes=64 * SLOT, segments=4, hits=0, loads=4, slots=64, moved_bytes=64 * SLOT
     )
     assert keeper.chunks(manifest).chunks == memory.chunks
     assert keeper.stats() == KeeperStats(
-        64 * SLOT, 2**20, 4, hits=4, loads=4, evictions=0, slots=64, moved_bytes=64 * SLOT
+        2**20, bytes=64 * SLOT, segments=4, hits=4, loads=4, slots=64, moved_bytes=64 * SLOT
     )
 
 
