@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.config import RayConfig
-from serving.deploy.traces import remove_traces, watch_over
+from serving.deploy.traces import find_processes, remove_traces, shared_memory_of, watch_over
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def stop_ray(folder: Path) -> None:
     """Ends the Ray that `start_ray` started, with all that it started, and deletes its folder."""
     import ray
 
+    shared = shared_memory_of(find_processes(folder))  # before Ray kills them: later nothing says whose it was
     ray.shutdown()
-    remove_traces(folder, set())
+    remove_traces(folder, shared)
     os.environ.pop("TMPDIR", None)  # it is gone

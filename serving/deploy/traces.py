@@ -18,7 +18,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 def remove_traces(temporary: Path, shared: set[str]) -> None:
     """Kills the processes that name `temporary`, deletes it, and those of the `shared` files that nothing maps."""
     # A process may start another while it is being killed: look until none is found.
-    while rest := _find_processes(temporary):
+    while rest := find_processes(temporary):
         shared |= shared_memory_of(rest)
         kill(rest)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -65,7 +65,7 @@ def kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def _find_processes(folder: Path) -> list[psutil.Process]:
+def find_processes(folder: Path) -> list[psutil.Process]:
     """Processes, this one apart, that name `folder` in their command line or environment, or have files open in it.
 
     All three, because Ray's workers overwrite their command line, and with it their environment, with a title.

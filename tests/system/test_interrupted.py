@@ -69,7 +69,7 @@ def test_nothing_is_left(command, processes: int, number: int, tmp_path: Path, i
     seen = f"{enough} processes: {[title_of(each)[:60] for each in family]}\n{(tmp_path / 'said').read_text()}"
     assert code == (-number if number == signal.SIGKILL else 128 + number), seen
     wait_until(lambda: not folder.exists() and not any(psutil.pid_exists(each.pid) for each in family), lambda: seen)
-    assert not traces._find_processes(folder)
+    assert not traces.find_processes(folder)
     assert not [path for path in shared if Path(path).exists()], seen
     assert not list((tmp_path / "tmp").iterdir()), seen
     assert not (tmp_path / "storage" / "server.json").exists()
@@ -103,6 +103,6 @@ def _words(process: psutil.Process) -> list[str]:
 def _find(command: psutil.Process, folder: Path) -> list[psutil.Process]:
     """What the command started, directly or not."""
     try:
-        return list({*command.children(recursive=True), *traces._find_processes(folder)})
+        return list({*command.children(recursive=True), *traces.find_processes(folder)})
     except psutil.NoSuchProcess:
         return []

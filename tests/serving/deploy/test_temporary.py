@@ -21,7 +21,7 @@ from serving.config import load_profile
 from serving.deploy import temporary, traces
 
 def deploy(profile, storage, host, port, *, ray_folder):
-    traces.watch_over(ray_folder)  # as `start_ray` does
+    traces.watch_over(ray_folder)  # as the start of Ray does
     Path(storage).mkdir()
     print(storage, flush=True)
     signal.pause()
