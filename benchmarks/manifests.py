@@ -27,7 +27,7 @@ from ray import cloudpickle
 
 from benchmarks.report import make_parser, report
 from cluster.storage.durable import StoredFile
-from generator_worker.messages import GenerateRequest, Generation
+from generator_worker.messages import GenerateRequest, Generation, SourcesRead
 from memory_worker.catalog.catalog import Catalog
 from memory_worker.manifest import DocumentEntry, Manifest, MemoryKey, MemoryShape, SegmentEntry, now
 from memory_worker.messages import Clue, KindDescription, MemorizerDescription, RecallRequest, RecallUsage
@@ -203,8 +203,9 @@ class Workers:
     async def evidence(self, request: EvidenceRequest) -> list[Evidence] | None:
         return [] if self._knows(request.index) else None
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
-        yield Generation("Twice.", tuple(range(len(request.sources))), (), 700, 3, "stop")
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[SourcesRead | Generation]:
+        yield SourcesRead(tuple(range(len(request.sources))))
+        yield Generation("Twice.", (), 700, 3, "stop")
 
     def _knows(self, index: Index) -> bool:
         if index.parts is not None:

@@ -18,7 +18,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from cluster.engine import core_ids
 from cluster.errors import EngineFailed
-from cluster.messages import EngineStats, Finished, TextDelta
+from cluster.messages import LIKELIEST, EngineStats, Finished, Sampling, TextDelta
 from cluster.ray_internals import RunsLeanEngine, lean_engine
 
 
@@ -42,8 +42,7 @@ class EngineServer(RunsLeanEngine, LLMServer):
         max_tokens: int,
         cache_salt: str | None = None,
         kv_transfer_params: dict[str, Any] | None = None,
-        stop: list[str] | None = None,
-        temperature: float = 0.0,
+        sampling: Sampling = LIKELIEST,
         ignore_eos: bool = False,
         stream_interval: int = 1,
     ) -> AsyncGenerator[TextDelta | Finished, None]:
@@ -59,9 +58,11 @@ class EngineServer(RunsLeanEngine, LLMServer):
         from cluster.vllm_internals import EngineDeadError, EngineGenerateError, RequestOutputKind, VLLMClientError
 
         params = SamplingParams(
-            temperature=temperature,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
             max_tokens=max_tokens,
-            stop=stop,
+            stop=list(sampling.stop),
             ignore_eos=ignore_eos,
             output_kind=RequestOutputKind.DELTA,
             stream_interval=stream_interval,

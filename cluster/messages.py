@@ -1,6 +1,19 @@
-"""What a text generator streams: pieces of text, then what they cost."""
+"""How a text generator is asked, and what it streams: pieces of text, then what they cost."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen, in OpenAI's terms; as it stands, always the likeliest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()  # a text that ends the generation, and is not part of it
+
+
+LIKELIEST = Sampling()
 
 
 @dataclass(frozen=True, slots=True)

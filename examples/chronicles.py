@@ -210,6 +210,9 @@ def _generator_frame() -> dict[str, str]:
         def encode(self, text: str) -> str:
             return text
 
+        def get_added_vocab(self) -> dict[str, int]:
+            return {}
+
     source = Source("\ue000")
     request = GenerateRequest("answer", "\ue001", (source,), "en", None, "")
     prompt = build_prompt(Verbatim(), request, 10**6, 1)

@@ -1,9 +1,11 @@
-"""The `[n]` of a generated text: read by the generators when it is complete."""
+"""The `[n]` of a generated text, and the stream that ends with them: what both generators send."""
 
 import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
-from cluster.messages import Finished
-from generator_worker.messages import Generation
+from cluster.messages import Finished, TextDelta
+from generator_worker.messages import GenerateRequest, Generation, SourcesRead
 from generator_worker.prompts import Prompt
 
 _NUMBERS = re.compile(r"[\[【［]\s*(\d{1,4}(?:\s*[,，、;；]\s*\d{1,4})*)\s*[\]】］]")
@@ -23,15 +25,31 @@ def strip_citations(text: str) -> str:
     return _NUMBERS.sub("", text)
 
 
-def finish_generation(pieces: list[str], prompt: Prompt, finished: Finished) -> Generation:
-    """The end of the answer to `prompt` whose deltas were `pieces`."""
-    text = "".join(pieces)
-    return Generation(
-        text=text,
-        sources=prompt.sources,
-        citations=find_citations(text, len(prompt.sources)),
-        prompt_tokens=finished.prompt_tokens,
-        completion_tokens=finished.completion_tokens,
-        finish_reason=finished.reason,
-        cut=prompt.cut,
-    )
+async def follow_generation(
+    request: GenerateRequest, prompt: Prompt, outputs: AsyncGenerator[TextDelta | Finished, None]
+) -> AsyncGenerator[SourcesRead | TextDelta | Generation, None]:
+    """What a Generator streams, of what a model writes after `prompt`. Closing it closes `outputs`.
+
+    Nothing comes before the model's first output: a replica that dies before that can be asked again.
+    """
+    pieces: list[str] = []
+    told = False
+    async with aclosing(outputs):
+        async for output in outputs:
+            if not told:
+                told = True
+                yield SourcesRead(prompt.sources)
+            if isinstance(output, Finished):
+                text = "".join(pieces)
+                yield Generation(
+                    text=text,
+                    citations=find_citations(text, len(prompt.sources)),
+                    prompt_tokens=output.prompt_tokens,
+                    completion_tokens=output.completion_tokens,
+                    finish_reason=output.reason,
+                    cut=prompt.cut,
+                )
+            else:
+                pieces.append(output.text)
+                if request.stream:
+                    yield output

@@ -6,7 +6,8 @@ Called by the generators, with the model's own tokenizer.
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from generator_worker.errors import QuestionTooLong
@@ -47,6 +48,14 @@ _INSTRUCTIONS = {
         "to a line, and nothing else."
     ),
     ("rewrite", "zh"): "需要在一篇文本中检索下面问题的答案。请写出最多四条具体的检索语句，每行一条，不要写其他内容。",
+    ("whole", "en"): (
+        "Below are a conversation and the question that follows it. Write that question so that it can be understood "
+        "without the conversation: names in place of words like he, it or there. Write nothing else."
+    ),
+    ("whole", "zh"): (
+        "下面是一段对话以及随后的一个问题。请改写这个问题，使它脱离对话也能看懂：用具体的名称代替“他”“它”“那里”等词。"
+        "只写改写后的问题。"
+    ),
 }
 _SHORT = {
     "en": "Answer with a word or a short phrase.",
@@ -56,6 +65,7 @@ _LABELS = {
     "en": {
         "passages": "Passages:",
         "text": "Text:",
+        "conversation": "Conversation:",
         "none": "(none)",
         "question": "Question: ",
         "answer": "Answer:",
@@ -63,10 +73,12 @@ _LABELS = {
         "summarize": "Summary:",
         "hyde": "Passage:",
         "rewrite": "Queries:",
+        "whole": "Question, complete:",
     },
     "zh": {
         "passages": "段落：",
         "text": "文本：",
+        "conversation": "对话：",
         "none": "（无）",
         "question": "问题：",
         "answer": "回答：",
@@ -74,6 +86,7 @@ _LABELS = {
         "summarize": "摘要：",
         "hyde": "文字：",
         "rewrite": "检索语句：",
+        "whole": "完整的问题：",
     },
 }
 _MOST_CHARACTERS_PER_TOKEN = 16  # on average over a long text; English has some 4
@@ -173,8 +186,12 @@ def write_message(request: GenerateRequest, texts: Sequence[str]) -> str:
     labels = _LABELS[request.language]
     instructions = "short" if request.short and request.task == "answer" else request.task
     parts = [_INSTRUCTIONS[instructions, request.language]]
+    if request.system and request.system.strip():
+        parts.insert(0, request.system.strip())
     if request.task == "full":
         parts.append("\n\n".join([labels["text"], *map(str.strip, texts)]))
+    elif request.task == "whole":
+        parts.append("\n".join([labels["conversation"], *map(str.strip, texts)]))
     elif request.task in ("answer", "summarize"):
         passages = "\n\n".join(f"[{n}] {text.strip()}" for n, text in enumerate(texts, 1))
         parts.append(f"{labels['passages']}\n\n{passages or labels['none']}")
@@ -188,7 +205,9 @@ def write_message(request: GenerateRequest, texts: Sequence[str]) -> str:
 def _render(
     tokenizer: Any, request: GenerateRequest, texts: Sequence[str]
 ) -> tuple[tuple[dict[str, str], ...], list[int]]:
-    text = _break_special_tokens(tokenizer, write_message(request, texts))
+    plain = partial(_break_control_tokens, tokenizer)
+    broken = replace(request, question=plain(request.question), system=plain(request.system or ""))
+    text = write_message(broken, list(map(plain, texts)))
     # One user message: several published chat templates refuse a system message.
     messages = ({"role": "user", "content": text},)
     if getattr(tokenizer, "chat_template", None):
@@ -197,9 +216,9 @@ def _render(
     return messages, tokenizer.encode(f"{text}\n\n{_LABELS[request.language][request.task]}")
 
 
-def _break_special_tokens(tokenizer: Any, text: str) -> str:
-    """`text` with a space inside whatever the tokenizer would take for a control token, such as an end of turn."""
-    for token in tokenizer.all_special_tokens:
+def _break_control_tokens(tokenizer: Any, text: str) -> str:
+    """`text` with a space inside whatever has a token of its own, such as an end of turn, special or merely added."""
+    for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

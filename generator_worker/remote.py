@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from cluster.messages import EngineStats, Finished, TextDelta
-from generator_worker.citations import finish_generation
+from cluster.messages import EngineStats, Finished, Sampling, TextDelta
+from generator_worker.citations import follow_generation
 from generator_worker.config import GeneratorConfig
 from generator_worker.errors import GenerationFailed
-from generator_worker.messages import GenerateRequest, Generation
+from generator_worker.messages import GenerateRequest, Generation, SourcesRead
 from generator_worker.prompts import Prompt, PromptBudget
 
 
@@ -37,18 +37,17 @@ class RemoteGenerator:
         self._budget = PromptBudget(tokenizer, remote.max_model_len, config.max_answer_tokens)
         self._requests = 0
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta | Generation, None]:
-        """Streams the answer, then its `Generation`. Closing the iterator hangs up on the endpoint.
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[SourcesRead | TextDelta | Generation, None]:
+        """Streams which sources were read, the answer, its `Generation`. Closing the iterator hangs up on the endpoint.
 
         Raises `QuestionTooLong`, or `GenerationFailed` if the endpoint cannot be reached, refuses, or stops.
         """
         prompt = await self._budget.prompt(request)
         self._requests += 1
         try:
-            async with aclosing(self._outputs(prompt)) as outputs:
-                async for output in outputs:
-                    if request.stream or isinstance(output, Generation):
-                        yield output
+            async with aclosing(follow_generation(request, prompt, self._outputs(prompt, request.sampling))) as items:
+                async for item in items:
+                    yield item
         finally:
             self._requests -= 1
 
@@ -56,12 +55,11 @@ class RemoteGenerator:
         """What this replica is asking the endpoint for."""
         return EngineStats(requests=self._requests, working=self._requests > 0, alive=True)
 
-    async def _outputs(self, prompt: Prompt) -> AsyncGenerator[TextDelta | Generation, None]:
+    async def _outputs(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[TextDelta | Finished, None]:
         import httpx
         import openai
 
         where = f"{self._remote.base_url} (model {self._remote.model!r})"
-        pieces: list[str] = []
         reason: str | None = None
         prompt_tokens, completion_tokens = len(prompt.token_ids), 0
         try:
@@ -69,8 +67,10 @@ class RemoteGenerator:
                 model=self._remote.model,
                 messages=list(prompt.messages),
                 max_tokens=prompt.max_tokens,
-                temperature=0.0,
-                stop=prompt.stop or openai.omit,
+                temperature=sampling.temperature,
+                top_p=openai.omit if sampling.top_p == 1.0 else sampling.top_p,
+                seed=openai.omit if sampling.seed is None else sampling.seed,
+                stop=[*prompt.stop, *sampling.stop] or openai.omit,
                 stream=True,
                 stream_options={"include_usage": True},
             )
@@ -81,7 +81,6 @@ class RemoteGenerator:
                     for choice in chunk.choices:
                         reason = choice.finish_reason or reason
                         if choice.delta.content:
-                            pieces.append(choice.delta.content)
                             yield TextDelta(choice.delta.content)
         except openai.APITimeoutError as error:
             raise GenerationFailed(f"{where} sent nothing for {self._remote.timeout_s:g} s") from error
@@ -98,4 +97,4 @@ class RemoteGenerator:
             raise GenerationFailed(f"{where} broke off in the middle of an answer: {error!r}") from error
         if reason is None:
             raise GenerationFailed(f"{where} broke off in the middle of an answer")
-        yield finish_generation(pieces, prompt, Finished(prompt_tokens, completion_tokens, reason))
+        yield Finished(prompt_tokens, completion_tokens, reason)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.messages import LIKELIEST, Sampling
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
 from memory_worker.errors import UnfitRatio, UnsupportedKind
@@ -218,6 +219,7 @@ class MemoryAnswerRequest:
     question: str
     language: Language
     max_tokens: int | None  # None takes the configured default
+    sampling: Sampling = LIKELIEST
 
 
 @dataclass(frozen=True, slots=True)

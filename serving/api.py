@@ -49,10 +49,21 @@ class PutDocument(_Request):
     text: str
 
 
+class Turn(_Request):
+    """What was said before a question."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
 class Question(_Request):
-    """A question about one memory."""
+    """A question about one memory.
+
+    With `messages`, the conversation before it, it is first made whole: written so that it stands alone.
+    """
 
     question: str = Field(min_length=1)
+    messages: list[Turn] = Field([], max_length=1000, description="the conversation before the question, oldest first")
     task: Task = Field(
         "memorag",
         description="memorag: clues, then passages; memory: no passages; rag: no clues; to compare with, without "
@@ -62,6 +73,13 @@ class Question(_Request):
     short: bool = Field(False, description="answer with a phrase and no citations, as benchmarks expect")
     stream: bool = Field(False, description="server-sent events clue, passage, token and done")
     language: Language | None = Field(None, description="of the prompts; the text's own where it is left out")
+    system: str | None = Field(None, max_length=16_384, description="instructions of your own for the answer")
+    temperature: float = Field(0.0, ge=0, le=2, description="0 always takes the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="of the probability, the share that is drawn from")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="the same answer again where temperature is not 0"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=16, description="texts that end the answer")
 
 
 class QuestionToMany(Question):
@@ -227,7 +245,9 @@ class Answer(BaseModel):
     version: str | None
     memories: list[MemoryVersion]
     task: Task
+    question: str = Field("", description="as it was answered: made whole where a conversation stood before it")
     answer: str
+    finish_reason: str = Field("stop", description="stop, or length where max_tokens or the window ended it")
     citations: list[CitationOut]
     evidence: list[EvidenceOut]
     clues: list[ClueOut]

@@ -87,6 +87,9 @@ class LimitsConfig(Settings):
     convert: ConvertConfig = ConvertConfig()
     question_s: float = Field(300.0, gt=0, description="seconds one question may take in all")
     question_characters: int = Field(100_000, gt=0, description="characters of one question")
+    history_characters: int = Field(
+        8_000, ge=0, description="characters of the conversation before a question that are read; the oldest turns go"
+    )
     answer_tokens: int = Field(4096, gt=0, description="max_tokens that one answer may ask for")
 
 

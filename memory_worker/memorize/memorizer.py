@@ -36,7 +36,7 @@ from memory_worker.messages import (
 )
 from memory_worker.models.embedded import load_tokenizer
 from memory_worker.models.fingerprint import fingerprint_of
-from memory_worker.models.prompts import head_tokens
+from memory_worker.models.prompts import head_tokens, mark_control_tokens
 from memory_worker.storage.store import MemoryStore, head_path
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Memorizer:
                 f"memorize.segment_tokens is {wanted}, less than one window of the memory model, which has "
                 f"{self._model.window} tokens: raise it, or leave it out"
             )
-        self._tokenizer = load_tokenizer(config.engine.model)
+        self._tokenizer = mark_control_tokens(load_tokenizer(config.engine.model))
         # Now, and never while another thread reads a text: that switches the whole tokenizer's special tokens off.
         self._heads = {language: head_tokens(self._tokenizer, language) for language in get_args(Language)}
         room, together = config.group_slots, config.heads_together(self._model.kv_heads)
@@ -182,7 +182,7 @@ class Memorizer:
         return tokens
 
     def _encode(self, text: str) -> list[int]:
-        """What looks like a special token in a text is read as plain characters."""
+        """What looks like a control token in a text is read as plain characters."""
         tokens: list[int] = self._tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )

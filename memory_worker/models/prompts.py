@@ -90,6 +90,17 @@ _REPEAT: dict[Language, tuple[str, str]] = {
 _ASK: dict[Language, str] = {"en": "\n\nQuestion:\n", "zh": "\n\n问题：\n"}
 
 
+def mark_control_tokens(tokenizer: Any) -> Any:
+    """`tokenizer`, for which `split_special_tokens` now covers all that has a token of its own, such as `<think>`.
+
+    Of tokens that were merely added it knows nothing by itself: whoever wrote them in a text could act as the model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # those in Python split all of them
+        backend.add_special_tokens(list(tokenizer.added_tokens_decoder.values()))
+    return tokenizer
+
+
 def head_tokens(tokenizer: Any, language: Language) -> list[int]:
     """Token ids from the beginning of the conversation up to where the text stands.
 
@@ -102,7 +113,8 @@ def head_tokens(tokenizer: Any, language: Language) -> list[int]:
 def question_tokens(tokenizer: Any, kind: PromptKind, question: str, language: Language) -> list[int]:
     """Token ids from the end of the text up to where the model begins to write.
 
-    `question` is not used for key points. What looks like a special token in it is read as plain characters.
+    `question` is not used for key points. What looks like a special token in it is read as plain characters; like any
+    control token, if `mark_control_tokens` was called.
     """
     instruction = _INSTRUCTIONS[language][kind]
     if kind == "key_point":

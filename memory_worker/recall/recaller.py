@@ -5,6 +5,7 @@ Importing this module imports vLLM (10 s); `recall.application` deploys it witho
 """
 
 import asyncio
+import copy
 import hashlib
 import hmac
 import logging
@@ -18,7 +19,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from cluster.engine_server import EngineServer
 from cluster.errors import EngineFailed, cause_of
-from cluster.messages import Finished, TextDelta
+from cluster.messages import LIKELIEST, Finished, Sampling, TextDelta
 from cluster.ray_internals import announce_rank
 from cluster.routing import ReportsRank
 from cluster.streams import merge_streams, retry_stream
@@ -27,7 +28,7 @@ from memory_worker.errors import MemoryTooLarge, QuestionTooLong
 from memory_worker.keeper.keeper import KeptMemory, local_keeper
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from memory_worker.models.beacon.checkpoint import fingerprint, resolve
-from memory_worker.models.prompts import question_tokens
+from memory_worker.models.prompts import mark_control_tokens, question_tokens
 from memory_worker.recall.clues import ClueLines
 from memory_worker.recall.groups import memories_of
 
@@ -70,6 +71,7 @@ class Recaller(ReportsRank, EngineServer):
         }
         await super().__init__(llm_config, cores=cores)
         tokenizer = self.tokenizer
+        self._reader = mark_control_tokens(copy.deepcopy(tokenizer))  # the engine's own leaves special tokens out
         # Its text is never seen; vLLM skips special tokens fastest when it primes its detokenizer with the prompt.
         self._placeholder = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
@@ -90,7 +92,7 @@ class Recaller(ReportsRank, EngineServer):
         """
         prompts: dict[ClueKind, _Prompt] = {}
         for kind in request.kinds:
-            question = question_tokens(self.tokenizer, kind, request.question, request.language)
+            question = question_tokens(self._reader, kind, request.question, request.language)
             prompts[kind] = self._prompt(request, question, self._config.recall.max_clue_tokens)
         memory = await self._fetch_kept(request.group)
         completion_tokens = 0
@@ -106,9 +108,10 @@ class Recaller(ReportsRank, EngineServer):
     async def answer(self, request: MemoryAnswerRequest) -> AsyncGenerator[TextDelta | Finished, None]:
         """An answer from memory alone, as it is generated. Raises and closes as `recall` does."""
         max_tokens = request.max_tokens or self._config.recall.max_answer_tokens
-        question = question_tokens(self.tokenizer, "answer", request.question, request.language)
+        question = question_tokens(self._reader, "answer", request.question, request.language)
         prompt = self._prompt(request, question, max_tokens)
-        async with aclosing(self._generate(prompt, await self._fetch_kept(request.group))) as pieces:
+        memory = await self._fetch_kept(request.group)
+        async with aclosing(self._generate(prompt, memory, sampling=request.sampling)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -141,7 +144,7 @@ class Recaller(ReportsRank, EngineServer):
         yield tokens
 
     async def _generate(
-        self, prompt: "_Prompt", memory: KeptMemory, stream_interval: int = 1
+        self, prompt: "_Prompt", memory: KeptMemory, stream_interval: int = 1, sampling: Sampling = LIKELIEST
     ) -> AsyncGenerator[TextDelta | Finished, None]:
         """One generation. If the memory went away before the engine read it, it is fetched and tried once more."""
 
@@ -151,6 +154,7 @@ class Recaller(ReportsRank, EngineServer):
                 max_tokens=prompt.max_tokens,
                 cache_salt=self._salt(memory.group),
                 kv_transfer_params={"memory": memory.group.name, "num_memory_tokens": memory.total_slots},
+                sampling=sampling,
                 stream_interval=stream_interval,
             )
 

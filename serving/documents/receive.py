@@ -175,12 +175,14 @@ def _content_type(request: Request) -> str:
 
 
 async def _json(request: Request, model: type[BaseModel]) -> Any:
+    body = await request.body()
     try:
-        return await asyncio.to_thread(lambda body: _validate(model, json.loads(body)), await request.body())
+        values = await asyncio.to_thread(json.loads, body)
     except UnicodeDecodeError as error:
         raise ProblemError(400, f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no `JSONDecodeError`
         raise ProblemError(400, f"the body is not JSON: {error}; see /docs for its shape") from None
+    return await asyncio.to_thread(_validate, model, values)
 
 
 def _validate(model: type[BaseModel], values: Any) -> Any:

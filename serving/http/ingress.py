@@ -1,19 +1,17 @@
 """The HTTP ingress: FastAPI over the Router. Says who calls, refuses what may not be, streams events."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
 from ray import serve
-from ray.serve.handle import DeploymentHandle
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 
 from cluster.planning.costs import MemoryKind
 from cluster.storage.durable import StoredFile
@@ -22,11 +20,15 @@ from serving import api
 from serving.config import Profile
 from serving.documents.archive import MEDIA_TYPE, pack
 from serving.documents.receive import Receiver, if_match
-from serving.errors import problem_for
 from serving.http.admission import InFlight
 from serving.http.body_limit import BodyLimit
+from serving.http.event_stream import stream_events
 from serving.http.gate import Gate, Gated
+from serving.http.head import AnswersHead
+from serving.http.openai import add_openai_routes
+from serving.http.openai_errors import OpenAIErrors
 from serving.http.problems import STATUSES, add_error_handlers
+from serving.http.state import Tenant, questions_of, router_of
 from serving.router.usage_metrics import CountedRequests
 
 _HOLD_S = 10.0  # how often the version that an export reads is kept from being deleted
@@ -87,14 +89,6 @@ _SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": 
 MemoryId = Annotated[str, "the memory's id"]
 
 
-def _tenant(request: Request) -> str:
-    tenant: str = request.state.tenant  # `serving.http.gate` has put it there
-    return tenant
-
-
-Tenant = Annotated[str, Depends(_tenant)]
-
-
 def http_app(profile: Profile, storage_root: str) -> FastAPI:
     """The FastAPI application of one replica."""
 
@@ -121,10 +115,13 @@ def http_app(profile: Profile, storage_root: str) -> FastAPI:
     add_error_handlers(app)
     app.add_middleware(Gated)
     app.add_middleware(CountedRequests)
+    app.add_middleware(OpenAIErrors)
+    app.add_middleware(AnswersHead)
     _add_memory_routes(app)
     _add_document_routes(app)
     _add_question_routes(app)
     _add_other_routes(app)
+    add_openai_routes(app)
     _add_schemas(app, api.CreateMemory, api.PutDocument, api.ProblemOut)
     return app
 
@@ -133,7 +130,7 @@ def _add_memory_routes(app: FastAPI) -> None:
     @app.post("/v1/memories", status_code=202, openapi_extra=_CREATE_BODY)
     async def create_memory(request: Request, response: Response, tenant: Tenant) -> api.MemoryOut:
         """Make a memory of documents. Answers at once; follow `/events` until it is ready."""
-        return _tag(response, await request.app.state.receiver.create(request, _router(request), tenant))
+        return _tag(response, await request.app.state.receiver.create(request, router_of(request), tenant))
 
     @app.get("/v1/memories")
     async def list_memories(
@@ -144,46 +141,46 @@ def _add_memory_routes(app: FastAPI) -> None:
         tag: str | None = None,
     ) -> api.MemoryList:
         """All memories, or those with a tag, by id, in pages."""
-        return await _router(request).list_memories.remote(tenant, cursor, limit, tag)
+        return await router_of(request).list_memories.remote(tenant, cursor, limit, tag)
 
     @app.get("/v1/memories/{memory}")
     async def get_memory(request: Request, response: Response, tenant: Tenant, memory: MemoryId) -> api.MemoryOut:
         """One memory, with its state and sizes. The ETag is its version, for `If-Match`."""
-        return _tag(response, await _router(request).get.remote(tenant, memory))
+        return _tag(response, await router_of(request).get.remote(tenant, memory))
 
     @app.delete("/v1/memories/{memory}", status_code=204)
     async def delete_memory(request: Request, tenant: Tenant, memory: MemoryId) -> None:
         """Delete a memory, whatever its state."""
-        await _router(request).delete.remote(tenant, memory)
+        await router_of(request).delete.remote(tenant, memory)
 
     @app.delete("/v1/memories/{memory}/job", status_code=204)
     async def cancel_job(request: Request, tenant: Tenant, memory: MemoryId) -> None:
         """Cancel what is being made of a memory. One that was ready stays as it was."""
-        await _router(request).cancel.remote(tenant, memory)
+        await router_of(request).cancel.remote(tenant, memory)
 
     @app.get("/v1/memories/{memory}/events", responses=_SSE, response_class=EventSourceResponse)
     async def memory_events(request: Request, tenant: Tenant, memory: MemoryId) -> EventSourceResponse:
         """Server-sent events: `progress` while a memory is made or changed, then `ready` or `failed`."""
-        return await stream_events(_router(request).options(stream=True).events.remote(tenant, memory))
+        return await stream_events(router_of(request).options(stream=True).events.remote(tenant, memory))
 
     @app.get("/v1/memories/{memory}/archive", responses={200: _TAR}, response_class=StreamingResponse)
     async def export_memory(request: Request, tenant: Tenant, memory: MemoryId) -> StreamingResponse:
         """The whole memory as one file, which `POST /v1/memories` takes as `application/x-tar`."""
-        manifest: Manifest = await _router(request).manifest.remote(tenant, memory)
+        manifest: Manifest = await router_of(request).manifest.remote(tenant, memory)
         name = {"Content-Disposition": f'attachment; filename="{memory}.tar"'}
         return StreamingResponse(_archive(request, manifest), media_type=MEDIA_TYPE, headers=name)
 
     @app.get("/v1/usage")
     async def usage(request: Request, tenant: Tenant) -> api.UsageOut:
         """What the caller has, and may have."""
-        return await _router(request).usage.remote(tenant)
+        return await router_of(request).usage.remote(tenant)
 
 
 def _add_document_routes(app: FastAPI) -> None:
     @app.get("/v1/memories/{memory}/documents/{document}", response_class=PlainTextResponse)
     async def get_document(request: Request, tenant: Tenant, memory: MemoryId, document: str) -> PlainTextResponse:
         """The text of a document; every offset in answers counts its characters."""
-        source: StoredFile = await _router(request).source.remote(tenant, memory, document)
+        source: StoredFile = await router_of(request).source.remote(tenant, memory, document)
         text = await asyncio.to_thread(request.app.state.gate.storage.read, source)
         return PlainTextResponse(text.to_pybytes())
 
@@ -196,14 +193,14 @@ def _add_document_routes(app: FastAPI) -> None:
         With `If-Match`, only if the memory is still at that version. One change at a time: 412 for a second one.
         """
         put = request.app.state.receiver.put
-        return _tag(response, await put(request, _router(request), tenant, memory, document))
+        return _tag(response, await put(request, router_of(request), tenant, memory, document))
 
     @app.delete("/v1/memories/{memory}/documents/{document}")
     async def delete_document(
         request: Request, response: Response, tenant: Tenant, memory: MemoryId, document: str
     ) -> api.MemoryOut:
         """Delete a document; no question sees it any more. `If-Match` as for PUT."""
-        removed = await _router(request).remove_document.remote(tenant, memory, document, if_match(request))
+        removed = await router_of(request).remove_document.remote(tenant, memory, document, if_match(request))
         return _tag(response, removed)
 
 
@@ -233,14 +230,14 @@ def _add_question_routes(app: FastAPI) -> None:
     @app.post("/v1/memories/{memory}/clues")
     async def clues(request: Request, tenant: Tenant, memory: MemoryId, query: api.CluesQuery) -> api.CluesOut:
         """Only recall: the clues that the memory gives for a question."""
-        async with request.app.state.questions:
-            return await _router(request).clues.remote(tenant, memory, query)
+        async with questions_of(request):
+            return await router_of(request).clues.remote(tenant, memory, query)
 
     @app.post("/v1/memories/{memory}/passages")
     async def passages(request: Request, tenant: Tenant, memory: MemoryId, query: api.PassagesQuery) -> api.PassagesOut:
         """Only retrieval: the passages that match a text."""
-        async with request.app.state.questions:
-            return await _router(request).passages.remote(tenant, memory, query)
+        async with questions_of(request):
+            return await router_of(request).passages.remote(tenant, memory, query)
 
 
 def _add_other_routes(app: FastAPI) -> None:
@@ -252,7 +249,7 @@ def _add_other_routes(app: FastAPI) -> None:
     @app.get("/readyz")
     async def readyz(request: Request) -> api.Readiness:
         """Every pool answers."""
-        return await _router(request).ready.remote()
+        return await router_of(request).ready.remote()
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -272,10 +269,6 @@ def ingress_deployment(profile: Profile, storage_root: str) -> serve.Deployment:
     return serve.deployment(serve.ingress(build)(), name="Ingress", **options)
 
 
-def _router(request: Request) -> DeploymentHandle:
-    return request.app.state.router
-
-
 def _tag(response: Response, memory: api.MemoryOut) -> api.MemoryOut:
     response.headers["ETag"] = f'"{memory.version}"'
     return memory
@@ -284,34 +277,12 @@ def _tag(response: Response, memory: api.MemoryOut) -> api.MemoryOut:
 async def _ask(
     request: Request, tenant: str, memories: list[str], tag: str | None, question: api.Question
 ) -> api.Answer | EventSourceResponse:
-    questions = request.app.state.questions
+    questions = questions_of(request)
     if question.stream:
-        asked = _router(request).options(stream=True).ask
+        asked = router_of(request).options(stream=True).ask
         return await stream_events(asked.remote(tenant, memories, tag, question), questions)
     async with questions:
-        return await _router(request).answer.remote(tenant, memories, tag, question)
-
-
-async def stream_events(events: Any, counted: InFlight | None = None) -> EventSourceResponse:
-    """The Router's events as server-sent events. A failure before the first is an ordinary problem response."""
-    async with AsyncExitStack() as beginning:
-        beginning.callback(events.cancel)  # of what is still being made where the client has gone
-        if counted:
-            await beginning.enter_async_context(counted)
-        iterator = aiter(events)
-        first: api.Event = await anext(iterator)
-        begun = beginning.pop_all()
-
-    async def lines() -> AsyncIterator[ServerSentEvent]:
-        async with begun:
-            try:
-                yield _line(first)
-                async for event in iterator:
-                    yield _line(event)
-            except Exception as error:  # noqa: BLE001  the response has begun: it ends with what went wrong
-                yield _line(api.Event(name="error", data=problem_for(error).body()))
-
-    return EventSourceResponse(lines(), headers={"Cache-Control": "no-store"})
+        return await router_of(request).answer.remote(tenant, memories, tag, question)
 
 
 async def _archive(request: Request, manifest: Manifest) -> AsyncIterator[bytes]:
@@ -320,13 +291,9 @@ async def _archive(request: Request, manifest: Manifest) -> AsyncIterator[bytes]
     held = time.monotonic()
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         if time.monotonic() - held > _HOLD_S:
-            await _router(request).hold.remote(manifest.key)
+            await router_of(request).hold.remote(manifest.key)
             held = time.monotonic()
         yield piece
-
-
-def _line(event: api.Event) -> ServerSentEvent:
-    return ServerSentEvent(event=event.name, data=json.dumps(event.data, ensure_ascii=False))
 
 
 def _add_schemas(app: FastAPI, *models: type[BaseModel]) -> None:

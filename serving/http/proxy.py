@@ -8,11 +8,11 @@ import json
 import logging
 
 from starlette.middleware import Middleware
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import APPLICATION
 from serving.errors import ProblemError
+from serving.http.openai_errors import OpenAIErrors
 from serving.http.problems import problem_response
 
 logger = logging.getLogger("ray.serve")
@@ -29,7 +29,7 @@ def middlewares() -> list[Middleware]:
 class RetryableFailures:
     """Sends 503 with `Retry-After` where the proxy answers for a replica of ours that died or is not there.
 
-    The Ingress answers failures of its own as problems; whatever else comes with an error's status on its routes is
+    The Ingress answers failures of its own in JSON; whatever else comes with an error's status on its routes is
     the proxy's, which sends nothing at all for a replica that died, and 404 until it has heard of the Ingress: a server
     that is starting must not say of a memory that there is none. A response that has begun cannot be replaced: it
     breaks off.
@@ -51,9 +51,9 @@ class RetryableFailures:
             if message["type"] == "http.response.start":
                 started = True
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
-                if message["status"] in _OF_THE_PROXY and b"problem+json" not in kind and await self._is_ours(asked):
+                if message["status"] in _OF_THE_PROXY and b"json" not in kind and await self._is_ours(asked):
                     replaced = True
-                    await _problem()(asked, receive, send)
+                    await _answer(asked, receive, send)
             if not replaced:  # else this is the body that went with it
                 await send(message)
 
@@ -64,7 +64,7 @@ class RetryableFailures:
                 raise
             logger.exception("a request was lost on its way to the Ingress")
         if not started and await self._is_ours(asked):
-            await _problem()(asked, receive, send)
+            await _answer(asked, receive, send)
 
     async def _is_ours(self, scope: Scope) -> bool:
         """Whether the request is for our application; by its path alone, where the proxy has not heard of that."""
@@ -90,6 +90,9 @@ class RetryableFailures:
         return unknown and (path in ("/", "/healthz", "/readyz") or path.startswith("/v1/"))
 
 
-def _problem() -> Response:
-    detail = "the part of the server that works on this request is not there just now; try again"
-    return problem_response(ProblemError(503, detail))
+# As the Ingress would: in OpenAI's shape on its routes.
+_answer = OpenAIErrors(
+    problem_response(
+        ProblemError(503, "the part of the server that works on this request is not there just now; try again")
+    )
+)

@@ -21,10 +21,10 @@ from opentelemetry import trace
 from ray.serve.handle import DeploymentHandle
 from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, wait_fixed
 
-from cluster.messages import Finished, TextDelta
+from cluster.messages import LIKELIEST, Finished, Sampling, TextDelta
 from cluster.storage.durable import Storage
 from cluster.streams import merge_streams, retry_stream
-from generator_worker.messages import GenerateRequest, GenerateTask, Generation, Source
+from generator_worker.messages import GenerateRequest, GenerateTask, Generation, Source, SourcesRead
 from memory_worker.manifest import Manifest
 from memory_worker.messages import Clue, ClueKind, MemoryAnswerRequest, RecallRequest, RecallUsage, SegmentGroup
 from memory_worker.recall.clues import ClueLines
@@ -33,6 +33,7 @@ from retrieval_worker.fusion import clue_weights, select_hits
 from retrieval_worker.messages import EvidenceRequest, Hit, Index, Ranking
 from serving import api
 from serving.errors import is_callers_fault, is_unavailable, problem_for
+from serving.router.conversation import recent_turns, stands_alone
 from serving.router.versions import AskedVersions
 from serving.router.views import citation_out, clue_out, passage_out
 
@@ -46,6 +47,8 @@ CLUE_KINDS: dict[api.Task, tuple[ClueKind, ...]] = {
 }
 READ_MEMORY = {*CLUE_KINDS, "memory"}  # tasks that ask the memory model
 _MOST_REWRITES = 8  # questions taken from the generator's list
+
+_MOST_LONGER, _MOST_ADDED = 3, 200  # of a question made whole, in characters: a longer one is something else
 
 _PREPARED = 2048  # passages at most, fewer than a Retriever keeps
 _RETRY_S = 0.2  # a replica whose engine died answers until it is replaced: not asked again at once
@@ -78,6 +81,7 @@ class Pools:
     search: SearchConfig
     recall_deadline_s: float
     question_deadline_s: float
+    history_characters: int
     degraded: tuple[str, ...]  # what is true of every answer of this deployment, such as embedded-model
     prepared: Prepared
     storage: Storage
@@ -124,7 +128,9 @@ class Inquiry:
 
         Closing the iterator cancels the work in every pool. Raises `TimeoutError` past the question's deadline.
         """
+        event: PipelineEvent
         try:
+            await self._make_whole()
             if self._question.task == "memory":
                 async for event in self._answer_from_memory():
                     yield event
@@ -140,13 +146,24 @@ class Inquiry:
                 self._queries.put_nowait(clue.text)
                 yield clue
             await self.retrieve(searching)
-            for hit in self.hits:
-                yield hit
             async for event in self._generate():
                 yield event
         finally:
             for task in self._tasks:
                 task.cancel()
+
+    async def _make_whole(self) -> None:
+        """Writes the question so that it can be understood, and searched, without the conversation before it."""
+        question = self._question
+        if not question.messages or stands_alone(question.question, self._language):
+            return
+        turns = recent_turns(question.messages, self._pools.history_characters, self._language)
+        if not turns:
+            return
+        generation = await self._write("whole", tuple(Source(turn, age) for age, turn in enumerate(turns)))
+        whole = " ".join(generation.text.split())
+        if whole and len(whole) <= _MOST_LONGER * len(question.question) + _MOST_ADDED:
+            self._question = question.model_copy(update={"question": whole})
 
     async def recall(self, kinds: tuple[ClueKind, ...], *, required: bool = False) -> AsyncIterator[Clue]:
         """The clues, each the moment its line is complete; none where recall fails, unless they are `required`.
@@ -195,19 +212,22 @@ class Inquiry:
     async def _draft(self) -> AsyncIterator[Clue]:
         """What the generator, which has not seen the text, would search with: for comparison with clues."""
         hyde = self._question.task == "hyde"
-        generation: Generation | None = None
-        async for item in self._stream_generation("hyde" if hyde else "rewrite", stream=False):
-            if isinstance(item, Generation):
-                generation = item
-        assert generation is not None, "the generator's stream ends with a Generation"
-        self.usage.recall_prompt_tokens = generation.prompt_tokens
-        self.usage.recall_completion_tokens = generation.completion_tokens
+        generation = await self._write("hyde" if hyde else "rewrite")
         lines = ClueLines(_MOST_REWRITES)
         texts = [generation.text] if hyde else [*lines.feed(generation.text), *lines.close()]
         for text in filter(str.strip, texts):
             self.clues.append(Clue("draft" if hyde else "question", text.strip()))
             yield self.clues[-1]
         self.timings.recall = self._elapsed_ms()
+
+    async def _write(self, task: GenerateTask, sources: tuple[Source, ...] = ()) -> Generation:
+        """What the generator writes for the search, in one piece; counted with what recall costs."""
+        items = [item async for item in self._stream_generation(task, sources, stream=False)]
+        generation = items[-1]
+        assert isinstance(generation, Generation), "the generator's stream ends with one"
+        self.usage.recall_prompt_tokens += generation.prompt_tokens
+        self.usage.recall_completion_tokens += generation.completion_tokens
+        return generation
 
     def begin_search(self) -> asyncio.Task[list[Ranking]]:
         """Searches the question now, and each clue as it comes, until `retrieve` asks for the rankings."""
@@ -246,16 +266,24 @@ class Inquiry:
                 rankings += await self._ask_index(partial(self._call, self._retriever.search), texts)
         return rankings
 
-    async def _generate(self) -> AsyncIterator[TextDelta | api.Answer]:
+    async def _generate(self) -> AsyncIterator[Hit | TextDelta | api.Answer]:
         began = self._elapsed_ms()
         ids = tuple(hit.passage.id for hit in self.hits)
         if missing := self._pools.prepared.take_missing(self._index, ids):
             self._tasks.append(asyncio.create_task(self._prepare_evidence(missing)))
         tasks: dict[api.Task, GenerateTask] = {"summarize": "summarize", "full": "full"}
         task = tasks.get(self._question.task, "answer")
+        if task == "full":
+            sources = await asyncio.to_thread(self._read_texts)
+        else:
+            sources = tuple(Source(hit.passage.text, hit.score) for hit in self.hits)
         generation: Generation | None = None
-        async for item in self._stream_generation(task, stream=self._question.stream):
-            if isinstance(item, Generation):
+        async for item in self._stream_generation(task, sources, stream=self._question.stream):
+            if isinstance(item, SourcesRead):
+                self.hits = [self.hits[index] for index in item.sources]
+                for hit in self.hits:
+                    yield hit
+            elif isinstance(item, Generation):
                 generation = item
             else:
                 yield item
@@ -266,23 +294,23 @@ class Inquiry:
         self.usage.completion_tokens = generation.completion_tokens
         if generation.cut:
             self.degraded.append("text-cut")
-        self.hits = [self.hits[index] for index in generation.sources]
         yield await self._answer(generation)
 
-    async def _stream_generation(self, task: GenerateTask, *, stream: bool) -> AsyncIterator[TextDelta | Generation]:
-        """What the Generator makes of the question and the passages; of the whole text for `full`."""
-        if task == "full":
-            sources = await asyncio.to_thread(self._read_texts)
-        else:
-            sources = tuple(Source(hit.passage.text, hit.score) for hit in self.hits)
+    async def _stream_generation(
+        self, task: GenerateTask, sources: tuple[Source, ...], *, stream: bool
+    ) -> AsyncIterator[SourcesRead | TextDelta | Generation]:
+        """What the Generator makes of the question and the sources."""
+        question, answers = self._question, task not in ("hyde", "rewrite", "whole")
         request = GenerateRequest(
             task=task,
-            question=self._question.question,
+            question=question.question,
             sources=sources,
             language=self._language,
-            max_tokens=None if task in ("hyde", "rewrite") else self._question.max_tokens,
+            max_tokens=question.max_tokens if answers else None,
             cache_salt=self._cache_salt,
-            short=self._question.short and task in ("answer", "full"),
+            short=question.short and task in ("answer", "full"),
+            system=question.system if answers else None,
+            sampling=_sampling_of(question) if answers else LIKELIEST,
             stream=stream,
         )
         generator = self._pools.generator.options(stream=True)
@@ -313,34 +341,44 @@ class Inquiry:
             self._end_stage("evidence", began, sentences=len(evidence))
         return self._finish(
             answer=generation.text,
+            reason=generation.finish_reason,
             citations=[citation_out(n, self.hits[n - 1]) for n in generation.citations],
             evidence=[api.EvidenceOut(**asdict(sentence)) for sentence in evidence],
         )
 
     async def _answer_from_memory(self) -> AsyncIterator[TextDelta | api.Answer]:
         (group,) = self._groups  # `QuestionLimits` lets no more pass
-        request = MemoryAnswerRequest(group, self._question.question, self._language, self._question.max_tokens)
+        question = self._question
+        request = MemoryAnswerRequest(
+            group, question.question, self._language, question.max_tokens, _sampling_of(question)
+        )
+        reason = "stop"
         pieces: list[str] = []
         recaller = self._pools.recaller.options(stream=True, session_id=request.group.name)
         async for item in _stream(lambda: recaller.answer.remote(request), self._deadline):
             if isinstance(item, Finished):
-                self.usage.recall_prompt_tokens = item.prompt_tokens
-                self.usage.recall_completion_tokens = item.completion_tokens
+                self.usage.recall_prompt_tokens += item.prompt_tokens
+                self.usage.recall_completion_tokens += item.completion_tokens
+                reason = item.reason
             else:
                 pieces.append(item.text)
                 yield item
         self.timings.recall = self._elapsed_ms()
         self._end_stage("recall", self._started, tokens=self.usage.recall_completion_tokens)
-        yield self._finish(answer="".join(pieces).strip(), citations=[], evidence=[])
+        yield self._finish(answer="".join(pieces).strip(), reason=reason, citations=[], evidence=[])
 
-    def _finish(self, *, answer: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]) -> api.Answer:
+    def _finish(
+        self, *, answer: str, reason: str, citations: list[api.CitationOut], evidence: list[api.EvidenceOut]
+    ) -> api.Answer:
         asked = [api.MemoryVersion(id=manifest.memory, version=manifest.version) for manifest in self.manifests]
         return api.Answer(
             memory=asked[0].id if len(asked) == 1 else None,
             version=asked[0].version if len(asked) == 1 else None,
             memories=asked,
             task=self._question.task,
+            question=self._question.question,
             answer=answer,
+            finish_reason=reason,
             citations=citations,
             evidence=evidence,
             clues=[clue_out(clue) for clue in self.clues],
@@ -388,6 +426,10 @@ class Inquiry:
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started) * 1000
+
+
+def _sampling_of(question: api.Question) -> Sampling:
+    return Sampling(question.temperature, question.top_p, question.seed, tuple(question.stop))
 
 
 def _stream(call: Callable[[], Any], deadline: float) -> AsyncGenerator[Any, None]:

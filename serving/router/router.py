@@ -63,6 +63,7 @@ class Router(KeyedAnswers):
             profile.retrieval.search,
             profile.memory.recall.deadline_s,
             profile.limits.question_s,
+            profile.limits.history_characters,
             degraded,
             Prepared(),
             Storage(storage_root),

@@ -21,7 +21,7 @@ from generator_worker import generator
 from generator_worker.config import GeneratorConfig, RemoteConfig
 from generator_worker.errors import GenerationFailed, QuestionTooLong
 from generator_worker.generator import generator_application
-from generator_worker.messages import GenerateRequest, Generation, Source
+from generator_worker.messages import GenerateRequest, Generation, Source, SourcesRead
 from generator_worker.remote import RemoteGenerator
 from tests.support.tiny_engine import tiny_engine
 from tests.support.waiting import PATIENCE_S, until, wait_until
@@ -113,15 +113,15 @@ def _remote_config(folder, url, **changes):
 
 
 async def _collect(handle, request):
-    *deltas, end = [item async for item in handle.generate.remote(request)]
+    read, *deltas, end = [item async for item in handle.generate.remote(request)]
     assert all(isinstance(delta, TextDelta) for delta in deltas) and isinstance(end, Generation)
-    assert end.text == "".join(delta.text for delta in deltas)
-    return end, len(deltas)
+    assert isinstance(read, SourcesRead) and end.text == "".join(delta.text for delta in deltas)
+    return end, read.sources, len(deltas)
 
 
 async def test_our_own_engine_streams_an_answer(local):
-    end, deltas = await _collect(local, REQUEST)
-    assert deltas > 2 and end.sources == (0, 1, 2, 3) and end.finish_reason in ("stop", "length")
+    end, sources, deltas = await _collect(local, REQUEST)
+    assert deltas > 2 and sources == (0, 1, 2, 3) and end.finish_reason in ("stop", "length")
     assert 0 < end.completion_tokens <= 24 and end.prompt_tokens > 100
 
 
@@ -136,9 +136,9 @@ async def test_tenants_share_no_prefix_cache(local):
 
 async def test_what_does_not_fit_is_left_out_and_said(local):
     many = replace(REQUEST, sources=tuple(replace(REQUEST.sources[0], score=i) for i in range(100)))
-    end, _ = await _collect(local, many)
-    assert 10 < len(end.sources) < 100 and end.prompt_tokens + 24 <= 1024
-    assert end.sources == tuple(range(100 - len(end.sources), 100))
+    end, sources, _ = await _collect(local, many)
+    assert 10 < len(sources) < 100 and end.prompt_tokens + 24 <= 1024
+    assert sources == tuple(range(100 - len(sources), 100))
 
 
 async def test_a_question_too_long_is_its_own_error(local):
@@ -150,7 +150,7 @@ async def test_sixteen_at_once_answer_as_one_alone(local):
     requests = [replace(REQUEST, question=f"Who opened gate number {i}?") for i in range(16)]
     alone = [(await _collect(local, request))[0].text for request in requests[:3]]
     together = await asyncio.gather(*[_collect(local, request) for request in requests])
-    assert [end.text for end, _ in together[:3]] == alone
+    assert [end.text for end, *_ in together[:3]] == alone
 
 
 @pytest.mark.parametrize("name", ["local", pytest.param("remote", marks=pytest.mark.long)])
@@ -183,8 +183,8 @@ def idle(stats):
 @pytest.mark.long
 async def test_the_endpoint_answers_as_our_own_engine_does(local, remote):
     for request in (REQUEST, replace(REQUEST, task="summarize", question="", language="zh")):
-        ours, _ = await _collect(local, request)
-        theirs, deltas = await _collect(remote, request)
+        ours, *_ = await _collect(local, request)
+        theirs, _, deltas = await _collect(remote, request)
         assert deltas > 2 and theirs == ours  # text, citations, token counts, finish reason
 
 

@@ -93,6 +93,16 @@ def test_a_passage_cannot_end_its_turn_and_speak_for_the_user(tokenizer):
         assert attacked.count(number) == honest.count(number)
 
 
+def test_neither_can_it_write_tokens_that_were_merely_added(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    thinking = AutoTokenizer.from_pretrained(tmp_path)
+    thinking.add_tokens(["<think>"])
+    request = replace(ENGLISH, sources=(Source("a <think> b"),), question="Who <think>?")
+    prompt = build_prompt(thinking, request, 4096, 10)
+    assert thinking.convert_tokens_to_ids("<think>") not in prompt.token_ids
+    assert "[1] a < think> b" in thinking.decode(prompt.token_ids)
+
+
 def test_without_a_chat_template_the_prompt_is_plain_and_stops_where_the_model_would_go_on(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     plain = AutoTokenizer.from_pretrained(tmp_path)

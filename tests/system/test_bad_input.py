@@ -31,6 +31,7 @@ BAD_CREATIONS = {
     "not utf-8": (b'{"documents": [{"text": "\xff\xfe"}]}', 400, "UTF-8"),
     "null": ("null", 422, ""),
     "deep nesting": ("[" * 100_000, 400, "JSON"),
+    "a number of 5,000 digits": ('{"documents": [{"text": "x"}], "ratio": ' + "9" * 5000 + "}", 400, "JSON"),
 }
 BAD_QUESTIONS = {
     "empty": ({"question": ""}, 422, "question"),
@@ -46,6 +47,7 @@ BAD_QUESTIONS = {
     "longer than anything": ({"question": "x" * 1_000_000}, 413, "limits.question_characters"),
     "not json": ("{", 400, ""),
     "not utf-8": (b'{"question": "\xff"}', 400, ""),
+    "a number of 5,000 digits": ('{"question": "Who?", "max_tokens": ' + "9" * 5000 + "}", 400, "JSON"),
 }
 
 
@@ -85,6 +87,25 @@ def test_unknown_things(server: Server, chronicle):
         check_problem(client.get("/v1/nothing"), 404, "/v1/nothing")
         check_problem(client.put("/v1/memories"), 405)
         check_problem(client.get("/v1/memories?limit=0"), 422, "limit")
+
+
+def test_head_answers_wherever_get_does(server: Server, chronicle):
+    """And of a stream of events, which would end only with the job, nothing but its head."""
+    names = {"memory": "chronicle", "document": "chronicle.txt", "model": "memorag/chronicle"}
+    with server.client() as client:
+        paths = [path for path, methods in client.get("/openapi.json").json()["paths"].items() if "get" in methods]
+        assert len(paths) > 8
+        for path in ["/", "/docs", *(path.format(**names) for path in paths)]:
+            head = client.head(path)
+            assert head.status_code == 200 and not head.content, path
+        memory = client.get("/v1/memories/chronicle")
+        head = client.head("/v1/memories/chronicle")
+        assert (head.headers["etag"], head.headers["content-length"]) == (
+            memory.headers["etag"],
+            str(len(memory.content)),
+        )
+        assert client.head("/v1/memories/nothing").status_code == client.head("/v1/models/nothing").status_code == 404
+        assert client.head("/v1/answer").status_code == 405
 
 
 def test_content_types(server: Server):

@@ -118,9 +118,14 @@ def test_every_route_wants_a_key(keyed: Keyed, headers: dict):
         routes = [(m, path) for path, methods in paths.items() if path.startswith("/v1/") for m in methods]
         assert len(routes) > 12
         for method, path in routes:
-            path = path.replace("{memory}", "chronicle").replace("{document}", "chronicle.txt")
+            path = path.format(memory="chronicle", document="chronicle.txt", model="memorag/chronicle")
             response = client.request(method, path, headers=headers)
-            check_problem(response, 401, "API key")
+            if path.startswith(("/v1/models", "/v1/chat")):
+                error = response.json()["error"]
+                assert response.status_code == 401 and error["type"] == "authentication_error"
+                assert "API key" in error["message"]
+            else:
+                check_problem(response, 401, "API key")
             assert response.headers["www-authenticate"] == "Bearer"
         for path in ("/healthz", "/readyz", "/"):
             assert client.get(path).status_code == 200

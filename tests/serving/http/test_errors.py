@@ -24,7 +24,7 @@ from serving import api
 from serving import errors as serving_errors
 from serving.errors import ProblemError, damaged_path, is_callers_fault, is_unavailable, problem_for
 from serving.http.admission import InFlight
-from serving.http.ingress import stream_events
+from serving.http.event_stream import stream_events
 from serving.http.problems import add_error_handlers
 
 
@@ -149,6 +149,20 @@ def test_errors_become_problems_at_the_edge_of_http_wherever_they_were_raised(er
         response = told(form)
         assert response.headers["content-type"] == "application/problem+json"
         assert response.status_code == response.json()["status"] == status and "secret" not in response.text
+
+
+async def test_no_client_sees_an_events_data_as_two_lines() -> None:
+    class Events:
+        async def __aiter__(self) -> AsyncIterator[api.Event]:
+            yield api.Event(name="token", data={"text": "a\x85b\u2028c\u2029d\n"})
+
+        def cancel(self) -> None:
+            """Nothing goes on."""
+
+    response = await stream_events(Events())
+    (line,) = [line async for line in response.body_iterator]
+    assert isinstance(line, ServerSentEvent) and len(line.data.splitlines()) == 1
+    assert json.loads(line.data) == {"text": "a\x85b\u2028c\u2029d\n"}
 
 
 async def test_what_fails_before_the_first_event_is_a_problem_and_later_an_event() -> None:

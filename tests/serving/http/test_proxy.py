@@ -48,6 +48,13 @@ async def test_the_proxys_own_failures_can_be_retried(status: int) -> None:
     assert "secret" not in response.text
 
 
+async def test_openais_routes_fail_in_openais_shape() -> None:
+    lost = await answer(PlainTextResponse("Internal Server Error", status_code=500), path="/v1/chat/completions")
+    assert lost.status_code == 503 and lost.json()["error"]["type"] == "server_error"
+    missing = JSONResponse({"error": {"message": "no such model"}}, status_code=404)
+    assert (await answer(missing, path="/v1/models/x")).json() == {"error": {"message": "no such model"}}
+
+
 async def test_a_response_that_never_began_can_be_retried() -> None:
     async def nothing(*_: object) -> None: ...
 
