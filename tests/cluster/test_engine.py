@@ -10,7 +10,7 @@ from ray import serve
 
 from cluster.engine import core_ids, engine_application
 from cluster.errors import EngineFailed
-from cluster.messages import Finished, TextDelta
+from cluster.messages import Finished, Sampling, TextDelta
 from cluster.pools.pools import PoolConfig
 from tests.support.tiny_engine import tiny_engine
 from tests.support.waiting import until, wait_until
@@ -60,7 +60,9 @@ async def test_a_stop_string_ends_it_and_is_left_out(engine):
     *deltas, _ = await _collect(engine, list(range(300, 340)), max_tokens=32, ignore_eos=True)
     text = "".join(d.text for d in deltas)
     stop = text[len(text) // 2 :][:4]
-    *short, end = await _collect(engine, list(range(300, 340)), max_tokens=32, ignore_eos=True, stop=[stop])
+    *short, end = await _collect(
+        engine, list(range(300, 340)), max_tokens=32, ignore_eos=True, sampling=Sampling(stop=(stop,))
+    )
     assert end.reason == "stop" and "".join(d.text for d in short) == text[: text.index(stop)]
 
 
