@@ -35,7 +35,9 @@ def test_every_shell_command_and_the_python_block(server: Server, chronicle):
                 capture_output=True, text=True, env=environment, cwd=ROOT,
             )  # fmt: skip
             assert done.returncode == 0 and done.stdout, f"{command}\n{done.stdout}{done.stderr}"
-            assert '"status":4' not in done.stdout and '"status":5' not in done.stdout, done.stdout
+            assert (
+                '"error":{' not in done.stdout and '"status":4' not in done.stdout and '"status":5' not in done.stdout
+            ), done.stdout
     code = python[0].replace("http://127.0.0.1:8000", server.url)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "the east pier" in done.stdout, done.stderr
