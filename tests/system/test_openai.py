@@ -15,8 +15,11 @@ def client(server: Server, chronicle: dict):
 
 
 def ask(client: openai.OpenAI, memory: dict, question: str = QUESTION, **arguments):
+    """By `rag`: which clue comes first, and so which of two equal passages is kept, load decides."""
     messages = arguments.pop("messages", [{"role": "user", "content": question}])
-    return client.chat.completions.create(model=f"memorag/{memory['id']}", messages=messages, max_tokens=8, **arguments)
+    return client.chat.completions.create(
+        model=f"memorag/{memory['id']}", messages=messages, max_tokens=8, extra_body={"task": "rag"}, **arguments
+    )
 
 
 def test_a_memory_is_a_model(client: openai.OpenAI, chronicle: dict) -> None:
@@ -29,7 +32,9 @@ def test_a_completion_is_what_the_servers_own_route_answers(
     server: Server, client: openai.OpenAI, chronicle: dict
 ) -> None:
     with server.client() as http:
-        own = http.post(f"/v1/memories/{chronicle['id']}/answer", json={"question": QUESTION, "max_tokens": 8}).json()
+        own = http.post(
+            f"/v1/memories/{chronicle['id']}/answer", json={"question": QUESTION, "max_tokens": 8, "task": "rag"}
+        ).json()
     made = ask(client, chronicle)
     message = made.choices[0].message
     assert message.content == own["answer"] and made.choices[0].finish_reason == own["finish_reason"]
