@@ -205,7 +205,7 @@ def write_message(request: GenerateRequest, texts: Sequence[str]) -> str:
 def _render(
     tokenizer: Any, request: GenerateRequest, texts: Sequence[str]
 ) -> tuple[tuple[dict[str, str], ...], list[int]]:
-    plain = partial(_break_control_tokens, tokenizer)
+    plain = partial(_break_tokens, _control_tokens(tokenizer))
     broken = replace(request, question=plain(request.question), system=plain(request.system or ""))
     text = write_message(broken, list(map(plain, texts)))
     # One user message: several published chat templates refuse a system message.
@@ -216,9 +216,14 @@ def _render(
     return messages, tokenizer.encode(f"{text}\n\n{_LABELS[request.language][request.task]}")
 
 
-def _break_control_tokens(tokenizer: Any, text: str) -> str:
-    """`text` with a space inside whatever has a token of its own, such as an end of turn, special or merely added."""
-    for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
-        if len(token) > 1:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
+def _control_tokens(tokenizer: Any) -> list[str]:
+    """Whatever has a token of its own, such as an end of turn, special or merely added; always in the same order."""
+    known = dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])
+    return [token for token in known if len(token) > 1]
+
+
+def _break_tokens(tokens: Sequence[str], text: str) -> str:
+    """`text` with a space inside each of `tokens`."""
+    for token in tokens:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

@@ -65,7 +65,7 @@ class Receiver:
                 fields: dict[str, Any] = {k: v for k, v in form.multi_items() if not isinstance(v, UploadFile)}
                 fields["tags"] = [tag for tag in form.getlist("tags") if isinstance(tag, str)]
                 placeholder = [{"text": "in its file"}]
-                wanted = _validate(api.CreateMemory, {**fields, "documents": placeholder})
+                wanted = validate(api.CreateMemory, {**fields, "documents": placeholder})
                 named = [(document_id(file.filename, number), file) for number, file in enumerate(files, 1)]
                 documents = [self._file(id, file.filename, file.file) for id, file in named]
                 return await self._create(router, tenant, wanted, documents)
@@ -182,10 +182,11 @@ async def _json(request: Request, model: type[BaseModel]) -> Any:
         raise ProblemError(400, f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is no `JSONDecodeError`
         raise ProblemError(400, f"the body is not JSON: {error}; see /docs for its shape") from None
-    return await asyncio.to_thread(_validate, model, values)
+    return await asyncio.to_thread(validate, model, values)
 
 
-def _validate(model: type[BaseModel], values: Any) -> Any:
+def validate(model: type[BaseModel], values: Any) -> Any:
+    """As FastAPI validates a body. Raises `RequestValidationError`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -10,16 +10,16 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import ServerSentEvent
 
 from serving import api
+from serving.documents.receive import validate
 from serving.errors import ProblemError
-from serving.http.admission import InFlight
 from serving.http.event_stream import stream_events, write_data
 from serving.http.openai_errors import error_body
 from serving.http.problems import STATUSES
@@ -182,13 +182,11 @@ def add_openai_routes(app: FastAPI) -> None:
         return _model(await router_of(request).get.remote(tenant, named.memories[0]))
 
     @app.post("/v1/chat/completions", responses={**_ERRORS, 200: {"content": {"text/event-stream": {}}}})
-    async def chat_completions(
-        request: Request, tenant: Tenant, chat: ChatRequest, questions: Annotated[InFlight, Depends(questions_of)]
-    ) -> Any:
+    async def chat_completions(request: Request, tenant: Tenant, chat: ChatRequest) -> Any:
         """An answer to the last user message, with the conversation before it; streamed if `stream`."""
         named, question = Named.parse(chat.model), question_of(chat)
         completion = Completion(chat, str(request.base_url))
-        router = router_of(request)
+        router, questions = router_of(request), questions_of(request)
         if not chat.stream:
             async with questions:
                 answer = await router.answer.remote(tenant, named.memories, named.tag, question)
@@ -198,7 +196,7 @@ def add_openai_routes(app: FastAPI) -> None:
 
 
 def question_of(chat: ChatRequest) -> api.Question:
-    """What the last user message asks. Raises `ProblemError` 400, naming what is not supported."""
+    """What the last user message asks. Raises `ProblemError` 400, naming what is not supported, or as `validate`."""
     for name, value in (chat.model_extra or {}).items():
         if value is not None and value not in _NEUTRAL.get(name, ()):
             told = (
@@ -224,10 +222,8 @@ def question_of(chat: ChatRequest) -> api.Question:
         "language": chat.language,
         "stream": bool(chat.stream),
     }
-    try:
-        return api.Question.model_validate(values)
-    except ValueError as error:
-        raise ProblemError(400, str(error)) from None
+    question: api.Question = validate(api.Question, values)
+    return question
 
 
 class Completion:

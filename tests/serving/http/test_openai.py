@@ -236,6 +236,8 @@ async def test_failures_have_openais_shape(app: FastAPI, router: Router) -> None
         assert (odd.status_code, odd.param) == (400, "best_of")
         assert (await failure(temperature=3)).status_code == 400
         assert (await failure(messages=[])).status_code == 400
+        empty = await failure(messages=[{"role": "user", "content": ""}])
+        assert empty.status_code == 400 and "question: String should have at least 1 character;" in empty.message
         assert (await failure(messages=[{"role": "assistant", "content": "Hi."}])).param == "messages"
         image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
         assert "image_url" in (await failure(messages=[{"role": "user", "content": image}])).message
